@@ -1,3 +1,32 @@
 """Omni-Video (arXiv 2507.06119) for transformers and diffusers."""
 
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+
+from .configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig, OmniVideoVisionHeadConfig
+from .configuration_vila import VilaConfig
+from .modeling_omni_video import OmniVideoForConditionalGeneration
+from .modeling_omni_video_connectors import OmniVideoAdapter, OmniVideoVisionHead
+from .modeling_vila import VilaForConditionalGeneration, VilaModel
+
 __version__ = "0.1.0"
+
+# With the package installed no `trust_remote_code` is needed, and the package's classes are used.
+for _config, _model in (
+    (OmniVideoConfig, OmniVideoForConditionalGeneration),
+    (VilaConfig, VilaForConditionalGeneration),
+):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModelForImageTextToText.register(_config, _model)
+AutoModel.register(OmniVideoConfig, OmniVideoForConditionalGeneration)
+AutoModel.register(VilaConfig, VilaModel)
+
+__all__ = [
+    "OmniVideoAdapter",
+    "OmniVideoAdapterConfig",
+    "OmniVideoConfig",
+    "OmniVideoForConditionalGeneration",
+    "OmniVideoVisionHead",
+    "OmniVideoVisionHeadConfig",
+    "VilaConfig",
+    "VilaForConditionalGeneration",
+]

@@ -1,0 +1,67 @@
+"""
+Flow matching as upstream trains and samples it, as pure functions.
+
+Convention: `sigma` is 1 for pure noise and 0 for data, `x_sigma = (1 - sigma) * x + sigma * noise`, the velocity to
+predict is `noise - x`, and the decoder's timestep is `1000 * sigma`.
+"""
+
+import numpy as np
+import torch
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+def shift_sigmas(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
+    """Move sigmas in 0..1 towards noise: `shift * s / (1 + (shift - 1) * s)`; 1 leaves them as they are."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def training_sigmas(shift: float = 3.0) -> torch.Tensor:
+    """The table of 1000 sigmas, from 1 downwards, from which training draws uniformly (as upstream)."""
+    return shift_sigmas(torch.linspace(1, 0, NUM_TRAIN_TIMESTEPS + 1, dtype=torch.float32)[:-1], shift)
+
+
+def training_weights(timesteps: torch.Tensor) -> torch.Tensor:
+    """
+    Loss weight of every entry of a table of timesteps in 0..1000: a bell around 500, its minimum over the table
+    subtracted, scaled to sum to 1000 (as upstream).
+    """
+    bell = torch.exp(-2 * ((timesteps - NUM_TRAIN_TIMESTEPS / 2) / NUM_TRAIN_TIMESTEPS) ** 2)
+    bell = bell - bell.min()
+    return bell * (NUM_TRAIN_TIMESTEPS / bell.sum())
+
+
+def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """`(1 - sigma) * latents + sigma * noise`, `sigmas` `[batch]` for latents `[batch, ...]`."""
+    sigmas = sigmas.to(latents).view(-1, *[1] * (latents.ndim - 1))
+    return (1 - sigmas) * latents + sigmas * noise
+
+
+def velocity_target(latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """What the decoder learns to predict: `noise - latents`."""
+    return noise - latents
+
+
+def flow_matching_loss(velocity: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Mean over everything of `weight * (velocity - target) ** 2`, in float32; `weights` `[batch]`."""
+    error = (velocity.float() - target.float()) ** 2
+    return (weights.to(error).view(-1, *[1] * (error.ndim - 1)) * error).mean()
+
+
+def sampling_sigmas(num_inference_steps: int) -> np.ndarray:
+    """
+    Upstream's base sigmas for `scheduler.set_timesteps(sigmas=...)`, before the scheduler applies its shift:
+    `linspace(0.999, 0, steps + 1)` without its end.
+    """
+    return np.linspace(1 - 1 / NUM_TRAIN_TIMESTEPS, 0, num_inference_steps + 1)[:-1]
+
+
+__all__ = [
+    "add_noise",
+    "flow_matching_loss",
+    "sampling_sigmas",
+    "shift_sigmas",
+    "training_sigmas",
+    "training_weights",
+    "velocity_target",
+]

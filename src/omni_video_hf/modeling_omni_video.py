@@ -1,0 +1,412 @@
+"""
+Omni-Video in one module: an MLLM that understands, a vision head and an adapter that translate, a decoder that draws.
+
+The figure of the paper:
+
+    prompt, source -> MLLM -> text head   -> answer
+                         `--> vision head -> adapter -.
+    prompt -> text encoder -----------------------------> context -> decoder -> velocity
+    source -> VAE --------> visual context adapter ---'
+
+Text encoder and VAE are not trained and belong to the pipeline; their outputs come in as tensors.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import attention_backend
+from torch import nn
+from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.modeling_outputs import ModelOutput
+
+from .configuration_omni_video import OmniVideoConfig
+from .configuration_vila import VilaConfig
+from .flow_matching_omni_video import (
+    NUM_TRAIN_TIMESTEPS,
+    add_noise,
+    flow_matching_loss,
+    training_sigmas,
+    training_weights,
+    velocity_target,
+)
+from .modeling_omni_video_connectors import (
+    ContextOverflow,
+    Embeddings,
+    OmniVideoAdapter,
+    OmniVideoQueryTransformer,
+    OmniVideoVisionHead,
+    OutputKind,
+)
+from .modeling_vila import VilaForConditionalGeneration
+
+# The component folders of a repository hold bare keys; in the whole model their parts have names.
+register_checkpoint_conversion_mapping(
+    OmniVideoConfig.model_type,
+    [
+        WeightRenaming(
+            r"^(blocks|condition_embedder|patch_embedding|proj_out|scale_shift_table)(?=$|\.)", r"decoder.\1"
+        ),
+        WeightRenaming(
+            r"^(query_transformer|visual_context_adapter|marker_embeds|null_prompt_embeds)(?=$|\.)", r"adapter.\1"
+        ),
+    ],
+    overwrite=True,
+)
+
+# transformers' names of attention implementations -> diffusers' names of attention backends.
+ATTENTION_BACKENDS = {
+    "eager": "native",
+    "sdpa": "native",
+    "flash_attention_2": "flash",
+    "flash_attention_3": "_flash_3",
+    "flash_attention_4": "flash_4_hub",
+    "flex_attention": "flex",
+    "kernels-community/flash-attn": "flash_hub",
+    "kernels-community/flash-attn2": "flash_hub",
+    "kernels-community/flash-attn3": "_flash_3_hub",
+    "kernels-community/vllm-flash-attn3": "_flash_3_hub",
+}
+
+
+@dataclass
+class OmniVideoOutput(ModelOutput):
+    """
+    Output of [`OmniVideoForConditionalGeneration`]; what the inputs do not ask for is `None`.
+
+    Args:
+        loss: sum of the losses that the inputs allow.
+        answer_loss: cross-entropy of `labels`.
+        alignment_loss: distance of the visual tokens from `target_features`.
+        flow_matching_loss: weighted squared error of the decoder's velocity.
+        logits: `[batch, length, vocabulary]` of the MLLM.
+        past_key_values: cache of the MLLM.
+        hidden_states: of the MLLM, one `[batch, length, width]` per layer, as in every transformers model.
+        attentions: of the MLLM.
+        vision_tokens: `[batch, num_query_tokens, vision width]`.
+        velocity: `[batch, channels, frames, height, width]`, the decoder's prediction.
+    """
+
+    loss: torch.Tensor | None = None
+    answer_loss: torch.Tensor | None = None
+    alignment_loss: torch.Tensor | None = None
+    flow_matching_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    vision_tokens: torch.Tensor | None = None
+    velocity: torch.Tensor | None = None
+
+
+class OmniVideoPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and capabilities of Omni-Video."""
+
+    config: OmniVideoConfig
+    config_class = OmniVideoConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "video", "text")
+    output_modalities = ("text",)
+    supports_gradient_checkpointing = True
+    # A diffusion loss is a mean over samples, so Trainer must not rescale it by token counts.
+    accepts_loss_kwargs = False
+    _no_split_modules = (
+        "OmniVideoEncoderLayer",
+        "OmniVideoDecoderLayer",
+        "OmniVideoVisualContextAdapter",
+        "WanTransformerBlock",
+    )
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.vision_head_config.initializer_range
+        name = type(module).__name__
+        if isinstance(module, OmniVideoQueryTransformer):
+            init.normal_(module.query_tokens, std=std)
+        elif isinstance(module, OmniVideoVisionHead):
+            init.zeros_(module.null_hidden_states)
+        elif isinstance(module, OmniVideoAdapter):
+            init.zeros_(module.null_prompt_embeds)
+            if module.marker_embeds is not None:
+                init.normal_(module.marker_embeds, std=std)
+        elif name in ("WanTransformerBlock", "WanTransformer3DModel"):
+            init.normal_(module.scale_shift_table, std=module.scale_shift_table.shape[-1] ** -0.5)
+        elif name == "WanRotaryPosEmbed":
+            # Non-persistent tables, built on the meta device under `from_pretrained`: nobody else fills them.
+            with torch.device("cpu"):
+                fresh = type(module)(module.attention_head_dim, module.patch_size, module.max_seq_len)
+            for buffer_name, buffer in fresh.named_buffers():
+                init.copy_(getattr(module, buffer_name), buffer)
+
+
+class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixin):
+    """
+    MLLM, vision head, adapter and decoder.
+
+    A configuration without adapter and decoder gives the `mllm` component of a pipeline: it answers, and turns
+    instructions into visual tokens.
+    """
+
+    def __init__(self, config: OmniVideoConfig) -> None:
+        super().__init__(config)
+        if isinstance(config.mllm_config, VilaConfig):
+            self.mllm = VilaForConditionalGeneration(config.mllm_config)
+        else:
+            self.mllm = AutoModelForImageTextToText.from_config(config.mllm_config)
+        self.vision_head = OmniVideoVisionHead(config.vision_head_config)
+        has_adapter, has_decoder = config.adapter_config is not None, config.decoder_config is not None
+        self.adapter = OmniVideoAdapter(**config.adapter_config.adapter_kwargs()) if has_adapter else None
+        self.decoder = WanTransformer3DModel(**config.decoder_config) if has_decoder else None
+        self._pass_on_attn_implementation()
+        self.post_init()
+        if has_decoder:
+            # The decoder's float32 modules by their full names: bare, "norm1" would also match the MLLM's.
+            names = set(WanTransformer3DModel._keep_in_fp32_modules)
+            self._keep_in_fp32_modules -= names
+            self._keep_in_fp32_modules_strict |= {f"decoder.*{name}" for name in names}
+
+    # --- the parts, in the order of the figure ------------------------------------------------------------------
+
+    def get_mllm_hidden_states(self, input_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """
+        Last-layer hidden states of the MLLM over prompt and answer, from one pass.
+
+        Args:
+            input_ids: `[batch, length]`; `inputs` are the other outputs of the processor.
+
+        Returns:
+            `[batch, length, mllm width]`, behind the final norm.
+        """
+        # Through the module's own forward, so that hooks of device maps and offloading see the call.
+        outputs = self.mllm(
+            input_ids=input_ids, **inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1
+        )
+        return outputs.hidden_states[-1]
+
+    def encode_condition(
+        self,
+        mllm_hidden_states: Embeddings | None = None,
+        prompt_embeds: Embeddings | None = None,
+        source_latents: torch.Tensor | None = None,
+        reference_latents: torch.Tensor | None = None,
+        output_kind: OutputKind = "video",
+        context_overflow: ContextOverflow = "error",
+        mllm_attention_mask: torch.Tensor | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Build the decoder's context from what the MLLM, the text encoder and the VAE say.
+
+        Args:
+            mllm_hidden_states: `[batch, length, mllm width]` or a list of `[length, mllm width]`; `None` stands for
+                the stored states of the empty instruction (null branch).
+            prompt_embeds: `[batch, length, text_dim]` or a list of `[length, text_dim]`, real tokens of the text
+                encoder; `None` stands for the stored embedding of the empty prompt.
+            source_latents: `[batch, channels, frames, height, width]`, normalised latents of what is edited.
+            reference_latents: likewise, of a reference image.
+            output_kind: `"image"` or `"video"`, what is to be drawn.
+            context_overflow: `"error"` or `"truncate"`, see [`OmniVideoAdapter.forward`].
+            mllm_attention_mask: `[batch, length]`, 0 at padding of `mllm_hidden_states`.
+            prompt_embeds_mask: `[batch, length]`, 0 at padding of `prompt_embeds`.
+
+        Returns:
+            `[batch, length, text_dim]`, not padded to `max_context_length`; in a batch of unequal lengths the shorter
+            samples end in zeros.
+
+        Raises:
+            ValueError: without an adapter, or when the context does not fit.
+        """
+        self._require("adapter")
+        vision_tokens = self.vision_head(mllm_hidden_states, mllm_attention_mask)
+        return self.adapter(
+            vision_tokens,
+            prompt_embeds,
+            source_latents=source_latents,
+            reference_latents=reference_latents,
+            output_kind=output_kind,
+            prompt_embeds_mask=prompt_embeds_mask,
+            context_overflow=context_overflow,
+        )
+
+    def predict_velocity(self, latents: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """
+        One pass of the decoder.
+
+        Args:
+            latents: `[batch, channels, frames, height, width]`, noisy.
+            timesteps: `[batch]`, 0..1000.
+            context: `[batch, length, text_dim]` from [`encode_condition`].
+        """
+        self._require("decoder")
+        context = self.adapter.pad_context(context)
+        dtype = self.decoder.patch_embedding.weight.dtype
+        return self.decoder(latents.to(dtype), timesteps, context.to(dtype), return_dict=False)[0]
+
+    # --- text -----------------------------------------------------------------------------------------------------
+
+    def generate(self, *args: object, **kwargs: object) -> object:
+        """Answer in text: the MLLM's own `generate`, with this model's `generation_config`."""
+        kwargs.setdefault("generation_config", self.generation_config)
+        return self.mllm.generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> dict[str, object]:
+        """See the MLLM's method."""
+        return self.mllm.prepare_inputs_for_generation(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The MLLM's token embedding."""
+        return self.mllm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the MLLM's token embedding."""
+        self.mllm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The MLLM's language-modelling head."""
+        return self.mllm.get_output_embeddings()
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        mllm_hidden_states: Embeddings | None = None,
+        mllm_attention_mask: torch.Tensor | None = None,
+        target_features: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: Embeddings | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+        source_latents: torch.Tensor | None = None,
+        reference_latents: torch.Tensor | None = None,
+        output_kind: OutputKind | None = None,
+        noise: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        **mllm_kwargs: object,
+    ) -> OmniVideoOutput:
+        """
+        Every loss the inputs allow, by name, and their sum.
+
+        Args:
+            input_ids: `[batch, length]`; runs the MLLM. `attention_mask`, `pixel_values`, `labels` and `mllm_kwargs`
+                go with it; `labels` `[batch, length]`, -100 where nothing is to be learned, give `answer_loss`.
+            mllm_hidden_states: precomputed instead of `input_ids`, with `mllm_attention_mask` `[batch, length]`.
+            target_features: `[batch, vision width]`, features of the target image or video; give `alignment_loss`,
+                `1 - cos(mean visual token, target_features)` as upstream's code.
+            latents: `[batch, channels, frames, height, width]`, normalised latents of the target; give
+                `flow_matching_loss`, with `prompt_embeds`, `prompt_embeds_mask`, `source_latents` and
+                `reference_latents` as in [`encode_condition`].
+            output_kind: by default `"image"` for latents of one frame, else `"video"`.
+            noise: like `latents`; drawn when left out.
+            timesteps: `[batch]`, 0..1000; drawn uniformly from the training table when left out.
+        """
+        mllm_outputs = ModelOutput()
+        needs_vision_tokens = target_features is not None or latents is not None
+        if input_ids is not None or "inputs_embeds" in mllm_kwargs:
+            if needs_vision_tokens:
+                mllm_kwargs.update(output_hidden_states=True, use_cache=False)
+            mllm_outputs = self.mllm(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                pixel_values=pixel_values,
+                labels=labels,
+                **mllm_kwargs,
+            )
+            if needs_vision_tokens:
+                mllm_hidden_states, mllm_attention_mask = mllm_outputs.hidden_states[-1], attention_mask
+
+        vision_tokens = alignment_loss = velocity = flow_loss = None
+        if needs_vision_tokens:
+            vision_tokens = self.vision_head(mllm_hidden_states, mllm_attention_mask)
+        if target_features is not None:
+            mean_token = vision_tokens.float().mean(dim=1)
+            alignment_loss = 1 - nn.functional.cosine_similarity(mean_token, target_features.float()).mean()
+        if latents is not None:
+            self._require("adapter")
+            context = self.adapter(
+                vision_tokens,
+                prompt_embeds,
+                source_latents=source_latents,
+                reference_latents=reference_latents,
+                output_kind=output_kind or ("image" if latents.shape[2] == 1 else "video"),
+                prompt_embeds_mask=prompt_embeds_mask,
+            )
+            flow_loss, velocity = self._flow_matching(latents, context, noise, timesteps)
+
+        losses = [loss for loss in (mllm_outputs.get("loss"), alignment_loss, flow_loss) if loss is not None]
+        return OmniVideoOutput(
+            loss=sum(losses) if losses else None,
+            answer_loss=mllm_outputs.get("loss"),
+            alignment_loss=alignment_loss,
+            flow_matching_loss=flow_loss,
+            logits=mllm_outputs.get("logits"),
+            past_key_values=mllm_outputs.get("past_key_values"),
+            hidden_states=mllm_outputs.get("hidden_states"),
+            attentions=mllm_outputs.get("attentions"),
+            vision_tokens=vision_tokens,
+            velocity=velocity,
+        )
+
+    def _flow_matching(
+        self,
+        latents: torch.Tensor,
+        context: torch.Tensor,
+        noise: torch.Tensor | None,
+        timesteps: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and velocity of noised `latents` under `context`."""
+        table = (training_sigmas() * NUM_TRAIN_TIMESTEPS).to(latents.device)
+        noise = torch.randn_like(latents) if noise is None else noise
+        if timesteps is None:
+            indices = torch.randint(len(table), latents.shape[:1], device=latents.device)
+        else:
+            indices = (table[None] - timesteps.to(table)[:, None]).abs().argmin(dim=1)
+        timesteps = table[indices]
+        noisy = add_noise(latents, noise, timesteps / NUM_TRAIN_TIMESTEPS)
+        velocity = self.predict_velocity(noisy, timesteps, context)
+        target = velocity_target(latents, noise)
+        return flow_matching_loss(velocity, target, training_weights(table)[indices]), velocity
+
+    # --- plumbing -------------------------------------------------------------------------------------------------
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], **kwargs: object) -> None:
+        """Switch the attention of MLLM, vision head and adapter, and the decoder's backend of the same kind."""
+        super().set_attn_implementation(attn_implementation, **kwargs)
+        self._pass_on_attn_implementation()
+
+    def _pass_on_attn_implementation(self) -> None:
+        """The adapter and the decoder are diffusers models: transformers does not reach them by itself."""
+        if self.adapter is not None:
+            self.adapter.set_attn_implementation(self.config.adapter_config._attn_implementation)
+        if self.decoder is not None:
+            name = self.config._attn_implementation
+            if name not in ATTENTION_BACKENDS:
+                raise ValueError(
+                    f"`attn_implementation` {name!r} has no counterpart among diffusers' attention backends for the "
+                    f"decoder. Use one of {', '.join(ATTENTION_BACKENDS)}."
+                )
+            # diffusers also makes the backend the default of the whole process; the context manager puts that back.
+            with attention_backend("native"):
+                self.decoder.set_attention_backend(ATTENTION_BACKENDS[name])
+
+    def _require(self, part: str) -> None:
+        if getattr(self, part) is None:
+            raise ValueError(
+                f"This model has no {part} (`config.{part}_config` is None): it is the `mllm` component of a pipeline. "
+                "Load the root of the repository for the whole model."
+            )
+
+
+__all__ = ["OmniVideoForConditionalGeneration", "OmniVideoOutput", "OmniVideoPreTrainedModel"]

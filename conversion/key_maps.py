@@ -87,7 +87,9 @@ def convert_query_transformer(state_dict: Mapping[str, torch.Tensor], net: str) 
                 break
         else:
             plain[name] = tensor
-    renamed, unknown = rename(plain, [(pattern.format(net=net), target) for pattern, target in QUERY_TRANSFORMER_RULES])
+    renamed, unknown = rename(
+        plain, [(pattern.format(net=net), target) for pattern, target in QUERY_TRANSFORMER_RULES]
+    )
     return converted | renamed, unknown
 
 

@@ -1,12 +1,14 @@
 """Omni-Video (arXiv 2507.06119) for transformers and diffusers."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig, OmniVideoVisionHeadConfig
 from .configuration_vila import VilaConfig
 from .modeling_omni_video import OmniVideoForConditionalGeneration
 from .modeling_omni_video_connectors import OmniVideoAdapter, OmniVideoVisionHead
 from .modeling_vila import VilaForConditionalGeneration, VilaModel
+from .pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
+from .processing_omni_video import OmniVideoProcessor
 
 __version__ = "0.1.0"
 
@@ -19,12 +21,16 @@ for _config, _model in (
     AutoModelForImageTextToText.register(_config, _model)
 AutoModel.register(OmniVideoConfig, OmniVideoForConditionalGeneration)
 AutoModel.register(VilaConfig, VilaModel)
+AutoProcessor.register(OmniVideoConfig, OmniVideoProcessor)
 
 __all__ = [
     "OmniVideoAdapter",
     "OmniVideoAdapterConfig",
     "OmniVideoConfig",
     "OmniVideoForConditionalGeneration",
+    "OmniVideoPipeline",
+    "OmniVideoPipelineOutput",
+    "OmniVideoProcessor",
     "OmniVideoVisionHead",
     "OmniVideoVisionHeadConfig",
     "VilaConfig",

@@ -40,7 +40,8 @@ class _MllmSpec(SubConfigSpec):
 def _check_heads(owner: str, hidden_size: int, num_attention_heads: int) -> None:
     if hidden_size % num_attention_heads:
         raise ValueError(
-            f"{owner}: `hidden_size` ({hidden_size}) must be a multiple of `num_attention_heads` ({num_attention_heads})."
+            f"{owner}: `hidden_size` ({hidden_size}) must be a multiple of `num_attention_heads` "
+            f"({num_attention_heads})."
         )
 
 
@@ -120,7 +121,7 @@ class OmniVideoAdapterConfig(PreTrainedConfig):
     num_image_vision_tokens: int = 1
     latent_channels: int = 16
     visual_context_size: int = 1536
-    visual_context_patch_size: list[int] | tuple[int, ...] = (1, 4, 4)
+    visual_context_patch_size: list[int] | tuple[int, ...] = (1, 4, 4)  # stored as a list
     use_markers: bool = True
     null_prompt_length: int = 1
     max_context_length: int = 2560
@@ -130,6 +131,7 @@ class OmniVideoAdapterConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: object) -> None:
         super().__post_init__(**kwargs)
+        self.visual_context_patch_size = list(self.visual_context_patch_size)
         _check_heads("adapter_config", self.hidden_size, self.num_attention_heads)
 
     def adapter_kwargs(self) -> dict[str, object]:

@@ -40,7 +40,7 @@ class VilaConfig(PreTrainedConfig):
         text_config (`dict` or `PreTrainedConfig`, *optional*, defaults to Llama-3-8B):
             Configuration of the language model.
         vision_config (`dict` or `PreTrainedConfig`, *optional*, defaults to SigLIP so400m/14 at 384 pixels):
-            Configuration of the vision tower as published, all its layers included.
+            Configuration of the vision tower as published, all its layers included. Its pooling head is not used.
         vision_feature_layer (`int`, defaults to -2):
             Which of the tower's hidden states feeds the projector, counted as in `hidden_states` (0 is the embedding
             output). Layers behind it are never built.
@@ -70,6 +70,7 @@ class VilaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: object) -> None:
         super().__post_init__(**kwargs)
+        self.vision_config.vision_use_head = False
         if not 0 <= self.num_vision_layers <= self.vision_config.num_hidden_layers:
             raise ValueError(
                 f"`vision_feature_layer` is {self.vision_feature_layer}, but a tower of "

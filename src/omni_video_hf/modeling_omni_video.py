@@ -39,6 +39,7 @@ from .modeling_omni_video_connectors import (
     Embeddings,
     OmniVideoAdapter,
     OmniVideoQueryTransformer,
+    OmniVideoStoredEmbeddings,
     OmniVideoVisionHead,
     OutputKind,
 )
@@ -70,6 +71,12 @@ ATTENTION_BACKENDS = {
     "kernels-community/flash-attn2": "flash_hub",
     "kernels-community/flash-attn3": "_flash_3_hub",
     "kernels-community/vllm-flash-attn3": "_flash_3_hub",
+}
+
+ATTENTION_PACKAGES = {
+    "flash_attention_2": "flash-attn",
+    "flash_attention_3": "flash-attn-3",
+    "flash_attention_4": "flash-attn-4",
 }
 
 
@@ -133,12 +140,8 @@ class OmniVideoPreTrainedModel(PreTrainedModel):
         name = type(module).__name__
         if isinstance(module, OmniVideoQueryTransformer):
             init.normal_(module.query_tokens, std=std)
-        elif isinstance(module, OmniVideoVisionHead):
-            init.zeros_(module.null_hidden_states)
-        elif isinstance(module, OmniVideoAdapter):
-            init.zeros_(module.null_prompt_embeds)
-            if module.marker_embeds is not None:
-                init.normal_(module.marker_embeds, std=std)
+        elif isinstance(module, OmniVideoStoredEmbeddings):
+            init.normal_(module.weight, std=std)
         elif name in ("WanTransformerBlock", "WanTransformer3DModel"):
             init.normal_(module.scale_shift_table, std=module.scale_shift_table.shape[-1] ** -0.5)
         elif name == "WanRotaryPosEmbed":
@@ -158,11 +161,17 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
     """
 
     def __init__(self, config: OmniVideoConfig) -> None:
-        super().__init__(config)
+        try:
+            super().__init__(config)
+        except ImportError as error:
+            raise _name_the_package(error, config._attn_implementation) from error
         if isinstance(config.mllm_config, VilaConfig):
             self.mllm = VilaForConditionalGeneration(config.mllm_config)
         else:
             self.mllm = AutoModelForImageTextToText.from_config(config.mllm_config)
+        for bridge in (config.vision_head_config, config.adapter_config):
+            if bridge is not None and bridge._attn_implementation is None:
+                bridge._attn_implementation = config._attn_implementation
         self.vision_head = OmniVideoVisionHead(config.vision_head_config)
         has_adapter, has_decoder = config.adapter_config is not None, config.decoder_config is not None
         self.adapter = OmniVideoAdapter(**config.adapter_config.adapter_kwargs()) if has_adapter else None
@@ -187,10 +196,7 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
         Returns:
             `[batch, length, mllm width]`, behind the final norm.
         """
-        # Through the module's own forward, so that hooks of device maps and offloading see the call.
-        outputs = self.mllm(
-            input_ids=input_ids, **inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1
-        )
+        outputs = self(input_ids, **inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1)
         return outputs.hidden_states[-1]
 
     def encode_condition(
@@ -203,6 +209,7 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
         context_overflow: ContextOverflow = "error",
         mllm_attention_mask: torch.Tensor | None = None,
         prompt_embeds_mask: torch.Tensor | None = None,
+        max_context_length: int | None = None,
     ) -> torch.Tensor:
         """
         Build the decoder's context from what the MLLM, the text encoder and the VAE say.
@@ -218,6 +225,7 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
             context_overflow: `"error"` or `"truncate"`, see [`OmniVideoAdapter.forward`].
             mllm_attention_mask: `[batch, length]`, 0 at padding of `mllm_hidden_states`.
             prompt_embeds_mask: `[batch, length]`, 0 at padding of `prompt_embeds`.
+            max_context_length: limit of this call instead of the configured one.
 
         Returns:
             `[batch, length, text_dim]`, not padded to `max_context_length`; in a batch of unequal lengths the shorter
@@ -236,6 +244,7 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
             output_kind=output_kind,
             prompt_embeds_mask=prompt_embeds_mask,
             context_overflow=context_overflow,
+            max_context_length=max_context_length,
         )
 
     def predict_velocity(self, latents: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
@@ -254,14 +263,21 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
 
     # --- text -----------------------------------------------------------------------------------------------------
 
-    def generate(self, *args: object, **kwargs: object) -> object:
-        """Answer in text: the MLLM's own `generate`, with this model's `generation_config`."""
-        kwargs.setdefault("generation_config", self.generation_config)
-        return self.mllm.generate(*args, **kwargs)
+    # `generate` is GenerationMixin's own and runs through `forward`, where hooks of device maps and offloading sit.
+    # What it asks about inputs, the MLLM knows.
 
     def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> dict[str, object]:
         """See the MLLM's method."""
         return self.mllm.prepare_inputs_for_generation(*args, **kwargs)
+
+    def _prepare_position_ids_for_generation(self, *args: object, **kwargs: object) -> torch.Tensor:
+        return self.mllm._prepare_position_ids_for_generation(*args, **kwargs)
+
+    def _expand_inputs_for_generation(self, *args: object, **kwargs: object) -> tuple:
+        return self.mllm._expand_inputs_for_generation(*args, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, object]) -> None:
+        self.mllm._validate_model_kwargs(model_kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """The MLLM's token embedding."""
@@ -282,7 +298,11 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         mllm_hidden_states: Embeddings | None = None,
         mllm_attention_mask: torch.Tensor | None = None,
         target_features: torch.Tensor | None = None,
@@ -294,14 +314,16 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
         output_kind: OutputKind | None = None,
         noise: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
+        output_vision_tokens: bool = False,
         **mllm_kwargs: object,
     ) -> OmniVideoOutput:
         """
         Every loss the inputs allow, by name, and their sum.
 
         Args:
-            input_ids: `[batch, length]`; runs the MLLM. `attention_mask`, `pixel_values`, `labels` and `mllm_kwargs`
-                go with it; `labels` `[batch, length]`, -100 where nothing is to be learned, give `answer_loss`.
+            input_ids: `[batch, length]`, or `inputs_embeds`; runs the MLLM. `attention_mask`, `pixel_values`,
+                `position_ids`, `past_key_values`, `logits_to_keep` and `mllm_kwargs` go to it; `labels`
+                `[batch, length]`, -100 where nothing is to be learned, give `answer_loss`.
             mllm_hidden_states: precomputed instead of `input_ids`, with `mllm_attention_mask` `[batch, length]`.
             target_features: `[batch, vision width]`, features of the target image or video; give `alignment_loss`,
                 `1 - cos(mean visual token, target_features)` as upstream's code.
@@ -311,17 +333,23 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
             output_kind: by default `"image"` for latents of one frame, else `"video"`.
             noise: like `latents`; drawn when left out.
             timesteps: `[batch]`, 0..1000; drawn uniformly from the training table when left out.
+            output_vision_tokens: compute `vision_tokens` though no loss needs them; with neither `input_ids` nor
+                `mllm_hidden_states` those of the empty instruction (null branch).
         """
         mllm_outputs = ModelOutput()
-        needs_vision_tokens = target_features is not None or latents is not None
-        if input_ids is not None or "inputs_embeds" in mllm_kwargs:
+        needs_vision_tokens = output_vision_tokens or target_features is not None or latents is not None
+        if input_ids is not None or inputs_embeds is not None:
             if needs_vision_tokens:
                 mllm_kwargs.update(output_hidden_states=True, use_cache=False)
             mllm_outputs = self.mllm(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 pixel_values=pixel_values,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
                 labels=labels,
+                logits_to_keep=logits_to_keep,
                 **mllm_kwargs,
             )
             if needs_vision_tokens:
@@ -382,8 +410,20 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
     # --- plumbing -------------------------------------------------------------------------------------------------
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], **kwargs: object) -> None:
-        """Switch the attention of MLLM, vision head and adapter, and the decoder's backend of the same kind."""
-        super().set_attn_implementation(attn_implementation, **kwargs)
+        """
+        Switch the attention of MLLM, vision head and adapter, and the decoder's backend of the same kind.
+
+        Raises:
+            ImportError: when a package is missing; the message names it.
+        """
+        wanted = attn_implementation
+        if isinstance(attn_implementation, dict):
+            wanted = attn_implementation.get("mllm_config", self.config.mllm_config._attn_implementation)
+        try:
+            self.mllm.set_attn_implementation(wanted, **kwargs)
+        except ImportError as error:
+            raise _name_the_package(error, wanted) from error
+        self.config._attn_implementation = attn_implementation
         self._pass_on_attn_implementation()
 
     def _pass_on_attn_implementation(self) -> None:
@@ -397,16 +437,30 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
                     f"`attn_implementation` {name!r} has no counterpart among diffusers' attention backends for the "
                     f"decoder. Use one of {', '.join(ATTENTION_BACKENDS)}."
                 )
+            backend = ATTENTION_BACKENDS[name]
+            if backend == "native" and all(
+                p._attention_backend is None for p in self.decoder.attn_processors.values()
+            ):
+                return  # what diffusers does by itself
             # diffusers also makes the backend the default of the whole process; the context manager puts that back.
             with attention_backend("native"):
-                self.decoder.set_attention_backend(ATTENTION_BACKENDS[name])
+                self.decoder.set_attention_backend(backend)
 
     def _require(self, part: str) -> None:
         if getattr(self, part) is None:
             raise ValueError(
-                f"This model has no {part} (`config.{part}_config` is None): it is the `mllm` component of a pipeline. "
-                "Load the root of the repository for the whole model."
+                f"This model has no {part} (`config.{part}_config` is None): it is the `mllm` component of a pipeline."
+                " Load the root of the repository for the whole model."
             )
+
+
+def _name_the_package(error: ImportError, attn_implementation: str | None) -> ImportError:
+    """transformers says that something is missing; say what to install."""
+    package = ATTENTION_PACKAGES.get(attn_implementation, "kernels")
+    return ImportError(
+        f"`attn_implementation={attn_implementation!r}` needs the package `{package}` (`pip install {package}`), or "
+        f"use 'sdpa'. {error}"
+    )
 
 
 __all__ = ["OmniVideoForConditionalGeneration", "OmniVideoOutput", "OmniVideoPreTrainedModel"]

@@ -69,6 +69,22 @@ def pad_embeddings(
     return padded, (torch.arange(padded.shape[1]) < lengths[:, None]).long().to(padded.device)
 
 
+class OmniVideoStoredEmbeddings(nn.Module):
+    """
+    Embeddings that are kept with the weights and never trained.
+
+    A module of its own, so that device maps and offloading place it like any other.
+    """
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(length, width))
+
+    def forward(self) -> torch.Tensor:
+        """`[length, width]`."""
+        return self.weight
+
+
 class OmniVideoAttention(nn.Module):
     """Multi-head attention with separate projections, through transformers' attention interface."""
 
@@ -104,7 +120,7 @@ class OmniVideoAttention(nn.Module):
         return self.out_proj(output.flatten(2))
 
     def _attention_function(self) -> object:
-        name = self.config._attn_implementation or "sdpa"
+        name = self.config._attn_implementation
         if "flash" in name and self.head_dim > FLASH_ATTENTION_MAX_HEAD_DIM:
             # The released adapter has heads of 512, which no flash kernel takes.
             logger.warning_once(
@@ -178,6 +194,8 @@ class OmniVideoQueryTransformer(nn.Module):
     def __init__(self, config: OmniVideoVisionHeadConfig | OmniVideoAdapterConfig, input_size: int) -> None:
         super().__init__()
         self.config = config
+        if config._attn_implementation is None:  # built alone, so no model has chosen one
+            config._attn_implementation = "sdpa"
         self.input_proj_1 = nn.Linear(input_size, config.hidden_size)
         self.input_proj_2 = nn.Linear(config.hidden_size, config.hidden_size)
         self.encoder_layers = nn.ModuleList(OmniVideoEncoderLayer(config) for _ in range(config.num_encoder_layers))
@@ -189,7 +207,7 @@ class OmniVideoQueryTransformer(nn.Module):
         self.decoder_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """`inputs` `[batch, length, input width]` and its padding mask `[batch, length]` -> `[batch, queries, width]`."""
+        """`inputs` `[batch, length, input width]`, mask `[batch, length]` -> `[batch, queries, width]`."""
         memory = self.input_proj_2(nn.functional.gelu(self.input_proj_1(inputs)))
         queries = self.query_tokens.to(memory.device, memory.dtype).expand(memory.shape[0], -1, -1)
         memory_mask = None
@@ -213,7 +231,7 @@ class OmniVideoVisionHead(nn.Module):
         self.config = config
         self.query_transformer = OmniVideoQueryTransformer(config, config.mllm_hidden_size)
         # MLLM states of the empty instruction, kept with the weights: the null branch of guidance reads them.
-        self.register_buffer("null_hidden_states", torch.zeros(config.null_length, config.mllm_hidden_size))
+        self.null_hidden_states = OmniVideoStoredEmbeddings(config.null_length, config.mllm_hidden_size)
 
     def forward(
         self, mllm_hidden_states: Embeddings | None = None, attention_mask: torch.Tensor | None = None
@@ -230,7 +248,7 @@ class OmniVideoVisionHead(nn.Module):
             `[batch, num_query_tokens, hidden_size]`
         """
         if mllm_hidden_states is None:
-            mllm_hidden_states = self.null_hidden_states[None]
+            mllm_hidden_states = self.null_hidden_states()[None]
         hidden_states, attention_mask = pad_embeddings(mllm_hidden_states, attention_mask, "mllm_hidden_states")
         weight = self.query_transformer.input_proj_1.weight
         dtype = weight.dtype if weight.dtype.is_floating_point else hidden_states.dtype  # quantised weights are not
@@ -259,7 +277,9 @@ class OmniVideoVisualContextAdapter(nn.Module):
         Raises:
             ValueError: when the latents do not divide into patches; upstream drops the rest of the picture unseen.
         """
-        if latents.ndim != 5 or any(size % patch for size, patch in zip(latents.shape[2:], self.patch_size, strict=True)):
+        if latents.ndim != 5 or any(
+            size % patch for size, patch in zip(latents.shape[2:], self.patch_size, strict=True)
+        ):
             raise ValueError(
                 f"Source latents must be [batch, channels, frames, height, width] with the last three divisible by "
                 f"{self.patch_size}, got {tuple(latents.shape)}."
@@ -306,9 +326,9 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.attention_config = config
         self.query_transformer = OmniVideoQueryTransformer(config, vision_hidden_size)
         self.visual_context_adapter = OmniVideoVisualContextAdapter(config)
-        self.register_buffer("marker_embeds", torch.zeros(6, hidden_size) if use_markers else None)
+        self.marker_embeds = OmniVideoStoredEmbeddings(6, hidden_size) if use_markers else None
         # Text embedding of the empty prompt, kept with the weights for the null branch of guidance.
-        self.register_buffer("null_prompt_embeds", torch.zeros(null_prompt_length, hidden_size))
+        self.null_prompt_embeds = OmniVideoStoredEmbeddings(null_prompt_length, hidden_size)
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
         """Choose one of transformers' attention implementations, e.g. `"sdpa"`, `"eager"`, `"flash_attention_2"`."""
@@ -323,6 +343,7 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
         output_kind: OutputKind = "video",
         prompt_embeds_mask: torch.Tensor | None = None,
         context_overflow: ContextOverflow = "error",
+        max_context_length: int | None = None,
     ) -> torch.Tensor:
         """
         Build the context of every sample: source, reference, visual tokens, prompt, each only where it exists.
@@ -332,12 +353,13 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 all samples.
             prompt_embeds: `[batch, length, hidden_size]` real text tokens, or one `[length, hidden_size]` per sample;
                 `None` stands for the stored embedding of the empty prompt.
-            source_latents: `[batch, channels, frames, height, width]` normalised latents of the video or image to edit.
+            source_latents: `[batch, channels, frames, height, width]` normalised latents of what is edited.
             reference_latents: likewise, of a reference image.
             output_kind: what is to be drawn; an image is conditioned by the first visual token(s) only.
             prompt_embeds_mask: `[batch, length]`, 0 at padding.
             context_overflow: `"error"` refuses a context longer than `max_context_length`; `"truncate"` cuts its end
                 as upstream does, text first.
+            max_context_length: limit of this call; a longer one than the configured lets a long source in whole.
 
         Returns:
             `[batch, longest, hidden_size]`; shorter samples end in zeros, which is how the decoder's context is padded
@@ -351,7 +373,7 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if context_overflow not in ("error", "truncate"):
             raise ValueError(f"`context_overflow` must be 'error' or 'truncate', got {context_overflow!r}.")
         if prompt_embeds is None:
-            prompt_embeds = self.null_prompt_embeds[None]
+            prompt_embeds = self.null_prompt_embeds()[None]
         prompt_embeds, prompt_embeds_mask = pad_embeddings(prompt_embeds, prompt_embeds_mask, "prompt_embeds")
         if prompt_embeds_mask is None:
             prompts = list(prompt_embeds)
@@ -368,14 +390,17 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
         parts.append([self._between_markers(_PROMPT, prompt[None], like=visual)[0] for prompt in prompts])
         batch = max(len(part) for part in parts)
         if any(len(part) not in (1, batch) for part in parts):
-            raise ValueError(f"Parts of the context must have one batch size or 1, got {[len(part) for part in parts]}.")
+            raise ValueError(
+                f"Parts of the context must have one batch size or 1, got {[len(part) for part in parts]}."
+            )
         contexts = [torch.cat([part[index % len(part)] for part in parts]) for index in range(batch)]
 
+        limit = max_context_length or self.config.max_context_length
         longest = max(len(context) for context in contexts)
-        if longest > self.config.max_context_length:
+        if longest > limit:
             if context_overflow == "error":
-                self._refuse_overflow(longest, source_latents)
-            contexts = [context[: self.config.max_context_length] for context in contexts]
+                self._refuse_overflow(longest, limit, source_latents)
+            contexts = [context[:limit] for context in contexts]
         return pad_sequence(contexts, batch_first=True)
 
     def adapt_vision_tokens(self, vision_tokens: torch.Tensor, output_kind: OutputKind = "video") -> torch.Tensor:
@@ -396,20 +421,20 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def pad_context(self, context: torch.Tensor) -> torch.Tensor:
         """
         Zero-pad `[batch, length, hidden_size]` to `max_context_length`, as the decoder was trained: the zeros pass its
-        text projection and are attended to without a mask.
+        text projection and are attended to without a mask. A longer context stays as it is.
         """
-        return nn.functional.pad(context, (0, 0, 0, self.config.max_context_length - context.shape[1]))
+        return nn.functional.pad(context, (0, 0, 0, max(0, self.config.max_context_length - context.shape[1])))
 
     def _between_markers(self, marker: int, tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """`tokens` `[batch, length, hidden_size]` between their start and end marker, bare without markers."""
         tokens = tokens.to(like)
         if self.marker_embeds is None:
             return tokens
-        start, end = self.marker_embeds[marker : marker + 2].to(like)[:, None, None].expand(-1, len(tokens), -1, -1)
+        edges = self.marker_embeds()[marker : marker + 2].to(like)
+        start, end = edges[:, None, None].expand(-1, len(tokens), -1, -1)
         return torch.cat([start, tokens, end], dim=1)
 
-    def _refuse_overflow(self, length: int, source_latents: torch.Tensor | None) -> None:
-        limit = self.config.max_context_length
+    def _refuse_overflow(self, length: int, limit: int, source_latents: torch.Tensor | None) -> None:
         message = f"The context has {length} tokens, but the decoder takes {limit} (`max_context_length`). "
         if source_latents is None:
             message += "Shorten the prompt or pass a smaller reference image."

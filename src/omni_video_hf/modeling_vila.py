@@ -1,6 +1,5 @@
 """VILA on transformers' SigLIP and causal language models, with the numbers of upstream's Omni-Video v1."""
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -98,11 +97,9 @@ class VilaModel(VilaPreTrainedModel):
 
     def __init__(self, config: VilaConfig) -> None:
         super().__init__(config)
-        # The tower ends at the selected hidden state, so no layer is built whose output nobody reads.
-        vision_config = copy.copy(config.vision_config)
-        vision_config.num_hidden_layers = config.num_vision_layers
-        vision_config.vision_use_head = False
-        self.vision_tower = AutoModel.from_config(vision_config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        # The tower ends at the selected hidden state: no layer is kept whose output nobody reads.
+        self.vision_tower.encoder.layers = self.vision_tower.encoder.layers[: config.num_vision_layers]
         self.multi_modal_projector = VilaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -133,7 +130,9 @@ class VilaModel(VilaPreTrainedModel):
         outputs = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True, **kwargs)
         selected = outputs.hidden_states[-1]  # before post_layernorm
         return BaseModelOutputWithPooling(
-            last_hidden_state=selected, pooler_output=self.multi_modal_projector(selected), attentions=outputs.attentions
+            last_hidden_state=selected,
+            pooler_output=self.multi_modal_projector(selected),
+            attentions=outputs.attentions,
         )
 
     def get_placeholder_mask(self, input_ids: torch.Tensor, image_features: torch.Tensor) -> torch.Tensor:
@@ -216,7 +215,7 @@ class VilaModel(VilaPreTrainedModel):
 
 
 class VilaForConditionalGeneration(VilaPreTrainedModel, GenerationMixin):
-    """VILA with its language-modelling head: answers about images and frames, and hidden states for the vision head."""
+    """VILA with its language-modelling head: answers about images, and hidden states for the vision head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
 

@@ -5,10 +5,10 @@ import tiny
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from golden import CORE_EXPECTED, kind, relative_error
-from omni_video_hf.media_omni_video import VideoClip, save_video
 from PIL import Image
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline, OmniVideoPipelineOutput
+from omni_video_hf.media_omni_video import VideoClip, save_video
 
 RANDOM = np.random.default_rng(0)
 CLIP = VideoClip(RANDOM.integers(0, 255, (5, 32, 64, 3), dtype=np.uint8), 12.0)

@@ -4,11 +4,11 @@ import pytest
 import tiny
 import torch
 from golden import VILA_EXPECTED
-from omni_video_hf.media_omni_video import VideoClip
 from PIL import Image
 from transformers import AutoProcessor
 
 from omni_video_hf import OmniVideoProcessor
+from omni_video_hf.media_omni_video import VideoClip
 from omni_video_hf.processing_omni_video import TASKS
 
 # upstream's name of each task; the two `generate` prompts are understanding with no image and with two frames

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
-from .media_omni_video import VideoClip, load_image, load_video, sample_frames
+from .media_omni_video import load_image, load_sampled_video
 
 SYSTEM_PROMPT = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -304,9 +303,8 @@ class OmniVideoProcessor(ProcessorMixin):
         self, video: Any, num_frames: int, sampling: str = "upstream_understand", only_first: bool = False
     ) -> list[Image.Image]:
         """Frames of a video (path, URL, frames, array, tensor or `VideoClip`) by a named strategy, as PIL images."""
-        clip = video if isinstance(video, VideoClip) else load_video(video)
-        frames = sample_frames(clip.frames, sampling, num_frames)
-        return [Image.fromarray(frame) for frame in np.asarray(frames)[: 1 if only_first else None]]
+        frames = load_sampled_video(video, sampling, num_frames)
+        return [Image.fromarray(frame) for frame in frames[: 1 if only_first else None]]
 
     def _check_media(self, task: str, num_prompts: int, images: Any, videos: Any) -> None:
         source = get_task(task).source

@@ -1,0 +1,26 @@
+"""Fixtures that several modules share."""
+
+import os
+
+# Weights that are read from a file lie elsewhere in memory than those that were just made, and MKL may then add in
+# another order. Bit-equality is only to be had with one code path for both.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from convert_omni_video import convert
+from golden import CORE
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Upstream's golden checkpoint as our repository."""
+    output = tmp_path_factory.mktemp("converted") / "omni-video-tiny"
+    convert(CORE / "omni_ckpts", output, max_context_length=64)
+    return output

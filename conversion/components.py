@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from original_checkpoint import TEXT_ENCODER, VILA, WAN_CONFIG, WAN_VAE, OriginalCheckpoint, Part
-from transformers import GenerationConfig, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from omni_video_hf import OmniVideoAdapter, OmniVideoConfig, OmniVideoForConditionalGeneration, VilaConfig
 from omni_video_hf.processing_omni_video import IMAGE_GENERATION_TOKEN, IMAGE_TOKEN, VIDEO_GENERATION_TOKEN
@@ -28,12 +28,13 @@ class Component:
     weights_name: str  # stem of its files
     unused: list[str] = field(default_factory=list)  # weights that upstream's code never reads
 
-    def save_config(self, folder: Path) -> None:
-        """Write `config.json`, and what else belongs beside it."""
+    def save_config(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write `config.json`, which names the weights' number format, and what else belongs beside it."""
         if self.weights_name == "diffusion_pytorch_model":
             self.model.save_config(folder)
             return
         self.model.config.architectures = [type(self.model).__name__]
+        _set_dtype(self.model.config, dtype)
         self.model.config.save_pretrained(folder)
         if self.name == "mllm":
             self.model.generation_config.save_pretrained(folder)
@@ -48,8 +49,8 @@ def mllm_component(checkpoint: OriginalCheckpoint, tokenizer: PreTrainedTokenize
     vocabulary = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if rows != vocabulary:
         raise ValueError(
-            f"{checkpoint.root / VILA / 'llm'}: the tokenizer has {vocabulary} tokens, but the embedding has {rows} rows. "
-            "Upstream would cut rows off or make random ones up; convert a checkpoint whose parts fit."
+            f"{checkpoint.root / VILA / 'llm'}: the tokenizer has {vocabulary} tokens, but the embedding has {rows} "
+            "rows. Upstream would cut rows off or make random ones up; convert a checkpoint whose parts fit."
         )
     head = _bridge_sizes(part, "vision_head.query_transformer.")
     config = OmniVideoConfig(
@@ -168,6 +169,14 @@ def expected_tensors(component: Component) -> dict[str, tuple[int, ...]]:
     """Names and shapes that the component's files must have; tied weights are stored once."""
     tied = getattr(component.model, "all_tied_weights_keys", {})
     return {name: tuple(t.shape) for name, t in component.model.state_dict().items() if name not in tied}
+
+
+def _set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """State a number format in a configuration and those inside it."""
+    config.dtype = dtype
+    for name in config.sub_configs:
+        if getattr(config, name) is not None:
+            _set_dtype(getattr(config, name), dtype)
 
 
 def _check_vila(checkpoint: OriginalCheckpoint) -> int:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,7 @@ def convert(
     if with_markers and not checkpoint.has(MARKERS):
         raise ValueError(f"{original / MARKERS}: is missing. `--without-markers` joins the parts of the context bare.")
 
+    wan_source = find_wan(wan_repo, missing) if missing else None
     tokenizer = AutoTokenizer.from_pretrained(original / VILA / "llm")
     tokenizer.add_tokens(IMAGE_TOKEN, special_tokens=True)
     for token in missing_generation_tokens(tokenizer):
@@ -105,7 +107,7 @@ def convert(
     with _alone(output), Unfinished(partial, fingerprint(checkpoint, components, options)) as unfinished:
         _check_disk_space(components, dtype, partial)
         write_weights(components, dtype, max_shard_size, unfinished)
-        write_the_rest(checkpoint, components, tokenizer, missing, wan_repo, partial)
+        write_the_rest(checkpoint, components, tokenizer, missing, wan_source, partial)
         write_root_index(partial)
         verify(components, partial)
         unfinished.finish(output)
@@ -144,7 +146,7 @@ def check_component(component: Component, root: Path) -> None:
 def write_weights(
     components: list[Component], dtype: torch.dtype | None, max_shard_size: int | str, unfinished: "Unfinished"
 ) -> None:
-    """Write every shard that is not there yet. Source files are opened anew for each, which gives their memory back."""
+    """Write every shard that is not there yet. Sources are opened anew for each, which gives their memory back."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -159,7 +161,7 @@ def write_weights(
         for component, plan in plans:
             folder = unfinished.folder / component.name
             folder.mkdir(parents=True, exist_ok=True)
-            component.save_config(folder)
+            component.save_config(folder, plan.dtype)
             for file, names in plan.filename_to_tensors.items():
                 progress.update(bar, description=f"{component.name}/{file}")
                 size = plan.sizes[file]
@@ -186,6 +188,7 @@ def plan_shards(component: Component, dtype: torch.dtype | None, max_shard_size:
     }
     pattern = component.weights_name + "{suffix}.safetensors"
     plan = split_torch_state_dict_into_shards(stored, filename_pattern=pattern, max_shard_size=max_shard_size)
+    plan.dtype = Counter(tensor.dtype for tensor in stored.values()).most_common(1)[0][0]
     plan.sizes = {
         file: sum(stored[name].numel() * stored[name].element_size() for name in names)
         for file, names in plan.filename_to_tensors.items()
@@ -209,7 +212,7 @@ def write_the_rest(
     components: list[Component],
     tokenizer: Any,
     missing: list[str],
-    wan_repo: str | None,
+    wan_source: Path | None,
     folder: Path,
 ) -> None:
     """Processor, text tokenizer, scheduler, parts of another repository, and the pipeline's index."""
@@ -231,8 +234,8 @@ def write_the_rest(
     scheduler.save_pretrained(folder / "scheduler")
     if "tokenizer" not in missing:
         AutoTokenizer.from_pretrained(checkpoint.path(TEXT_TOKENIZER)).save_pretrained(folder / "tokenizer")
-    if missing:
-        _copy_from_wan(wan_repo, missing, folder)
+    for name in missing:
+        shutil.copytree(wan_source / name, folder / name, dirs_exist_ok=True)
     write_model_index(folder, components, scheduler)
 
 
@@ -255,18 +258,16 @@ def write_model_index(folder: Path, components: list[Component], scheduler: UniP
     OmniVideoPipeline(**parts).save_config(folder)
 
 
-def _copy_from_wan(wan_repo: str, folders: list[str], target: Path) -> None:
-    """Folders of a Wan repository in diffusers' format, safetensors only."""
+def find_wan(wan_repo: str, folders: list[str]) -> Path:
+    """The wanted folders of a Wan repository in diffusers' format, on this machine; safetensors only."""
     source = Path(wan_repo)
     if not source.is_dir():
         patterns = [f"{folder}/*{suffix}" for folder in folders for suffix in (".json", ".safetensors", ".model")]
         source = Path(snapshot_download(wan_repo, allow_patterns=patterns))
     for folder in folders:
         if not (source / folder).is_dir():
-            raise ValueError(
-                f"`--wan-repo {wan_repo}` has no folder {folder!r}; give a repository in diffusers' format."
-            )
-        shutil.copytree(source / folder, target / folder, dirs_exist_ok=True)
+            raise ValueError(f"`--wan-repo {wan_repo}` has no folder {folder!r}; give one in diffusers' format.")
+    return source
 
 
 def verify(components: list[Component], folder: Path) -> None:
@@ -367,6 +368,10 @@ def _check_disk_space(components: list[Component], dtype: torch.dtype | None, fo
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
 def main(
     original: Annotated[Path, typer.Option(help="Upstream's `omni_ckpts` folder.")],
     output: Annotated[Path, typer.Option(help="Folder to make.")],
@@ -400,4 +405,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

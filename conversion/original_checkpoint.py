@@ -175,6 +175,8 @@ class OriginalCheckpoint:
             part.superseded = len(part.tensors.keys() & wins.keys())
             part.tensors |= wins
             part.files.add(TRAINED)
+        if not part.tensors:
+            raise CorruptCheckpointError(f"{self.root / TRAINED}: is missing, or has no weights under {prefix!r}.")
         return part
 
     def _weights(self, patterns: list[str | None]) -> Part:

@@ -103,8 +103,8 @@ def generate(
         task = None
         if output is not None:
             task = "t2i" if _checked_output(output, overwrite) == "image" else "t2v"
-        pipe = _load(model, dtype, device, cpu_offload, attention_backend, lora, revision, token, trust_remote_code)
         settings = _settings(size, frames, fps, steps, guidance_scale, flow_shift, seed, negative_prompt)
+        pipe = _load(model, dtype, device, cpu_offload, attention_backend, lora, revision, token, trust_remote_code)
         _finish(pipe(prompt, task=task, **settings), output, overwrite)
 
 
@@ -145,8 +145,8 @@ def edit(
         kind = next(iter(media))
         if output is not None and _checked_output(output, overwrite) != kind:
             raise ValueError(f"`--output {output}` does not fit an edit of the {kind} {source}.")
-        pipe = _load(model, dtype, device, cpu_offload, attention_backend, lora, revision, token, trust_remote_code)
         settings = _settings(size, frames, fps, steps, guidance_scale, flow_shift, seed, negative_prompt)
+        pipe = _load(model, dtype, device, cpu_offload, attention_backend, lora, revision, token, trust_remote_code)
         task = "i2i" if kind == "image" else "v2v"
         _finish(
             pipe(instruction, **media, task=task, max_context_length=max_context_length, **settings), output, overwrite
@@ -210,6 +210,7 @@ class _one_line_errors:  # noqa: N801 - used as a function
         self.verbose = verbose
 
     def __enter__(self) -> None:
+        transformers.logging.disable_progress_bar()  # diffusers' own shows the components
         for library in (transformers, diffusers):
             library.logging.set_verbosity_info() if self.verbose else library.logging.set_verbosity_error()
 
@@ -265,20 +266,22 @@ def _load(
     """The pipeline, on its device and set up as asked."""
     if "/" not in model and not Path(model).exists():
         raise ValueError(f"`--model {model}` is neither a folder nor a Hub repository (`owner/name`).")
+    device = device or _best_device()
+    if cpu_offload is not None and device == "cpu":
+        raise ValueError(f"`--cpu-offload {cpu_offload.value}` needs an accelerator; the device is the CPU.")
     arguments = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
     if dtype is not None:
         arguments["dtype"] = getattr(torch, dtype.value)
     pipe = OmniVideoPipeline.from_pretrained(model, **{key: value for key, value in arguments.items() if value})
+    if lora is not None and lora.endswith(".safetensors") and not Path(lora).is_file():
+        raise ValueError(f"`--lora {lora}`: no such file.")
     if lora is not None:
         given = json.loads(lora) if lora.lstrip().startswith("{") else {"pretrained_model_name_or_path_or_dict": lora}
         pipe.load_lora_weights(given.pop("pretrained_model_name_or_path_or_dict", given.pop("path", None)), **given)
     if attention_backend is not None:
         pipe.transformer.set_attention_backend(attention_backend)
-    device = device or _best_device()
     if cpu_offload is None:
         return pipe.to(device)
-    if device == "cpu":
-        raise ValueError(f"`--cpu-offload {cpu_offload.value}` needs an accelerator; the device is the CPU.")
     if cpu_offload is CpuOffload.model:
         pipe.enable_model_cpu_offload(device=device)
     elif cpu_offload is CpuOffload.sequential:

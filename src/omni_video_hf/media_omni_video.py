@@ -28,10 +28,11 @@ from .media_reading_omni_video import (
 )
 
 MAX_DOWNLOAD_BYTES = 2**31
+DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer; the session's own default is to wait for ever
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VideoClip:
     """
     A video in memory.
@@ -98,7 +99,9 @@ def save_image(image: Image.Image | np.ndarray | torch.Tensor, path: str | Path)
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: Pillow would clip instead of scaling
+    if image.mode == "F":
+        return Image.fromarray(_to_uint8_rgb(np.asarray(image), "image", 2))
+    if image.mode.startswith("I"):  # 16 bits and more: Pillow would clip instead of scaling
         values = np.asarray(image, dtype=np.float64)
         top = 65535.0 if values.max() > 255 or image.mode.startswith("I;16") else 255.0
         return Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -137,8 +140,9 @@ def load_video(
     Raises:
         MediaError: unreadable, damaged, cut short, too short for what is asked, or no video.
     """
-    for name, value in (("fps", fps), ("num_frames", num_frames), ("max_frames", max_frames)):
-        if value is not None and not value > 0:
+    wishes = {"fps": fps, "num_frames": num_frames, "max_frames": max_frames, "source_fps": source_fps}
+    for name, value in wishes.items():
+        if value is not None and not 0 < value < np.inf:
             raise MediaError(f"`{name}` must be positive, got {value}.")
     if isinstance(source, (str, Path)):
         with _local_file(source) as path:
@@ -165,7 +169,7 @@ def _load_file(path: Path, fps: float | None, num_frames: int | None, max_frames
 
 
 def _steady_rate(times: np.ndarray) -> float | None:
-    """The rate of a file whose frames nearly all lie equally far apart, such as one with a few dropped; else `None`."""
+    """The rate of a file whose frames nearly all lie equally far apart (a few may be dropped); else `None`."""
     steps = np.diff(times)
     usual = float(np.median(steps))
     return 1 / usual if usual > 0 and (np.abs(steps - usual) < 0.02 * usual).mean() >= 0.8 else None
@@ -186,8 +190,13 @@ def load_sampled_video(source: Any, strategy: str, num_frames: int) -> np.ndarra
 
 
 def _decode(index: Any, numbers: Sequence[int]) -> np.ndarray:
-    frames = dict(decode_frames(index, numbers))
-    return np.stack([frames[number] for number in numbers])
+    rows: dict[int, list[int]] = {}
+    for row, number in enumerate(numbers):
+        rows.setdefault(int(number), []).append(row)
+    frames = np.empty((len(numbers), index.info.height, index.info.width, 3), np.uint8)
+    for number, frame in decode_frames(index, list(rows)):
+        frames[rows[number]] = frame
+    return frames
 
 
 def _select(
@@ -206,8 +215,12 @@ def _select(
             return list(range(total)), rate
         if num_frames > total:
             raise MediaError(f"{name}: has {total} frames, {num_frames} were asked for.")
-        numbers = np.linspace(0, total - 1, num_frames).round().astype(int).tolist()
-        return numbers, rate * (num_frames - 1) / (total - 1) if num_frames > 1 else rate
+        if num_frames == 1:
+            return [0], rate
+        # The frame nearest to each instant: by number alone, a varying rate would play now too fast, now too slow.
+        instants = np.linspace(0, times[-1], num_frames)
+        numbers = np.interp(instants, times, np.arange(total)).round(6).round().astype(int)
+        return numbers.tolist(), (num_frames - 1) / float(times[-1])
     available = max(1, int(np.ceil((duration - slack) * fps - 1e-6)))
     if num_frames is not None and num_frames > available:
         raise MediaError(
@@ -312,19 +325,19 @@ def save_video(frames: Any, path: str | Path, fps: float | None = None, *, crf: 
     rate = fps or clip.fps
     if rate is None:
         raise MediaError("`fps` must be given for frames that carry no rate.")
-    pixels = np.pad(
-        clip.frames, ((0, 0), (0, clip.frames.shape[1] % 2), (0, clip.frames.shape[2] % 2), (0, 0)), "edge"
-    )
-    with _complete_or_absent(path) as partial, av.open(str(partial), "w", format="mp4") as container:
+    odd_rows, odd_columns = clip.frames.shape[1] % 2, clip.frames.shape[2] % 2
+    options = {"movflags": "+faststart"}  # the index first: browsers play while they load
+    with _complete_or_absent(path) as partial, av.open(str(partial), "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(100_000))
-        stream.height, stream.width = pixels.shape[1:3]
+        stream.height, stream.width = clip.frames.shape[1] + odd_rows, clip.frames.shape[2] + odd_columns
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": str(crf)}
         context = stream.codec_context
         context.color_range, context.colorspace = ColorRange.MPEG, Colorspace.ITU709
         context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        for picture in pixels:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        for picture in clip.frames:
+            padded = np.pad(picture, ((0, odd_rows), (0, odd_columns), (0, 0)), "edge")
+            frame = av.VideoFrame.from_ndarray(padded, format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -404,7 +417,8 @@ def _local_file(source: str | Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "download"
         try:
-            with get_session().stream("GET", str(source), follow_redirects=True) as response, path.open("wb") as file:
+            request = get_session().stream("GET", str(source), follow_redirects=True, timeout=DOWNLOAD_TIMEOUT)
+            with request as response, path.open("wb") as file:
                 response.raise_for_status()
                 for chunk in response.iter_bytes():
                     file.write(chunk)
@@ -414,7 +428,10 @@ def _local_file(source: str | Path) -> Iterator[Path]:
             raise
         except Exception as error:  # the HTTP library's own errors, whichever it is
             raise MediaError(f"{source}: could not be downloaded ({error}).") from error
-        yield path
+        try:
+            yield path
+        except MediaError as error:  # it names the download's temporary file, which tells the caller nothing
+            raise MediaError(str(error).replace(str(path), str(source))) from error
 
 
 @contextmanager

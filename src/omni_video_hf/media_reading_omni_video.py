@@ -292,6 +292,11 @@ def _read_packets(path: Path, container: Any, stream: Any) -> list[tuple[int | N
     else:
         promised = stream.frames
     promised = max(promised, seen)
+    if container.format.name == "gif" and seen < promised:  # FFmpeg joins pictures that have no time of their own
+        raise MediaError(
+            f"{path}: only {seen} of the GIF's {promised} frames can be read: some have no duration, or damage. "
+            "Save it again with durations, or as MP4."
+        )
     if seen - broken < promised:
         raise MediaError(
             f"{path}: the container promises {promised} frames but only {seen - broken} are whole. "

@@ -1,3 +1,4 @@
+import struct
 import wave
 from contextlib import contextmanager
 from fractions import Fraction
@@ -26,6 +27,7 @@ from omni_video_hf.media_omni_video import (
 )
 from omni_video_hf.media_reading_omni_video import decode_frames, read_index
 
+BT2020 = 9  # older PyAV has no name for it
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 FLAT = [RED, GREEN, BLUE, (255, 255, 0), (0, 255, 255), (255, 0, 255), (0, 0, 0), WHITE, (200, 30, 90)]
 
@@ -91,6 +93,15 @@ def write(
                 frame.pts, frame.time_base = stamps[number], time_base
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
+    return path
+
+
+def turn(path, a, b, c, d):
+    """Give an MP4 file the display matrix (a b; c d), as phones do instead of turning the pixels."""
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 4 + 40
+    data[start : start + 36] = struct.pack(">9i", *(round(65536 * x) for x in (a, b, 0, c, d, 0, 0, 0)), 1 << 30)
+    path.write_bytes(data)
     return path
 
 
@@ -202,26 +213,30 @@ class TestReading:
 
 class TestGeometry:
     @pytest.mark.parametrize(
-        ("degrees", "size", "seen"),
-        [(90, (32, 48), "gwrb"), (-90, (32, 48), "brwg"), (180, (48, 32), "wbgr")],
+        ("degrees", "matrix", "size", "seen"),
+        [
+            (90, (0, -1, 1, 0), (32, 48), "gwrb"),
+            (270, (0, 1, -1, 0), (32, 48), "brwg"),
+            (180, (-1, 0, 0, -1), (48, 32), "wbgr"),
+        ],
     )
-    def test_rotation(self, tmp_path, degrees, size, seen):
-        path = write(tmp_path / "a.mp4", [quadrants()] * 3, setup=lambda s: s.set_display_rotation(degrees), crf=5)
+    def test_rotation(self, tmp_path, degrees, matrix, size, seen):
+        path = turn(write(tmp_path / "a.mp4", [quadrants()] * 3, crf=5), *matrix)
         info = probe_video(path)
         assert (info.width, info.height) == size
-        assert info.rotation == degrees % 360 and not info.is_mirrored
+        assert info.rotation == degrees and not info.is_mirrored
         clip = load_video(path)
         assert clip.frames.shape[1:3] == size[::-1]
         assert corners(clip.frames[0]) == seen
         assert "turned" in clip.notes[0]
 
     def test_mirrored(self, tmp_path):
-        path = write(tmp_path / "a.mp4", [quadrants()] * 2, setup=lambda s: s.set_display_rotation(0, hflip=True))
+        path = turn(write(tmp_path / "a.mp4", [quadrants()] * 2), -1, 0, 0, 1)
         assert probe_video(path).is_mirrored
         assert corners(load_video(path).frames[0]) == "grwb"
 
     def test_slanted_is_refused(self, tmp_path):
-        path = write(tmp_path / "a.mp4", [quadrants()] * 2, setup=lambda s: s.set_display_rotation(45))
+        path = turn(write(tmp_path / "a.mp4", [quadrants()] * 2), 0.7071, 0.7071, -0.7071, 0.7071)
         assert "45" in error_of(load_video, path)
 
     def test_oblong_pixels(self, tmp_path):
@@ -239,7 +254,7 @@ class TestGeometry:
 
 
 class TestColour:
-    @pytest.mark.parametrize("matrix", [Colorspace.ITU709, Colorspace.ITU601, Colorspace.BT2020])
+    @pytest.mark.parametrize("matrix", [Colorspace.ITU709, Colorspace.ITU601, BT2020])
     def test_tagged_matrix_is_followed(self, tmp_path, matrix):
         def setup(stream):
             stream.codec_context.colorspace, stream.codec_context.color_range = matrix, ColorRange.MPEG
@@ -252,11 +267,11 @@ class TestColour:
     def test_hdr(self, tmp_path, code, name):
         def setup(stream):
             context = stream.codec_context
-            context.colorspace, context.color_primaries, context.color_trc = Colorspace.BT2020, 9, code
+            context.colorspace, context.color_primaries, context.color_trc = BT2020, 9, code
             context.color_range = ColorRange.MPEG
 
         frames = [flat(colour) for colour in FLAT]
-        path = write(tmp_path / "a.mp4", frames, pixels="yuv420p10le", setup=setup, matrix=Colorspace.BT2020, crf=5)
+        path = write(tmp_path / "a.mp4", frames, pixels="yuv420p10le", setup=setup, matrix=BT2020, crf=5)
         clip = load_video(path)
         assert np.abs(clip.frames.mean((1, 2)) - FLAT).max() < 4
         assert name in clip.notes[0] and "tone mapping" in clip.notes[0]

@@ -9,7 +9,7 @@ from accelerate.utils import compute_module_sizes
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from golden import CORE_EXPECTED, TASKS, kind, relative_error
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import AutoModel, AutoModelForImageTextToText, QuantoConfig
 
 from omni_video_hf import OmniVideoAdapter, OmniVideoForConditionalGeneration
 from omni_video_hf import modeling_omni_video_connectors as connectors
@@ -308,9 +308,9 @@ def test_gradient_checkpointing_reaches_every_part_and_changes_nothing():
 
 
 def test_quantization_config(saved, model):
-    config = BitsAndBytesConfig(load_in_8bit=True)
+    config = QuantoConfig(weights="int8")
     loaded = OmniVideoForConditionalGeneration.from_pretrained(saved, quantization_config=config)
-    quantized = {name.split(".")[0] for name, parameter in loaded.named_parameters() if parameter.dtype == torch.int8}
+    quantized = {name.split(".")[0] for name, module in loaded.named_modules() if type(module).__name__ == "QLinear"}
     assert quantized == {"mllm", "vision_head", "adapter", "decoder"}
     assert relative_error(run(loaded).float(), run(model)) < 0.1
 

@@ -1,6 +1,7 @@
 """The `omni-video` command: generate, edit, ask, and look into a repository."""
 
 import json
+import logging
 import sys
 from enum import Enum
 from pathlib import Path
@@ -210,6 +211,7 @@ class _one_line_errors:  # noqa: N801 - used as a function
         self.verbose = verbose
 
     def __enter__(self) -> None:
+        logging.getLogger(__package__).setLevel(logging.INFO if self.verbose else logging.ERROR)
         transformers.logging.disable_progress_bar()  # diffusers' own shows the components
         for library in (transformers, diffusers):
             library.logging.set_verbosity_info() if self.verbose else library.logging.set_verbosity_error()
@@ -343,7 +345,7 @@ def _finish(output: OmniVideoPipelineOutput, path: Path | None = None, overwrite
     else:
         save_video(frames, path, fps=output.fps)
     for note in output.notes:
-        console.print(f"[yellow]note:[/] {note}", highlight=False)
+        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in output.settings.items():
         if value is not None and name != "prompt":

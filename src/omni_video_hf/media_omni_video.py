@@ -11,7 +11,7 @@ from typing import Any, Literal
 import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.reformatter import ColorRange, Colorspace
 from huggingface_hub.utils import get_session
 from PIL import Image, ImageOps
 
@@ -28,6 +28,7 @@ from .media_reading_omni_video import (
 )
 
 MAX_DOWNLOAD_BYTES = 2**31
+BT709 = 1  # as primaries and as transfer, in ITU-T H.273; older PyAV has no names for them
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer; the session's own default is to wait for ever
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -334,7 +335,7 @@ def save_video(frames: Any, path: str | Path, fps: float | None = None, *, crf: 
         stream.options = {"crf": str(crf)}
         context = stream.codec_context
         context.color_range, context.colorspace = ColorRange.MPEG, Colorspace.ITU709
-        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        context.color_primaries = context.color_trc = BT709
         for picture in clip.frames:
             padded = np.pad(picture, ((0, odd_rows), (0, odd_columns), (0, 0)), "edge")
             frame = av.VideoFrame.from_ndarray(padded, format="rgb24")

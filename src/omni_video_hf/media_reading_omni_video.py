@@ -18,6 +18,9 @@ import av
 import numpy as np
 from PIL import Image
 
+if int(av.__version__.split(".")[0]) < 17:
+    raise ImportError(f"PyAV 17 or later is needed, found {av.__version__}: older ones convert HD colours wrongly.")
+
 # Transparent parts of pictures and videos are shown over this colour. White is what most viewers and papers do;
 # dropping the alpha channel would bring up whatever lies under it, often black.
 BACKGROUND = (255, 255, 255)
@@ -203,7 +206,7 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     check_file(path)
     options = {"format_whitelist": VIDEO_CONTAINERS, "protocol_whitelist": "file"}
     try:
-        container = av.open(f"file:{path}", options=options, metadata_errors="replace")
+        container = av.open(f"file:{path}", container_options=options, metadata_errors="replace")
     except (av.FFmpegError, OSError) as error:
         raise MediaError(f"{path}: {_why_not_opened(path, error)}") from error
     with container:

@@ -42,6 +42,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 STATE = "conversion.json"  # in the unfinished folder: what it is made from, and which shards are complete
 # Parts that may come from a repository of Wan in diffusers' format: our folder -> upstream's file.
 OPTIONAL = {"text_encoder": TEXT_ENCODER, "vae": WAN_VAE, "tokenizer": TEXT_TOKENIZER}
+MAX_MAPPED_BYTES = 2**28
 console = Console(stderr=True)
 
 
@@ -146,7 +147,7 @@ def check_component(component: Component, root: Path) -> None:
 def write_weights(
     components: list[Component], dtype: torch.dtype | None, max_shard_size: int | str, unfinished: "Unfinished"
 ) -> None:
-    """Write every shard that is not there yet. Sources are opened anew for each, which gives their memory back."""
+    """Write every shard that is not there yet."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -166,11 +167,7 @@ def write_weights(
                 progress.update(bar, description=f"{component.name}/{file}")
                 size = plan.sizes[file]
                 if not unfinished.has(folder / file):
-                    tensors = component.load().tensors
-                    shard = {name: _checked(name, tensors[name], dtype) for name in names}
-                    del tensors
-                    unfinished.write(folder / file, shard)
-                    del shard
+                    unfinished.write(folder / file, read_shard(component, names, dtype))
                 progress.advance(bar, size)
             if plan.is_sharded:
                 index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
@@ -196,13 +193,26 @@ def plan_shards(component: Component, dtype: torch.dtype | None, max_shard_size:
     return plan
 
 
+def read_shard(component: Component, names: list[str], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Copies of the named tensors. Sources are opened anew every so often, which takes them out of memory."""
+    shard: dict[str, torch.Tensor] = {}
+    tensors, read = component.load().tensors, 0
+    for name in names:
+        if read > MAX_MAPPED_BYTES:
+            tensors, read = component.load().tensors, 0
+        shard[name] = _checked(name, tensors[name], dtype)
+        read += tensors[name].numel() * tensors[name].element_size()
+    return shard
+
+
 def _target_dtype(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
 def _checked(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """A copy in memory, in its target format."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    # The extremes carry every NaN and infinity, and finding them takes no memory.
+    if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
         raise ValueError(f"The weight {name!r} has values that are not finite: the checkpoint is damaged.")
     return tensor.to(_target_dtype(tensor, dtype), copy=True).contiguous()
 
@@ -319,6 +329,7 @@ class Unfinished:
         """Write a shard; it appears, and is recorded, when it is on the disk."""
         partial = file.with_suffix(".partial")
         save_file(tensors, partial, metadata={"format": "pt"})
+        shutil.copymode(file.with_name("config.json"), partial)  # safetensors lets only its owner read
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         partial.replace(file)

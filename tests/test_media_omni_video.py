@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange
 from PIL import Image
 
 from omni_video_hf import media_omni_video
@@ -27,7 +27,8 @@ from omni_video_hf.media_omni_video import (
 )
 from omni_video_hf.media_reading_omni_video import decode_frames, read_index
 
-BT2020 = 9  # older PyAV has no name for it
+BT709, BT601, BT2020 = 1, 5, 9  # colour matrices in ITU-T H.273
+LUMA = {BT709: (0.2126, 0.0722), BT601: (0.299, 0.114), BT2020: (0.2627, 0.0593)}  # shares of red and blue
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 FLAT = [RED, GREEN, BLUE, (255, 255, 0), (0, 255, 255), (255, 0, 255), (0, 0, 0), WHITE, (200, 30, 90)]
 
@@ -61,6 +62,14 @@ def corners(frame):
     return found
 
 
+def luma_and_chroma(picture, red, blue):
+    """The three planes of an RGB picture in limited range, by the definition and not by what reads them back."""
+    rgb = picture / 255
+    luma = rgb @ (red, 1 - red - blue, blue)
+    chroma = [(rgb[..., 2] - luma) / (1 - blue) / 2, (rgb[..., 0] - luma) / (1 - red) / 2]
+    return np.stack([16 + 219 * luma, *(128 + 224 * plane for plane in chroma)]).round().astype(np.uint8)
+
+
 def write(
     path,
     frames,
@@ -86,9 +95,10 @@ def write(
         if time_base:
             stream.codec_context.time_base = time_base
         for number, picture in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(picture, format=source)
             if matrix:
-                frame = frame.reformat(format=pixels, dst_colorspace=matrix, dst_color_range=ColorRange.MPEG)
+                frame = av.VideoFrame.from_ndarray(luma_and_chroma(picture, *LUMA[matrix]), format="yuv444p")
+            else:
+                frame = av.VideoFrame.from_ndarray(picture, format=source)
             if stamps is not None:
                 frame.pts, frame.time_base = stamps[number], time_base
             file.mux(stream.encode(frame))
@@ -254,7 +264,7 @@ class TestGeometry:
 
 
 class TestColour:
-    @pytest.mark.parametrize("matrix", [Colorspace.ITU709, Colorspace.ITU601, BT2020])
+    @pytest.mark.parametrize("matrix", LUMA)
     def test_tagged_matrix_is_followed(self, tmp_path, matrix):
         def setup(stream):
             stream.codec_context.colorspace, stream.codec_context.color_range = matrix, ColorRange.MPEG

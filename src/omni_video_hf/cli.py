@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -32,7 +32,7 @@ VIDEO_SUFFIXES = (".mp4",)
 EXIT_CODE = 2
 
 
-class CpuOffload(str, Enum):
+class CpuOffload(StrEnum):
     """How weights are kept off the device while they are not needed."""
 
     model = "model"
@@ -40,7 +40,7 @@ class CpuOffload(str, Enum):
     sequential = "sequential"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """Number format of the weights."""
 
     float32 = "float32"

@@ -18,6 +18,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+from .attention_omni_video import ConstantContext, constant_context
 from .flow_matching_omni_video import sampling_sigmas
 from .media_omni_video import VideoClip, load_image, load_video, probe_video
 from .modeling_omni_video import OmniVideoForConditionalGeneration
@@ -740,28 +741,26 @@ class OmniVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             context: `[batch, length, text_dim]`, not padded.
             null_context: likewise, of the null branch; `None` turns guidance off.
         """
-        context = self.adapter.pad_context(context).to(self.transformer.dtype)
-        if null_context is not None:
-            null_context = self.adapter.pad_context(null_context).to(self.transformer.dtype)
+        contexts = {"cond": context} if null_context is None else {"cond": context, "uncond": null_context}
+        contexts = {branch: states.to(self.transformer.dtype) for branch, states in contexts.items()}
         scheduler.set_begin_index(0)
         timesteps = scheduler.timesteps
         self._num_timesteps = len(timesteps)
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
+        length = self.adapter.config.max_context_length
+        with (
+            constant_context(self.transformer, contexts, length) as constant,
+            self.progress_bar(total=len(timesteps)) as progress_bar,
+        ):
             for step, timestep in enumerate(timesteps):
                 if self._interrupt:
                     continue
-                inputs = {
-                    "hidden_states": latents.to(self.transformer.dtype),
-                    "timestep": timestep.expand(latents.shape[0]),
-                    "attention_kwargs": attention_kwargs,
-                    "return_dict": False,
+                velocities = {
+                    branch: self._predict_velocity(branch, latents, timestep, constant, attention_kwargs)
+                    for branch in contexts
                 }
-                with self.transformer.cache_context("cond"):
-                    velocity = self.transformer(encoder_hidden_states=context, **inputs)[0].float()
-                if null_context is not None:
-                    with self.transformer.cache_context("uncond"):
-                        null_velocity = self.transformer(encoder_hidden_states=null_context, **inputs)[0].float()
-                    velocity = null_velocity + self._guidance_scale * (velocity - null_velocity)
+                velocity = velocities["cond"]
+                if "uncond" in velocities:
+                    velocity = velocities["uncond"] + self._guidance_scale * (velocity - velocities["uncond"])
                 latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
@@ -769,10 +768,29 @@ class OmniVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                     tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, step, timestep, tensors)
                     latents = changed.pop("latents", latents)
-                    context = changed.pop("context", context)
-                    null_context = changed.pop("null_context", null_context)
+                    for name, branch in (("context", "cond"), ("null_context", "uncond")):
+                        if name in changed and branch in contexts:
+                            constant.set(branch, changed[name].to(self.transformer.dtype))
                 progress_bar.update()
         return latents
+
+    def _predict_velocity(
+        self,
+        branch: str,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        constant: ConstantContext,
+        attention_kwargs: dict[str, Any] | None,
+    ) -> torch.Tensor:
+        """The decoder's velocity of one branch, in float32."""
+        with self.transformer.cache_context(branch):
+            return self.transformer(
+                hidden_states=latents.to(self.transformer.dtype),
+                timestep=timestep.expand(latents.shape[0]),
+                encoder_hidden_states=constant.enter(branch),
+                attention_kwargs=attention_kwargs,
+                return_dict=False,
+            )[0].float()
 
     # --- 8. pixels --------------------------------------------------------------------------------------------------
 

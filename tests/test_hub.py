@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from omni_video_hf import OmniVideoForConditionalGeneration
 from omni_video_hf.hub import read_header, repository_parts, repository_table, write_root_index
+from omni_video_hf.media_omni_video import load_image
 
 NAME = "lab/omni-video-tiny"
 
@@ -63,6 +64,14 @@ def test_parts_of_a_folder(converted):
         assert parts[name].dtypes == {"float32": parts[name].parameters}
         assert parts[name].num_bytes == 4 * parts[name].parameters
     assert repository_table(list(parts.values()), "x").row_count == len(parts) + 1
+
+
+def test_the_command_takes_a_hub_repository(converted, hub_server, tmp_path):
+    hub_server.add_repo(NAME, converted)
+    arguments = ["generate", "a fox", "-o", str(tmp_path / "fox.png"), "--size", "64x32", "--steps", "1", "-m", NAME]
+    code = f"import sys; sys.argv = ['omni-video', *{arguments!r}]; from omni_video_hf.cli import main; main()"
+    run_client(code, hub_server)
+    assert load_image(tmp_path / "fox.png").size == (64, 32)
 
 
 def test_parts_of_a_hub_repository_are_read_without_its_weights(converted, hub_server):

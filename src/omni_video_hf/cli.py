@@ -11,6 +11,7 @@ import diffusers
 import torch
 import transformers
 import typer
+from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -271,10 +272,9 @@ def _load(
     device = device or _best_device()
     if cpu_offload is not None and device == "cpu":
         raise ValueError(f"`--cpu-offload {cpu_offload.value}` needs an accelerator; the device is the CPU.")
-    arguments = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
-    if dtype is not None:
-        arguments["dtype"] = getattr(torch, dtype.value)
-    pipe = OmniVideoPipeline.from_pretrained(model, **{key: value for key, value in arguments.items() if value})
+    folder = model if Path(model).is_dir() else snapshot_download(model, revision=revision, token=token)
+    arguments = {} if dtype is None else {"dtype": getattr(torch, dtype.value)}
+    pipe = OmniVideoPipeline.from_pretrained(folder, trust_remote_code=trust_remote_code, **arguments)
     if lora is not None and lora.endswith(".safetensors") and not Path(lora).is_file():
         raise ValueError(f"`--lora {lora}`: no such file.")
     if lora is not None:

@@ -3,13 +3,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from accelerate import cpu_offload
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from golden import CORE_EXPECTED, kind, relative_error
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline, OmniVideoPipelineOutput
 from omni_video_hf.media_omni_video import VideoClip, save_video
-from omni_video_hf.pipeline_omni_video import Source
+from omni_video_hf.source_omni_video import Source
 
 RANDOM = np.random.default_rng(0)
 CLIP = VideoClip(RANDOM.integers(0, 255, (5, 32, 64, 3), dtype=np.uint8), 12.0)
@@ -246,7 +248,7 @@ def test_precomputed_inputs_equal_raw_ones(pipe):
     arguments = {"task": "v2v", "output_type": "latent"}
     raw = pipe("a cat", video=CLIP, generator=seeded(), **arguments).frames
     inputs = pipe.processor.apply_task_template("v2v", "a cat", videos=[CLIP], return_tensors="pt")
-    source = pipe.prepare_source(CLIP, None, 1)
+    source = Source.of(CLIP, None, 1).load()
     settings, source = pipe.prepare_settings("v2v", source, None, None, None, None, None, None, None)
     precomputed = pipe(
         prompt_embeds=pipe.encode_prompt("a cat"),
@@ -435,3 +437,48 @@ def test_golden_settings_are_in_upstreams_convention():
         f"sample.{case}_unipc.settings" for case in ("t2v", "t2i", "v2v")
     }
     assert golden.DIMS["ctx"] == 64
+
+
+@pytest.mark.parametrize("kind_of", ["sequential", "group"])
+def test_offloading_enters_every_part_through_its_forward(pipe, kind_of):
+    """On the CPU nothing moves, but weights that a hook does not bring in are on the meta device and would fail."""
+    arguments = {"task": "v2v", "video": CLIP, "output_type": "latent"}
+    wanted = tiny_latents(**arguments)
+    other = tiny.pipeline(max_context_length=160)
+    other.set_progress_bar_config(disable=True)
+    if kind_of == "group":
+        other.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    else:
+        for name in ("text_encoder", "mllm", "adapter", "transformer", "vae"):
+            cpu_offload(getattr(other, name), torch.device("cpu"), offload_buffers=True)
+        assert next(other.adapter.parameters()).device.type == "meta"
+    assert torch.equal(other("a cat", generator=seeded(), **arguments).frames, wanted)
+    assert other("what?", video=CLIP, task="understand", max_new_tokens=3).text
+
+
+def tiny_latents(**arguments):
+    fresh = tiny.pipeline(max_context_length=160)
+    fresh.set_progress_bar_config(disable=True)
+    return fresh("a cat", generator=seeded(), **arguments).frames
+
+
+def test_lora_of_the_decoder(tmp_path):
+    arguments = {"task": "t2i", "output_type": "latent"}
+    trained = tiny.pipeline()
+    trained.transformer.add_adapter(
+        LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
+    )
+    wanted = trained("a cat", generator=seeded(), **arguments).frames
+    trained.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(trained.transformer),
+        transformer_lora_adapter_metadata=trained.transformer.peft_config["default"].to_dict(),
+    )
+    loaded = tiny.pipeline()
+    plain = loaded("a cat", generator=seeded(), **arguments).frames
+    loaded.load_lora_weights(tmp_path)
+    assert not torch.allclose(wanted, plain, atol=1e-2)
+    assert torch.allclose(loaded("a cat", generator=seeded(), **arguments).frames, wanted, atol=1e-4)
+    loaded.fuse_lora()
+    loaded.unload_lora_weights()
+    assert torch.allclose(loaded("a cat", generator=seeded(), **arguments).frames, wanted, atol=1e-3)

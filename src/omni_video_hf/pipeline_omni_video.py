@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, SchedulerMixin, WanTransformer3DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -20,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from .attention_omni_video import ConstantContext, constant_context
 from .flow_matching_omni_video import sampling_sigmas
-from .media_omni_video import VideoClip, load_image, load_video, probe_video
+from .media_omni_video import probe_video
 from .modeling_omni_video import OmniVideoForConditionalGeneration
 from .modeling_omni_video_connectors import ContextOverflow, OmniVideoAdapter
 from .processing_omni_video import OmniVideoProcessor, get_task
@@ -33,6 +32,7 @@ from .settings_omni_video import (
     resolve_size,
     trim_num_frames,
 )
+from .source_omni_video import Source
 
 logger = logging.get_logger(__name__)
 
@@ -59,30 +59,6 @@ class OmniVideoPipelineOutput(BaseOutput):
     fps: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Source:
-    """What is edited or asked about: one video or image per prompt."""
-
-    videos: list[Any] | None = (
-        None  # files or clips as the caller gave them; `VideoClip`s once they are read for drawing
-    )
-    images: list[Image.Image] | None = None
-
-    @property
-    def kind(self) -> Literal["image", "video"] | None:
-        """Whether there are videos, images, or neither."""
-        if self.videos is not None:
-            return "video"
-        return "image" if self.images is not None else None
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """(height, width) of the first clip or image."""
-        if self.videos is not None:
-            return self.videos[0].frames.shape[1:3]
-        return self.images[0].size[::-1] if self.images is not None else None
 
 
 class OmniVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
@@ -274,7 +250,7 @@ class OmniVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self._guidance_scale, self._interrupt, self._num_timesteps = guidance_scale or 0.0, False, 0
 
         # 2. Source and task. For an answer only the frames that the MLLM sees are decoded.
-        source = self.prepare_source(video, image, batch_size)
+        source = Source.of(video, image, batch_size)
         if task is None or task == "understand":
             task, answers = self.answer(prompts, source, task, max_new_tokens, generator)
             if task == "understand":
@@ -283,7 +259,7 @@ class OmniVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 return self._output(return_dict, text=answers, task=task, settings=settings)
         if source.videos is not None:
             self.check_videos_fit(source, height, width, num_frames, fps, context_overflow, max_context_length)
-            source = Source(videos=[_load_clip(entry, num_frames, fps) for entry in source.videos])
+            source = source.load(num_frames, fps)
 
         # 3. Settings
         settings, source = self.prepare_settings(
@@ -431,14 +407,6 @@ class OmniVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise ValueError(f"Task {task!r} takes `{spec.source}`, not the other kind of source.")
 
     # --- 2. source and task -----------------------------------------------------------------------------------------
-
-    def prepare_source(self, video: Any, image: Any, batch_size: int) -> Source:
-        """One entry per prompt of what is edited or asked about; a single video or image serves them all."""
-        if video is not None:
-            return Source(videos=_as_batch(video, _is_clip, batch_size, "video"))
-        if image is not None:
-            return Source(images=[load_image(entry) for entry in _as_batch(image, _is_image, batch_size, "image")])
-        return Source()
 
     def check_videos_fit(
         self,
@@ -827,37 +795,4 @@ class OmniVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return output if return_dict else (output.frames, output.text)
 
 
-def _load_clip(clip: Any, num_frames: int | None, fps: float | None) -> VideoClip:
-    """One clip of any kind; for bare frames, which have no rate, `fps` states it."""
-    if isinstance(clip, (str, Path, VideoClip)):
-        return load_video(clip, num_frames=num_frames, fps=fps)
-    return load_video(clip, num_frames=num_frames, source_fps=fps)
-
-
-def _is_clip(value: Any) -> bool:
-    """Whether `value` is one clip rather than a list of clips."""
-    if isinstance(value, (np.ndarray, torch.Tensor)):
-        return value.ndim == 4
-    if isinstance(value, (list, tuple)) and value:
-        return isinstance(value[0], Image.Image) or (
-            isinstance(value[0], (np.ndarray, torch.Tensor)) and value[0].ndim == 3
-        )
-    return True
-
-
-def _is_image(value: Any) -> bool:
-    """Whether `value` is one image rather than a list of images."""
-    if isinstance(value, (np.ndarray, torch.Tensor)):
-        return value.ndim <= 3
-    return not isinstance(value, (list, tuple))
-
-
-def _as_batch(value: Any, is_single: Callable[[Any], bool], batch_size: int, name: str) -> list[Any]:
-    """One entry per prompt."""
-    entries = [value] * batch_size if is_single(value) else list(value)
-    if len(entries) != batch_size:
-        raise ValueError(f"`{name}` has {len(entries)} entries for {batch_size} prompts: pass one, or one per prompt.")
-    return entries
-
-
-__all__ = ["OmniVideoPipeline", "OmniVideoPipelineOutput", "Source"]
+__all__ = ["OmniVideoPipeline", "OmniVideoPipelineOutput"]

@@ -181,6 +181,21 @@ def test_source_size_can_be_chosen(pipe):
     assert output.frames.shape == (1, 5, 32, 32, 3)
 
 
+def test_batches_of_sources(pipe):
+    other = VideoClip(CLIP.frames[::-1].copy(), 12.0)
+    arguments = {"task": "v2v", "output_type": "latent"}
+    both = pipe(["a hat", "a hat"], video=[CLIP, other], generator=[seeded(), seeded()], **arguments).frames
+    for index, clip in enumerate((CLIP, other)):
+        alone = pipe("a hat", video=clip, generator=seeded(), **arguments).frames
+        assert torch.allclose(both[index], alone[0], atol=1e-3)
+    twice = pipe("a hat", video=CLIP, num_videos_per_prompt=2, generator=[seeded(), seeded()], **arguments).frames
+    assert torch.allclose(twice[0], twice[1], atol=1e-4)
+    with pytest.raises(ValueError, match="one number of frames"):
+        pipe(["a hat", "a hat"], video=[CLIP, VideoClip(CLIP.frames[:1], 12.0)], **arguments)
+    with pytest.raises(ValueError, match="leave them out"):
+        pipe("a hat", source_latents=torch.zeros(1, 16, 2, 4, 8), height=64, width=64, **arguments)
+
+
 def test_mllm_frames_all_changes_what_the_mllm_sees(pipe):
     arguments = {"video": CLIP, "task": "v2v", "output_type": "latent"}
     first = pipe("a hat", generator=seeded(), **arguments).frames

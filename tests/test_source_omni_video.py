@@ -18,7 +18,7 @@ PICTURES = [Image.fromarray(frame) for frame in FRAMES]
 def test_a_single_video_serves_all_prompts(clip):
     source = Source.of(clip, None, 3).load()
     assert source.kind == "video"
-    assert source.size == (32, 48)
+    assert source.sizes == [(32, 48)] * 3
     assert [loaded.frames.shape for loaded in source.videos] == [(5, 32, 48, 3)] * 3
 
 
@@ -44,7 +44,7 @@ def test_images():
     for image in (PICTURES[0], FRAMES[0], torch.from_numpy(FRAMES[0])):
         source = Source.of(None, image, 2).load(num_frames=3)
         assert source.kind == "image"
-        assert source.size == (32, 48)
+        assert source.sizes == [(32, 48)] * 2
         assert len(source.images) == 2
     assert len(Source.of(None, PICTURES, 5).images) == 5
     with pytest.raises(ValueError, match="5 entries for 2 prompts"):
@@ -55,4 +55,21 @@ def test_rates():
     assert Source.of(FRAMES, None, 1).load(fps=12).videos[0].fps == 12  # states the rate of bare frames
     assert len(Source.of(VideoClip(FRAMES, 8), None, 1).load(fps=4).videos[0].frames) == 3  # resamples a clip
     assert Source.of(None, None, 1).kind is None
-    assert Source.of(None, None, 1).size is None
+    assert Source.of(None, None, 1).sizes == []
+
+
+def test_sources_of_one_call_must_agree():
+    def clip(length=5, height=32, fps=8):
+        return VideoClip(np.zeros((length, height, 48, 3), np.uint8), fps)
+
+    Source.of([clip(), clip()], None, 2).check_equal(None, None, None)
+    for other, message in (
+        (clip(height=64), "48x32.*48x64"),
+        (clip(length=9), "'5', '9'"),
+        (clip(fps=12), "frame rate"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Source.of([clip(), other], None, 2).check_equal(None, None, None)
+    Source.of([clip(), clip(height=64)], None, 2).check_equal(32, None, None)
+    with pytest.raises(ValueError, match="one size"):
+        Source.of(None, [PICTURES[0], PICTURES[0].resize((8, 8))], 2).check_equal(None, None, None)

@@ -501,21 +501,31 @@ class OmniVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             The settings, and the source cut to their number of frames. Roundings go to `notes`.
         """
         preset, notes = self.config.presets[task], [] if notes is None else notes
-        source_size = source.size
+        source.check_equal(height, num_frames, fps)
+        source_size = source.sizes[0] if source.sizes else None
         if condition_latents is not None:
             source_size = tuple(size * self.grid.spatial for size in condition_latents.shape[3:])
-        height, width, size_notes = resolve_size(
-            self.grid, height, width, preset, source_size, keep_source_size=task != "i2v"
-        )
+            if height is not None and (height, width) != source_size:
+                raise ValueError(
+                    f"`height` and `width` are {height} and {width}, but the latents of the source are those of "
+                    f"{source_size[0]} and {source_size[1]} pixels: leave them out."
+                )
+        keeps_size = task != "i2v" or condition_latents is not None
+        height, width, size_notes = resolve_size(self.grid, height, width, preset, source_size, keeps_size)
         notes += size_notes
         if source.videos is not None:
-            notes += [note for clip in source.videos for note in clip.notes]
-            num_frames, frame_notes = trim_num_frames(self.grid, min(len(clip.frames) for clip in source.videos))
+            notes += dict.fromkeys(note for clip in source.videos for note in clip.notes)
+            num_frames, frame_notes = trim_num_frames(self.grid, len(source.videos[0].frames))
             notes += frame_notes
             fps = source.videos[0].fps
             source = Source(videos=[replace(clip, frames=clip.frames[:num_frames]) for clip in source.videos])
         elif task == "v2v":
-            num_frames = (condition_latents.shape[2] - 1) * self.grid.temporal + 1
+            frames_of_latents = (condition_latents.shape[2] - 1) * self.grid.temporal + 1
+            if num_frames not in (None, frames_of_latents):
+                raise ValueError(
+                    f"`num_frames` is {num_frames}, but the latents of the source are those of {frames_of_latents}."
+                )
+            num_frames, fps = frames_of_latents, fps or preset["fps"]
         elif get_task(task).output == "image":
             num_frames, fps = 1, None
         else:

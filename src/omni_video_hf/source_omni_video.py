@@ -49,11 +49,32 @@ class Source:
         return "image" if self.images is not None else None
 
     @property
-    def size(self) -> tuple[int, int] | None:
-        """(height, width) of the first clip or image."""
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of every clip or image; videos must be read."""
         if self.videos is not None:
-            return self.videos[0].frames.shape[1:3]
-        return self.images[0].size[::-1] if self.images is not None else None
+            return [clip.frames.shape[1:3] for clip in self.videos]
+        return [image.size[::-1] for image in self.images or ()]
+
+    def check_equal(self, height: int | None, num_frames: int | None, fps: float | None) -> None:
+        """
+        One batch has one size, length and rate: refuse entries that differ in what the caller left to them.
+
+        Raises:
+            ValueError: with the values found, and the argument that settles them.
+        """
+        differing: list[tuple[str, str, set[Any]]] = []
+        if height is None:
+            differing.append(("size", "`height` and `width`", {f"{width}x{height}" for height, width in self.sizes}))
+        if num_frames is None:
+            differing.append(("number of frames", "`num_frames`", {len(clip.frames) for clip in self.videos or ()}))
+        if fps is None or num_frames is None:
+            differing.append(("frame rate", "`fps`", {clip.fps for clip in self.videos or ()}))
+        for what, argument, values in differing:
+            if len(values) > 1:
+                raise ValueError(
+                    f"The sources of one call must have one {what}, got {sorted(map(str, values))}: pass {argument}, "
+                    "or call once for each."
+                )
 
 
 def _load_clip(clip: Any, num_frames: int | None, fps: float | None) -> VideoClip:

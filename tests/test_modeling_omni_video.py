@@ -8,8 +8,9 @@ from accelerate import infer_auto_device_map
 from accelerate.utils import compute_module_sizes
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from golden import CORE_EXPECTED, TASKS, kind, relative_error
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForImageTextToText, QuantoConfig
+from transformers import AutoModel, AutoModelForImageTextToText, QuantoConfig, pipeline
 
 from omni_video_hf import OmniVideoAdapter, OmniVideoForConditionalGeneration
 from omni_video_hf import modeling_omni_video_connectors as connectors
@@ -344,6 +345,23 @@ def test_left_padding_does_not_change_hidden_states_or_visual_tokens(model):
         assert torch.allclose(model(**padded, output_vision_tokens=True).vision_tokens, plain, atol=1e-4)
         states = model.get_mllm_hidden_states(**padded)[:, 4:]
         assert torch.allclose(states, model.get_mllm_hidden_states(**inputs), atol=1e-4)
+
+
+def test_beams_samples_and_new_tokens():
+    model, inputs = tiny.model(), tiny.mllm_inputs()
+    assert model.generate(**inputs, num_beams=2, do_sample=False, max_new_tokens=3).shape[0] == 2
+    assert model.generate(**inputs, num_return_sequences=2, do_sample=True, max_new_tokens=3).shape[0] == 4
+    model.resize_token_embeddings(170, mean_resizing=False)
+    assert model.get_input_embeddings().weight.shape[0] == model.config.get_text_config().vocab_size == 170
+    assert model(**inputs).logits.shape[-1] == 170
+
+
+def test_transformers_pipeline_answers_about_an_image(model):
+    answerer = pipeline("image-text-to-text", model=model, processor=tiny.processor())
+    image = Image.new("RGB", (30, 20), (200, 30, 30))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "what is it?"}]
+    answer = answerer(text=[{"role": "user", "content": content}], max_new_tokens=4)
+    assert answer[0]["generated_text"][-1]["role"] == "assistant"
 
 
 def test_config_on_disk_names_the_class(saved):

@@ -291,6 +291,10 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
         """The MLLM's language-modelling head."""
         return self.mllm.get_output_embeddings()
 
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the MLLM's language-modelling head."""
+        self.mllm.set_output_embeddings(value)
+
     # --- training -------------------------------------------------------------------------------------------------
 
     def forward(

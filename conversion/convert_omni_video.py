@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import transformers
 import typer
 from components import (
     Component,
@@ -33,7 +35,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from omni_video_hf import OmniVideoPipeline, OmniVideoProcessor
+from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline, OmniVideoProcessor
 from omni_video_hf.hub import read_header, repository_parts, repository_table, write_root_index
 from omni_video_hf.processing_omni_video import IMAGE_TOKEN
 from omni_video_hf.settings_omni_video import PRESETS
@@ -281,7 +283,11 @@ def find_wan(wan_repo: str, folders: list[str]) -> Path:
 
 
 def verify(components: list[Component], folder: Path) -> None:
-    """Read the written files' headers back and compare them with the models."""
+    """
+    Load what was written: headers against the models, and the whole model through `from_pretrained`.
+
+    Its weights stay where they are on the disk, so that this takes no memory.
+    """
     for component in components:
         written: dict[str, tuple[int, ...]] = {}
         for file in sorted((folder / component.name).glob("*.safetensors")):
@@ -289,6 +295,12 @@ def verify(components: list[Component], folder: Path) -> None:
         if written != expected_tensors(component):
             raise ValueError(f"{folder / component.name}: what was written does not fit the model; start again.")
     OmniVideoProcessor.from_pretrained(folder)
+    with tempfile.TemporaryDirectory() as nothing:
+        _, report = OmniVideoForConditionalGeneration.from_pretrained(
+            folder, device_map={"": "disk"}, offload_folder=nothing, output_loading_info=True
+        )
+    if any(report.values()):
+        raise ValueError(f"{folder}: the whole model does not load: {report}. Please report this.")
 
 
 # --- the unfinished folder ------------------------------------------------------------------------------------------
@@ -396,6 +408,9 @@ def main(
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Convert upstream's checkpoint to a repository for transformers and diffusers."""
+    if not verbose:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
     try:
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"`--dtype {dtype}` must be one of {', '.join(DTYPES)}.")

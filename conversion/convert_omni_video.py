@@ -89,7 +89,7 @@ def convert(
         raise ValueError(f"{original / MARKERS}: is missing. `--without-markers` joins the parts of the context bare.")
 
     wan_source = find_wan(wan_repo, missing) if missing else None
-    tokenizer = AutoTokenizer.from_pretrained(original / VILA / "llm")
+    tokenizer = AutoTokenizer.from_pretrained(original / VILA / "llm", clean_up_tokenization_spaces=False)
     tokenizer.add_tokens(IMAGE_TOKEN, special_tokens=True)
     for token in missing_generation_tokens(tokenizer):
         console.print(f"[yellow]note:[/] the tokenizer has no {token!r} token; upstream's literal id is used.")

@@ -51,6 +51,12 @@ UMT5_RULES: Rules = (
     (r"^blocks\.(\d+)\.ffn\.fc1\.weight$", r"encoder.block.\1.layer.1.DenseReluDense.wi_1.weight"),
     (r"^blocks\.(\d+)\.ffn\.fc2\.weight$", r"encoder.block.\1.layer.1.DenseReluDense.wo.weight"),
 )
+# VILA's folders, each with a state dict of its own.
+LANGUAGE_RULES: Rules = (
+    (r"^model\.(.+)$", r"model.language_model.\1"),
+    (r"^(lm_head\.weight)$", r"\1"),
+)
+VISION_TOWER_RULES: Rules = ((r"^vision_model\.(.+)$", r"\1"),)
 PROJECTOR_RULES: Rules = (
     (r"^layers\.1\.(weight|bias)$", r"norm.\1"),
     (r"^layers\.2\.(weight|bias)$", r"linear_1.\1"),

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from key_maps import (
+    LANGUAGE_RULES,
     PROJECTOR_RULES,
+    VISION_TOWER_RULES,
     VISUAL_CONTEXT_RULES,
     StateDict,
     convert_query_transformer,
@@ -19,12 +21,14 @@ from key_maps import (
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from omni_video_hf.safe_load import CorruptCheckpointError, load_checkpoint
+from omni_video_hf.safe_load import CorruptCheckpointError, UnsafeCheckpointError, load_checkpoint
 
 TRAINED = "transformer/model.pt"  # the whole trained model; wins over every other file
-ADAPTER = ("adapter/model.pt", "adapter/adapter_pytorch_model.bin")
-VISION_HEAD = ("vision_head/vision_head/pytorch_model.bin", "ar_model/checkpoint/vision_head/pytorch_model.bin")
+# Where the same weights may lie, later files winning key by key.
+ADAPTER = ("adapter/adapter_pytorch_model.bin", "adapter/model.pt")
+VISION_HEAD = ("ar_model/checkpoint/vision_head/pytorch_model.bin", "vision_head/vision_head/pytorch_model.bin")
 WAN = "wan/wanxiang1_3b"
 WAN_WEIGHTS = f"{WAN}/diffusion_pytorch_model*.safetensors"
 WAN_CONFIG = f"{WAN}/config.json"
@@ -36,6 +40,8 @@ NULL_STATES = "unconditioned_context/context.pkl"
 MARKERS = "special_tokens/tokens.pkl"
 MARKER_NAMES = ("<img_st>", "<img_ed>", "<ipl_st>", "<ipl_ed>", "<prp_st>", "<prp_ed>")
 WRAPPERS = ("model_state_dict", "module", "state_dict")
+TRAINED_PREFIXES = ("wan_model.", "adapter.", "ar_vision_head.", "visual_context_adapter.")
+WEIGHT_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pt", ".pth", ".safetensors")
 
 
 @dataclass
@@ -53,6 +59,12 @@ class Part:
         self.files |= other.files
         self.unknown += other.unknown
         self.superseded += other.superseded
+
+    def override(self, other: "Part") -> None:
+        """Take another part in whose tensors win."""
+        self.superseded += len(self.tensors.keys() & other.tensors.keys())
+        self.tensors |= other.tensors
+        self.files |= other.files
 
 
 class OriginalCheckpoint:
@@ -85,35 +97,61 @@ class OriginalCheckpoint:
         return (self.root / name).exists()
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON file."""
+        """A JSON file of settings; one that refers to code is refused."""
         path = self.path(name)
         try:
-            return json.loads(path.read_text())
-        except ValueError as error:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise CorruptCheckpointError(f"{path}: not a readable JSON file ({error}).") from error
+        if not isinstance(content, dict):
+            raise CorruptCheckpointError(f"{path}: must hold a JSON object, not a {type(content).__name__}.")
+        if content.get("auto_map"):
+            raise UnsafeCheckpointError(f"{path}: `auto_map` refers to code that would be run; remove it.")
+        return content
+
+    def tokenizer(self, name: str, *needed: str) -> PreTrainedTokenizerBase:
+        """The tokenizer in a folder, which must know its `needed` special tokens, such as `"eos_token"`."""
+        folder = self.path(name)
+        for file in sorted(folder.glob("*.json")):
+            self.json(file.relative_to(self.root).as_posix())
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the tokenizers library raises bare ones
+            raise CorruptCheckpointError(f"{folder}: not a readable tokenizer ({_first_line(error)}).") from error
+        for token in needed:
+            if getattr(tokenizer, f"{token}_id") is None:
+                raise CorruptCheckpointError(f"{folder / 'tokenizer_config.json'}: names no `{token}`.")
+        return tokenizer
+
+    def check_nothing_left_over(self, used: Iterable[str]) -> None:
+        """Refuse files of weights that are not among those `used`."""
+        files = [path.relative_to(self.root) for path in self.root.rglob("*") if path.suffix in WEIGHT_SUFFIXES]
+        names = {path.as_posix() for path in files if not any(part.startswith(".") for part in path.parts)}
+        extra = names - set(used)
+        if extra:
+            raise CorruptCheckpointError(
+                f"{self.root}: has files of weights that belong to no part: {_some(extra)}. Move them elsewhere."
+            )
 
     # --- components -------------------------------------------------------------------------------------------------
 
     def mllm(self) -> Part:
         """VILA, the vision head and its null states."""
         part = Part({})
-        language = self._weights([f"{VILA}/llm/*.safetensors"])
-        for name, tensor in language.tensors.items():
-            target = name if name.startswith("lm_head.") else f"model.language_model.{name.removeprefix('model.')}"
-            part.tensors[f"mllm.{target}"] = tensor
-        part.files |= language.files
-        vision = self._weights([f"{VILA}/vision_tower/*.safetensors"])
-        vision.tensors = {name.removeprefix("vision_model."): tensor for name, tensor in vision.tensors.items()}
+        language = self._weights(f"{VILA}/llm/*.safetensors")
+        language.tensors, language.unknown = rename(language.tensors, LANGUAGE_RULES)
+        part.add(language, "mllm.")
+        vision = self._weights(f"{VILA}/vision_tower/*.safetensors")
+        vision.tensors, vision.unknown = rename(vision.tensors, VISION_TOWER_RULES)
         part.add(vision, "mllm.model.vision_tower.")
-        projector = self._weights([f"{VILA}/mm_projector/*.safetensors"])
+        projector = self._weights(f"{VILA}/mm_projector/*.safetensors")
         projector.tensors, projector.unknown = rename(projector.tensors, PROJECTOR_RULES)
         part.add(projector, "mllm.model.multi_modal_projector.")
 
         head = self._trained("ar_vision_head.", VISION_HEAD)
         head.tensors, head.unknown = convert_query_transformer(head.tensors, "visionHeadAdapter")
         part.add(head, "vision_head.query_transformer.")
-        states = self._null("vlm_last_hidden_states")
-        part.tensors["vision_head.null_hidden_states.weight"] = states.squeeze(0)
+        part.add(Part({"null_hidden_states.weight": self._null("vlm_last_hidden_states")}), "vision_head.")
         part.files.add(NULL_STATES)
         return part
 
@@ -126,28 +164,20 @@ class OriginalCheckpoint:
         visual = self._trained("visual_context_adapter.", ())
         visual.tensors, visual.unknown = rename(visual.tensors, VISUAL_CONTEXT_RULES)
         part.add(visual)
-        prompt = self._null("text_emb")
-        part.tensors["null_prompt_embeds.weight"] = prompt[0] if isinstance(prompt, list) else prompt.squeeze(0)
-        part.files.add(NULL_STATES)
+        part.add(Part({"null_prompt_embeds.weight": self._null("text_emb")}, {NULL_STATES}))
         if with_markers:
-            markers = load_checkpoint(self.path(MARKERS))
-            if not isinstance(markers, dict) or set(markers) != set(MARKER_NAMES):
-                raise CorruptCheckpointError(
-                    f"{self.root / MARKERS}: must hold the tensors {', '.join(MARKER_NAMES)}."
-                )
-            part.tensors["marker_embeds.weight"] = torch.cat([markers[name] for name in MARKER_NAMES])
-            part.files.add(MARKERS)
+            part.add(Part({"marker_embeds.weight": self._markers()}, {MARKERS}))
         return part
 
     def transformer(self) -> Part:
         """The Wan transformer."""
-        part = self._trained("wan_model.", [WAN_WEIGHTS])
+        part = self._trained("wan_model.", (WAN_WEIGHTS,))
         part.tensors, part.unknown = convert_wan_transformer(part.tensors)
         return part
 
     def vae(self) -> Part:
         """The Wan VAE."""
-        part = self._weights([WAN_VAE])
+        part = self._weights(WAN_VAE)
         try:
             part.tensors, part.unknown = convert_wan_vae(part.tensors)
         except (KeyError, IndexError, ValueError) as error:
@@ -156,53 +186,75 @@ class OriginalCheckpoint:
 
     def text_encoder(self) -> Part:
         """umT5."""
-        part = self._weights([TEXT_ENCODER])
+        part = self._weights(TEXT_ENCODER)
         part.tensors, part.unknown = convert_umt5(part.tensors)
         return part
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    def _trained(self, prefix: str, names: Iterable[str]) -> Part:
-        """Weights of the first of `names` that is there, overridden by those under `prefix` in the trained model."""
-        part = self._weights([next((n for n in names if list(self.root.glob(n))), None)])
+    def _trained(self, prefix: str, patterns: Iterable[str]) -> Part:
+        """Weights of those files that are there, later ones winning, and last those under `prefix` in `TRAINED`."""
+        part = Part({})
+        for pattern in patterns:
+            if any(self.root.glob(pattern)):
+                part.override(self._weights(pattern))
         if self.has(TRAINED):
-            trained = read_weights(self.root / TRAINED)
-            known = ("wan_model.", "adapter.", "ar_vision_head.", "visual_context_adapter.")
-            strangers = [name for name in trained if not name.startswith(known)]
+            trained = self._weights(TRAINED)
+            strangers = [name for name in trained.tensors if not name.startswith(TRAINED_PREFIXES)]
             if strangers:
                 raise CorruptCheckpointError(f"{self.root / TRAINED}: has unknown weights: {_some(strangers)}.")
-            wins = {name.removeprefix(prefix): t for name, t in trained.items() if name.startswith(prefix)}
-            part.superseded = len(part.tensors.keys() & wins.keys())
-            part.tensors |= wins
-            part.files.add(TRAINED)
+            trained.tensors = {
+                name.removeprefix(prefix): tensor
+                for name, tensor in trained.tensors.items()
+                if name.startswith(prefix)
+            }
+            part.override(trained)
         if not part.tensors:
             raise CorruptCheckpointError(f"{self.root / TRAINED}: is missing, or has no weights under {prefix!r}.")
         return part
 
-    def _weights(self, patterns: list[str | None]) -> Part:
+    def _weights(self, pattern: str) -> Part:
         """All weights of the files that fit; each must have its own."""
+        paths = sorted(self.root.glob(pattern))
+        if not paths:
+            raise CorruptCheckpointError(f"{self.root / pattern}: is missing from the checkpoint. Download it again.")
         part = Part({})
-        for pattern in patterns:
-            if pattern is None:
-                continue
-            paths = sorted(self.root.glob(pattern))
-            if not paths:
-                raise CorruptCheckpointError(f"{self.root / pattern}: is missing from the checkpoint.")
-            for path in paths:
-                weights = read_weights(path)
-                twice = part.tensors.keys() & weights.keys()
-                if twice:
-                    raise CorruptCheckpointError(f"{path}: has weights that another file has, too: {_some(twice)}.")
-                part.tensors |= weights
-                part.files.add(path.relative_to(self.root).as_posix())
+        for path in paths:
+            weights = read_weights(path)
+            twice = part.tensors.keys() & weights.keys()
+            if twice:
+                raise CorruptCheckpointError(f"{path}: has weights that another file has, too: {_some(twice)}.")
+            part.tensors |= weights
+            part.files.add(path.relative_to(self.root).as_posix())
         return part
 
-    def _null(self, name: str) -> Any:
+    def _null(self, name: str) -> torch.Tensor:
+        """A stored tensor of the null branch `[length, width]`, bare, in a list, or as a batch of one."""
         path = self.path(NULL_STATES)
         states = load_checkpoint(path)
         if not isinstance(states, dict) or name not in states:
             raise CorruptCheckpointError(f"{path}: has no {name!r}.")
-        return states[name]
+        value = states[name]
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if isinstance(value, torch.Tensor) and value.ndim == 3 and len(value) == 1:
+            value = value[0]
+        if not isinstance(value, torch.Tensor) or value.ndim != 2 or not value.is_floating_point():
+            raise CorruptCheckpointError(f"{path}: {name!r} must be one tensor [length, width], got {_kind(value)}.")
+        return value
+
+    def _markers(self) -> torch.Tensor:
+        """Marker embeddings `[6, width]`, in the order of `OmniVideoAdapter.marker_embeds`."""
+        path = self.path(MARKERS)
+        markers = load_checkpoint(path)
+        if not isinstance(markers, dict) or set(markers) != set(MARKER_NAMES):
+            raise CorruptCheckpointError(f"{path}: must hold the tensors {', '.join(MARKER_NAMES)} and no others.")
+        rows = [markers[name] for name in MARKER_NAMES]
+        for name, row in zip(MARKER_NAMES, rows, strict=True):
+            fits = isinstance(row, torch.Tensor) and row.is_floating_point() and row.ndim == 2 and len(row) == 1
+            if not fits or row.shape != rows[0].shape:
+                raise CorruptCheckpointError(f"{path}: {name!r} must be a tensor [1, width], got {_kind(row)}.")
+        return torch.cat(rows)
 
 
 def read_weights(path: Path) -> StateDict:
@@ -224,10 +276,26 @@ def read_weights(path: Path) -> StateDict:
             break
     if not isinstance(content, dict) or not content:
         raise CorruptCheckpointError(f"{path}: holds no weights.")
-    others = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    others = [name for name, value in content.items() if not isinstance(name, str) or not _is_weight(value)]
     if others:
-        raise CorruptCheckpointError(f"{path}: has entries that are no tensors: {_some(others)}.")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+        raise CorruptCheckpointError(f"{path}: has entries that are no plain tensors: {_some(others)}.")
+    weights = {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    if len(weights) < len(content):
+        raise CorruptCheckpointError(f"{path}: has weights twice, with and without the prefix 'module.'.")
+    return weights
+
+
+def _is_weight(value: Any) -> bool:
+    """Whether `value` is a tensor whose values are there; a file can also ask for ones on the meta device."""
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.layout == torch.strided
+
+
+def _kind(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _some(names: Iterable[Any], most: int = 20) -> str:

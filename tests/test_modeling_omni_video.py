@@ -156,6 +156,16 @@ def test_half_precision_keeps_the_decoders_float32_parts(model, saved, dtype):
     assert relative_error(run(loaded).float(), run(model)) < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_of_a_checkpoint_stored_in_another_format(converted, dtype):
+    """Its configurations name float32, those of language model and vision tower too."""
+    for folder in (converted, converted / "mllm"):
+        loaded = OmniVideoForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        assert {parameter.dtype for parameter in loaded.mllm.parameters()} == {dtype}
+        assert {parameter.dtype for parameter in loaded.vision_head.parameters()} == {dtype}
+        assert loaded.generate(**tiny.mllm_inputs(), max_new_tokens=2).shape[0] == 2
+
+
 def test_mllm_component_alone(tmp_path):
     part = tiny.model(adapter_config=None, decoder_config=None)
     part.save_pretrained(tmp_path)

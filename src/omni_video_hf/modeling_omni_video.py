@@ -17,7 +17,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import attention_backend
 from torch import nn
-from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -165,6 +165,7 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
             super().__init__(config)
         except ImportError as error:
             raise _name_the_package(error, config._attn_implementation) from error
+        _state_dtype(config.mllm_config, torch.get_default_dtype())
         if isinstance(config.mllm_config, VilaConfig):
             self.mllm = VilaForConditionalGeneration(config.mllm_config)
         else:
@@ -456,6 +457,19 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
                 f"This model has no {part} (`config.{part}_config` is None): it is the `mllm` component of a pipeline."
                 " Load the root of the repository for the whole model."
             )
+
+
+def _state_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """
+    Let every part of the MLLM be made in the format that is being loaded.
+
+    transformers tells the configurations inside ours, but not those inside them, which go on naming the format that
+    their checkpoint was stored in.
+    """
+    config.dtype = dtype
+    for name in config.sub_configs:
+        if getattr(config, name) is not None:
+            _state_dtype(getattr(config, name), dtype)
 
 
 def _name_the_package(error: ImportError, attn_implementation: str | None) -> ImportError:

@@ -135,6 +135,7 @@ def test_errors_are_one_line(run, tmp_path, arguments, message):
 
 def test_unknown_models_are_one_line(run, tmp_path):
     refused(run("generate", "a", "-o", "x.mp4", model="nothing"), "neither a folder nor a Hub repository")
+    refused(run("info", "/nowhere/model", model=None), "neither a folder nor a Hub repository")
     refused(run("info", tmp_path, model=None), "no .safetensors files")
     (tmp_path / "model.safetensors").write_bytes(b"1234")
     refused(run("info", tmp_path, model=None), "not a complete safetensors file")

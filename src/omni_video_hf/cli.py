@@ -189,6 +189,7 @@ def info(
 ) -> None:
     """Show the parts of a repository, from its headers alone: nothing is loaded."""
     with _one_line_errors(verbose):
+        _check_repository(model)
         parts = repository_parts(model, revision=revision, token=token)
         out = Console()
         if as_json:
@@ -267,9 +268,10 @@ def _load(
     trust_remote_code: bool,
 ) -> OmniVideoPipeline:
     """The pipeline, on its device and set up as asked."""
-    if "/" not in model and not Path(model).exists():
-        raise ValueError(f"`--model {model}` is neither a folder nor a Hub repository (`owner/name`).")
+    _check_repository(model)
     device = device or _best_device()
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"`--device {device}`: this machine, or this build of torch, has no CUDA device.")
     if cpu_offload is not None and device == "cpu":
         raise ValueError(f"`--cpu-offload {cpu_offload.value}` needs an accelerator; the device is the CPU.")
     folder = model if Path(model).is_dir() else snapshot_download(model, revision=revision, token=token)
@@ -291,6 +293,11 @@ def _load(
     else:
         pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level")
     return pipe
+
+
+def _check_repository(name: str) -> None:
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(("/", "."))):
+        raise ValueError(f"{name}: is neither a folder nor a Hub repository (`owner/name`).")
 
 
 def _best_device() -> str:

@@ -89,7 +89,7 @@ def convert(
         raise ValueError(f"{original / MARKERS}: is missing. `--without-markers` joins the parts of the context bare.")
 
     wan_source = find_wan(wan_repo, missing) if missing else None
-    tokenizer = AutoTokenizer.from_pretrained(original / VILA / "llm", clean_up_tokenization_spaces=False)
+    tokenizer = checkpoint.tokenizer(f"{VILA}/llm", "bos_token", "eos_token")
     tokenizer.add_tokens(IMAGE_TOKEN, special_tokens=True)
     for token in missing_generation_tokens(tokenizer):
         console.print(f"[yellow]note:[/] the tokenizer has no {token!r} token; upstream's literal id is used.")
@@ -117,6 +117,9 @@ def convert(
     for component in components:
         if component.unused:
             console.print(f"{len(component.unused)} weights of {component.name} are never read by upstream: left out.")
+    unread = checkpoint.unread_weights(name for component in components for name in component.load().files)
+    if unread:
+        console.print(f"[yellow]note:[/] files that belong to no part were not read: {', '.join(unread[:20])}")
     superseded = sum(component.load().superseded for component in components)
     console.print(f"{superseded} weights of other files gave way to those of the trained model.")
     Console().print(repository_table(repository_parts(output), title=str(output)))
@@ -245,7 +248,7 @@ def write_the_rest(
     )
     scheduler.save_pretrained(folder / "scheduler")
     if "tokenizer" not in missing:
-        AutoTokenizer.from_pretrained(checkpoint.path(TEXT_TOKENIZER)).save_pretrained(folder / "tokenizer")
+        checkpoint.tokenizer(TEXT_TOKENIZER).save_pretrained(folder / "tokenizer")
     for name in missing:
         shutil.copytree(wan_source / name, folder / name, dirs_exist_ok=True)
     write_model_index(folder, components, scheduler)

@@ -115,7 +115,9 @@ class OriginalCheckpoint:
         for file in sorted(folder.glob("*.json")):
             self.json(file.relative_to(self.root).as_posix())
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, clean_up_tokenization_spaces=False
+            )
         except Exception as error:  # the tokenizers library raises bare ones
             raise CorruptCheckpointError(f"{folder}: not a readable tokenizer ({_first_line(error)}).") from error
         for token in needed:
@@ -123,15 +125,11 @@ class OriginalCheckpoint:
                 raise CorruptCheckpointError(f"{folder / 'tokenizer_config.json'}: names no `{token}`.")
         return tokenizer
 
-    def check_nothing_left_over(self, used: Iterable[str]) -> None:
-        """Refuse files of weights that are not among those `used`."""
+    def unread_weights(self, used: Iterable[str]) -> list[str]:
+        """Files of weights that are not among those `used`, such as a trainer's own."""
         files = [path.relative_to(self.root) for path in self.root.rglob("*") if path.suffix in WEIGHT_SUFFIXES]
         names = {path.as_posix() for path in files if not any(part.startswith(".") for part in path.parts)}
-        extra = names - set(used)
-        if extra:
-            raise CorruptCheckpointError(
-                f"{self.root}: has files of weights that belong to no part: {_some(extra)}. Move them elsewhere."
-            )
+        return sorted(names - set(used))
 
     # --- components -------------------------------------------------------------------------------------------------
 

@@ -200,6 +200,28 @@ def test_missing_parts_come_from_a_wan_repository(original, tmp_path, converted)
     OmniVideoPipeline.from_pretrained(tmp_path / "out")
 
 
+def test_files_that_belong_to_no_part_are_named(original, tmp_path, capsys):
+    torch.save({}, original / "ar_model" / "checkpoint" / "training_args.bin")
+    convert(original, tmp_path / "out")
+    assert "training_args.bin" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "name", ["ar_model/checkpoint/llm/tokenizer.json", "wan/wanxiang1_3b/google/umt5-xxl/tokenizer.json"]
+)
+def test_damaged_tokenizers(original, tmp_path, name):
+    (original / name).write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer"):
+        convert(original, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_refer_to_code_are_refused(original, tmp_path):
+    path = original / "ar_model/checkpoint/llm/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoConfig": "evil.Config"}}))
+    refused(original, tmp_path / "out", "auto_map", path)
+
+
 def test_without_markers(original, tmp_path):
     (original / "special_tokens" / "tokens.pkl").unlink()
     refused(original, tmp_path / "out", "--without-markers")

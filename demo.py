@@ -18,9 +18,9 @@ COMMANDS = {
     "model": "python conversion/convert_omni_video.py --original tests/data/core_A/omni_ckpts"
     " --output demo/omni-video-tiny",
     "generated.mp4": "omni-video generate 'a red fox in the snow' --output demo/generated.mp4"
-    " --model demo/omni-video-tiny --size 320x192 --frames 17 --steps 4 --seed 0",
+    " --model demo/omni-video-tiny --size 256x160 --frames 9 --steps 2 --seed 0",
     "edited.mp4": "omni-video edit tests/data/bigbuckbunny.mp4 'make it snow' --output demo/edited.mp4"
-    " --model demo/omni-video-tiny --size 320x192 --frames 17 --fps 8 --steps 4 --seed 0",
+    " --model demo/omni-video-tiny --size 256x160 --frames 9 --fps 8 --steps 2 --seed 0",
     "answer.txt": "omni-video ask tests/data/bigbuckbunny.mp4 'What happens in this video?'"
     " --model demo/omni-video-tiny --seed 0",
 }

@@ -1,5 +1,7 @@
 """The components of a converted repository: their configurations, read off upstream's files and tensor shapes."""
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,15 +9,24 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from original_checkpoint import TEXT_ENCODER, VILA, WAN_CONFIG, WAN_VAE, OriginalCheckpoint, Part
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+from original_checkpoint import TEXT_ENCODER, WAN_CONFIG, WAN_VAE, OriginalCheckpoint, Part
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+from vila_settings import generation_config, generation_token_id, vila_config
 
-from omni_video_hf import OmniVideoAdapter, OmniVideoConfig, OmniVideoForConditionalGeneration, VilaConfig
-from omni_video_hf.processing_omni_video import IMAGE_GENERATION_TOKEN, IMAGE_TOKEN, VIDEO_GENERATION_TOKEN
+from omni_video_hf import OmniVideoAdapter, OmniVideoConfig, OmniVideoForConditionalGeneration
+from omni_video_hf.hub import DTYPE_NAMES, read_header
+from omni_video_hf.processing_omni_video import IMAGE_GENERATION_TOKEN, VIDEO_GENERATION_TOKEN
+from omni_video_hf.safe_load import CorruptCheckpointError
 
 # Not to be read off the weights: fixed in upstream's code.
 BRIDGE_HEADS = 8
+BRIDGE_ACTIVATION = "relu"
 UMT5_MAX_DISTANCE = 128
+UMT5_FEED_FORWARD = "gated-gelu"
+WAN_LATENT_CHANNELS = 16  # Wan2.1_VAE.pth; statistics of its latents come with the class
+
+# Settings of upstream's Wan code that `WanTransformer3DModel` has no other values of.
+WAN_FIXED = {"model_type": "t2v", "qk_norm": True, "cross_attn_norm": True, "window_size": [-1, -1]}
 
 
 @dataclass
@@ -42,21 +53,11 @@ class Component:
 
 def mllm_component(checkpoint: OriginalCheckpoint, tokenizer: PreTrainedTokenizerBase) -> Component:
     """VILA and vision head; `tokenizer` is the language model's own, `<image>` added behind its vocabulary."""
-    text, vision = checkpoint.json(f"{VILA}/llm/config.json"), checkpoint.json(f"{VILA}/vision_tower/config.json")
-    feature_layer = _check_vila(checkpoint)
     part = checkpoint.mllm()
-    rows = part.tensors["mllm.model.language_model.embed_tokens.weight"].shape[0]
-    vocabulary = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    if rows != vocabulary:
-        raise ValueError(
-            f"{checkpoint.root / VILA / 'llm'}: the tokenizer has {vocabulary} tokens, but the embedding has {rows} "
-            "rows. Upstream would cut rows off or make random ones up; convert a checkpoint whose parts fit."
-        )
+    vila = vila_config(checkpoint, tokenizer)
     head = _bridge_sizes(part, "vision_head.query_transformer.")
     config = OmniVideoConfig(
-        mllm_config=VilaConfig(
-            text_config=text, vision_config=vision, vision_feature_layer=feature_layer, image_token_id=vocabulary
-        ),
+        mllm_config=vila,
         vision_head_config={
             "mllm_hidden_size": head.pop("input_size"),
             "null_length": part.tensors["vision_head.null_hidden_states.weight"].shape[0],
@@ -64,14 +65,14 @@ def mllm_component(checkpoint: OriginalCheckpoint, tokenizer: PreTrainedTokenize
         },
         adapter_config=None,
         decoder_config=None,
-        image_generation_token_id=_generation_token(tokenizer, IMAGE_GENERATION_TOKEN, 2),
-        video_generation_token_id=_generation_token(tokenizer, VIDEO_GENERATION_TOKEN, 3),
+        image_generation_token_id=generation_token_id(tokenizer, IMAGE_GENERATION_TOKEN),
+        video_generation_token_id=generation_token_id(tokenizer, VIDEO_GENERATION_TOKEN),
     )
     with torch.device("meta"):
         model = OmniVideoForConditionalGeneration(config)
-    model.generation_config = _generation_config(checkpoint, tokenizer)
+    model.generation_config = generation_config(checkpoint, tokenizer)
     tower = "mllm.model.vision_tower."
-    layers = range(config.mllm_config.num_vision_layers, config.mllm_config.vision_config.num_hidden_layers)
+    layers = range(vila.num_vision_layers, vila.vision_config.num_hidden_layers)
     behind = tuple(f"{tower}encoder.layers.{layer}." for layer in layers)
     unused = [name for name in part.tensors if name.startswith((*behind, f"{tower}head."))]
     return Component("mllm", model, checkpoint.mllm, "model", unused)
@@ -102,29 +103,34 @@ def adapter_component(checkpoint: OriginalCheckpoint, max_context_length: int, w
 
 def transformer_component(checkpoint: OriginalCheckpoint) -> Component:
     """The Wan transformer."""
-    original = checkpoint.json(WAN_CONFIG)
     part = checkpoint.transformer()
-    patch = _tensor(part, "patch_embedding.weight").shape
-    try:
-        heads = original["num_heads"]
-        config = {
-            "patch_size": list(patch[2:]),
-            "num_attention_heads": heads,
-            "attention_head_dim": original["dim"] // heads,
-            "in_channels": original["in_dim"],
-            "out_channels": original["out_dim"],
-            "text_dim": _tensor(part, "condition_embedder.text_embedder.linear_1.weight").shape[1],
-            "freq_dim": original["freq_dim"],
-            "ffn_dim": original["ffn_dim"],
-            "num_layers": original["num_layers"],
-            "cross_attn_norm": True,
-            "qk_norm": "rms_norm_across_heads",
-            "eps": original["eps"],
-        }
-    except KeyError as error:
-        raise ValueError(f"{checkpoint.root / WAN_CONFIG}: has no {error}.") from None
+    original, file = checkpoint.json(WAN_CONFIG), checkpoint.root / WAN_CONFIG
+    for name, supported in WAN_FIXED.items():
+        if original.get(name, supported) != supported:
+            raise ValueError(f"{file}: {name} is {original[name]!r}; only {supported!r} is supported.")
+    sizes = ("dim", "num_heads", "in_dim", "out_dim", "freq_dim", "ffn_dim", "num_layers")
+    wrong = [name for name in sizes if type(original.get(name)) is not int or original[name] < 1]
+    wrong += [] if isinstance(original.get("eps"), float) else ["eps"]
+    if wrong:
+        raise CorruptCheckpointError(f"{file}: has no usable {', '.join(wrong)}.")
+    layers = _count_layers(part, "blocks.")
+    if original["num_layers"] != layers:
+        raise ValueError(f"{file}: num_layers is {original['num_layers']}, but there are weights of {layers} layers.")
     with torch.device("meta"):
-        model = WanTransformer3DModel(**config)
+        model = WanTransformer3DModel(
+            patch_size=list(_tensor(part, "patch_embedding.weight").shape[2:]),
+            num_attention_heads=original["num_heads"],
+            attention_head_dim=original["dim"] // original["num_heads"],
+            in_channels=original["in_dim"],
+            out_channels=original["out_dim"],
+            text_dim=_tensor(part, "condition_embedder.text_embedder.linear_1.weight").shape[1],
+            freq_dim=original["freq_dim"],
+            ffn_dim=original["ffn_dim"],
+            num_layers=layers,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            eps=original["eps"],
+        )
     return Component("transformer", model, checkpoint.transformer, "diffusion_pytorch_model")
 
 
@@ -133,11 +139,14 @@ def vae_component(checkpoint: OriginalCheckpoint) -> Component | None:
     if not checkpoint.has(WAN_VAE):
         return None
     part = checkpoint.vae()
-    with torch.device("meta"):
-        model = AutoencoderKLWan(
-            base_dim=_tensor(part, "encoder.conv_in.weight").shape[0],
-            z_dim=_tensor(part, "post_quant_conv.weight").shape[0],
+    channels = _tensor(part, "post_quant_conv.weight").shape[0]
+    if channels != WAN_LATENT_CHANNELS:
+        raise ValueError(
+            f"{checkpoint.root / WAN_VAE}: has {channels} latent channels; Wan 2.1's VAE has {WAN_LATENT_CHANNELS}. "
+            "Remove the file and give a repository with the right one by `--wan-repo`."
         )
+    with torch.device("meta"):
+        model = AutoencoderKLWan(base_dim=_tensor(part, "encoder.conv_in.weight").shape[0], z_dim=channels)
     return Component("vae", model, checkpoint.vae, "diffusion_pytorch_model")
 
 
@@ -158,17 +167,71 @@ def text_encoder_component(checkpoint: OriginalCheckpoint) -> Component | None:
         num_heads=heads,
         relative_attention_num_buckets=buckets,
         relative_attention_max_distance=UMT5_MAX_DISTANCE,
-        feed_forward_proj="gated-gelu",
+        feed_forward_proj=UMT5_FEED_FORWARD,
     )
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
     return Component("text_encoder", model, checkpoint.text_encoder, "model")
 
 
-def expected_tensors(component: Component) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that the component's files must have; tied weights are stored once."""
-    tied = getattr(component.model, "all_tied_weights_keys", {})
-    return {name: tuple(t.shape) for name, t in component.model.state_dict().items() if name not in tied}
+def load_component(name: str, folder: Path) -> torch.nn.Module:
+    """A component from its written configuration, on the meta device."""
+    with torch.device("meta"):
+        if name == "mllm":
+            return OmniVideoForConditionalGeneration(OmniVideoConfig.from_pretrained(folder))
+        if name == "text_encoder":
+            return UMT5EncoderModel(UMT5Config.from_pretrained(folder))
+        classes = {"adapter": OmniVideoAdapter, "transformer": WanTransformer3DModel, "vae": AutoencoderKLWan}
+        return classes[name].from_config(classes[name].load_config(folder))
+
+
+def expected_tensors(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that the files of a component must have; tied weights are stored once."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+
+
+def check_files(model: torch.nn.Module, folder: Path, dtypes: dict[str, torch.dtype] | None = None) -> None:
+    """Compare the headers of a component's files with its model, by name, shape and, where given, number format."""
+    header = {
+        name: entry for file in sorted(folder.glob("*.safetensors")) for name, entry in read_header(file).items()
+    }
+    tied = getattr(model, "all_tied_weights_keys", {})
+    written = {tied.get(name, name): shape for name, (_, shape, _) in header.items()}
+    wrong = sorted(written.items() ^ expected_tensors(model).items())
+    if wrong:
+        raise ValueError(f"{folder}: the files do not fit the configuration: {wrong[:20]}. Make the folder again.")
+    if dtypes is not None:
+        found = {name: DTYPE_NAMES.get(dtype) for name, (dtype, _, _) in header.items()}
+        if found != {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}:
+            raise ValueError(f"{folder}: was written in another number format than asked for. Please report this.")
+
+
+def check_widths(models: dict[str, torch.nn.Module]) -> None:
+    """Whether neighbours in the pipeline fit each other; a `ValueError` names the two that do not."""
+    transformer, channels = models["transformer"].config, models["vae"].config.z_dim
+    whole = OmniVideoConfig(
+        mllm_config=models["mllm"].config.mllm_config,
+        vision_head_config=models["mllm"].config.vision_head_config,
+        adapter_config=models["adapter"].attention_config,
+        decoder_config={name: value for name, value in transformer.items() if name[0] != "_"},
+    )
+    pairs = {
+        "text_encoder d_model": (models["text_encoder"].config.d_model, whole.adapter_config.hidden_size),
+        "vae z_dim": (channels, transformer.in_channels),
+        "adapter latent_channels": (whole.adapter_config.latent_channels, channels),
+    }
+    for name, (value, wanted) in pairs.items():
+        if value != wanted:
+            raise ValueError(
+                f"The {name} is {value}, but its neighbour has {wanted}: the parts do not belong together."
+            )
+
+
+def grouped(names: list[str]) -> str:
+    """Names of weights, those of one layer or head together."""
+    groups = Counter(re.sub(r"(\.layers\.\d+|\.head)\..*", r"\1", name) for name in names)
+    return ", ".join(f"{group}.* ({count})" for group, count in groups.items())
 
 
 def _set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
@@ -177,29 +240,6 @@ def _set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
     for name in config.sub_configs:
         if getattr(config, name) is not None:
             _set_dtype(getattr(config, name), dtype)
-
-
-def _check_vila(checkpoint: OriginalCheckpoint) -> int:
-    """Refuse VILA settings that the port does not reproduce; returns the selected layer."""
-    name = f"{VILA}/config.json"
-    config = checkpoint.json(name)
-    projector = checkpoint.json(f"{VILA}/mm_projector/config.json")
-    tower = checkpoint.json(f"{VILA}/vision_tower/config.json")
-    allowed = {
-        "mm_use_im_start_end": (config.get("mm_use_im_start_end", False), (False,)),
-        "mm_use_im_patch_token": (config.get("mm_use_im_patch_token", True), (False,)),
-        "mm_vision_select_feature": (config.get("mm_vision_select_feature"), ("cls_patch",)),
-        "s2": (config.get("s2", False), (False, None)),
-        "mm_projector_type": (projector.get("mm_projector_type"), ("mlp_downsample",)),
-        "vision tower": (tower.get("model_type"), ("siglip_vision_model",)),
-    }
-    for key, (value, supported) in allowed.items():
-        if value not in supported:
-            raise ValueError(f"{checkpoint.root / name}: {key} is {value!r}; only {supported[0]!r} is supported.")
-    layer = config.get("mm_vision_select_layer")
-    if not isinstance(layer, int):
-        raise ValueError(f"{checkpoint.root / name}: mm_vision_select_layer is {layer!r}; it must be a number.")
-    return layer
 
 
 def _bridge_sizes(part: Part, prefix: str) -> dict[str, Any]:
@@ -212,12 +252,14 @@ def _bridge_sizes(part: Part, prefix: str) -> dict[str, Any]:
         "num_encoder_layers": _count_layers(part, f"{prefix}encoder_layers."),
         "num_decoder_layers": _count_layers(part, f"{prefix}decoder_layers."),
         "num_attention_heads": BRIDGE_HEADS,
+        "hidden_act": BRIDGE_ACTIVATION,
         "num_query_tokens": queries[1],
     }
 
 
 def _count_layers(part: Part, prefix: str) -> int:
-    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in part.tensors if name.startswith(prefix))
+    """How many layers there are weights of. A gap in their numbers shows as a missing weight."""
+    return len({name.removeprefix(prefix).split(".")[0] for name in part.tensors if name.startswith(prefix)})
 
 
 def _tensor(part: Part, name: str) -> torch.Tensor:
@@ -225,33 +267,3 @@ def _tensor(part: Part, name: str) -> torch.Tensor:
     if name not in part.tensors:
         raise ValueError(f"{', '.join(sorted(part.files))}: the weight {name!r} is missing, in its upstream name.")
     return part.tensors[name]
-
-
-def _generation_token(tokenizer: PreTrainedTokenizerBase, token: str, offset: int) -> int:
-    """Id of a routing token; where the tokenizer lacks it, upstream's literal, counted from bos."""
-    ids = tokenizer.encode(token, add_special_tokens=False)
-    return ids[0] if len(ids) == 1 else tokenizer.bos_token_id + offset
-
-
-def missing_generation_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Routing tokens that the tokenizer splits into pieces."""
-    tokens = (IMAGE_GENERATION_TOKEN, VIDEO_GENERATION_TOKEN)
-    return [token for token in tokens if len(tokenizer.encode(token, add_special_tokens=False)) != 1]
-
-
-def _generation_config(checkpoint: OriginalCheckpoint, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Upstream's sampling: its arguments, and the stop ids of the checkpoint with the end of a turn."""
-    name = f"{VILA}/llm/generation_config.json"
-    stored = checkpoint.json(name) if checkpoint.has(name) else {}
-    eos = stored.get("eos_token_id", tokenizer.eos_token_id)
-    eos = eos if isinstance(eos, list) else [eos]
-    end_of_turn = tokenizer.convert_tokens_to_ids("<|eot_id|>")
-    return GenerationConfig(
-        do_sample=True,
-        temperature=0.2,
-        top_p=1.0,
-        max_new_tokens=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=list(dict.fromkeys([*eos, end_of_turn])),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )

@@ -1,14 +1,10 @@
 """Converts upstream's `omni_ckpts` folder to a repository for transformers and diffusers."""
 
-import hashlib
 import json
-import os
-import shutil
+import logging
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,30 +14,38 @@ import typer
 from components import (
     Component,
     adapter_component,
+    check_files,
+    check_widths,
     expected_tensors,
-    missing_generation_tokens,
+    grouped,
+    load_component,
     mllm_component,
     text_encoder_component,
     transformer_component,
     vae_component,
 )
 from diffusers import UniPCMultistepScheduler
-from filelock import FileLock, Timeout
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from original_checkpoint import MARKERS, TEXT_ENCODER, TEXT_TOKENIZER, VILA, WAN_VAE, OriginalCheckpoint
+from huggingface_hub import split_torch_state_dict_into_shards
+from original_checkpoint import (
+    MARKERS,
+    TEXT_ENCODER,
+    TEXT_TOKENIZER,
+    WAN_VAE,
+    OriginalCheckpoint,
+    read_tokenizer,
+)
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from safetensors.torch import save_file
 from transformers import AutoTokenizer
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from unfinished import Unfinished, alone, check_disk_space, fingerprint
+from vila_settings import generation_token_notes, vila_processor, vila_tokenizer
+from wan_repository import find_wan, load_wan_component, wan_files
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline, OmniVideoProcessor
-from omni_video_hf.hub import read_header, repository_parts, repository_table, write_root_index
-from omni_video_hf.processing_omni_video import IMAGE_TOKEN
+from omni_video_hf.hub import repository_parts, repository_table, write_root_index
 from omni_video_hf.settings_omni_video import PRESETS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-STATE = "conversion.json"  # in the unfinished folder: what it is made from, and which shards are complete
 # Parts that may come from a repository of Wan in diffusers' format: our folder -> upstream's file.
 OPTIONAL = {"text_encoder": TEXT_ENCODER, "vae": WAN_VAE, "tokenizer": TEXT_TOKENIZER}
 MAX_MAPPED_BYTES = 2**28
@@ -66,7 +70,7 @@ def convert(
     Args:
         original: upstream's `omni_ckpts`.
         output: folder to make; it must not exist or be empty.
-        dtype: number format of the weights; as stored by default.
+        dtype: number format of the weights; as stored by default. Parts from `wan_repo` are copied as they are.
         max_shard_size: of each file of weights, such as `"5GB"`.
         max_context_length: tokens of the decoder's context.
         wan_repo: folder or Hub repository of Wan in diffusers' format, for text encoder, tokenizer and VAE where
@@ -76,8 +80,7 @@ def convert(
     Raises:
         ValueError: for anything in the checkpoint that is missing, left over, of another shape, damaged or unsafe.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output}: exists already and is not empty; choose another folder.")
+    _check_output(output)
     checkpoint = OriginalCheckpoint(original)
     missing = [folder for folder, name in OPTIONAL.items() if not checkpoint.has(name)]
     if missing and wan_repo is None:
@@ -87,12 +90,9 @@ def convert(
         )
     if with_markers and not checkpoint.has(MARKERS):
         raise ValueError(f"{original / MARKERS}: is missing. `--without-markers` joins the parts of the context bare.")
-
     wan_source = find_wan(wan_repo, missing) if missing else None
-    tokenizer = checkpoint.tokenizer(f"{VILA}/llm", "bos_token", "eos_token")
-    tokenizer.add_tokens(IMAGE_TOKEN, special_tokens=True)
-    for token in missing_generation_tokens(tokenizer):
-        console.print(f"[yellow]note:[/] the tokenizer has no {token!r} token; upstream's literal id is used.")
+
+    tokenizer = vila_tokenizer(checkpoint)
     made = [
         mllm_component(checkpoint, tokenizer),
         adapter_component(checkpoint, max_context_length, with_markers),
@@ -103,33 +103,64 @@ def convert(
     components = [component for component in made if component is not None]
     for component in components:
         check_component(component, checkpoint.root)
+    models = {component.name: component.model for component in components}
+    wan_models = {name: load_wan_component(name, wan_source) for name in missing if name != "tokenizer"}
+    models |= wan_models
+    check_widths(models)
+    processor = vila_processor(checkpoint, models["mllm"].config.mllm_config, tokenizer)
+    text_tokenizer = read_tokenizer(
+        wan_source / "tokenizer" if "tokenizer" in missing else original / TEXT_TOKENIZER, "eos_token", "pad_token"
+    )
 
-    options = {"dtype": str(dtype), "max_shard_size": str(max_shard_size), "max_context_length": max_context_length}
+    options = {
+        "dtype": str(dtype),
+        "shard": str(max_shard_size),
+        "context": max_context_length,
+        "wan": str(wan_source),
+        "markers": with_markers,
+    }
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.name}.incomplete")
-    with _alone(output), Unfinished(partial, fingerprint(checkpoint, components, options)) as unfinished:
-        _check_disk_space(components, dtype, partial)
-        write_weights(components, dtype, max_shard_size, unfinished)
-        write_the_rest(checkpoint, components, tokenizer, missing, wan_source, partial)
+    with alone(output), Unfinished(partial, fingerprint(original, options)) as unfinished:
+        _check_output(output)  # once more: another run may just have ended
+        plans = {component.name: plan_shards(component, dtype, max_shard_size) for component in components}
+        copied = [file for name in wan_models for file in wan_files(wan_source, name)]
+        needed = sum(plan.metadata["total_size"] for plan in plans.values())
+        check_disk_space(needed + sum(file.stat().st_size for file in copied), partial)
+        write_weights(components, plans, dtype, unfinished)
+        for file in copied:
+            unfinished.copy(file, partial / file.parent.name / file.name)
+        write_the_rest(partial, models, processor, text_tokenizer)
         write_root_index(partial)
-        verify(components, partial)
+        verify(partial, {name: plans[name].dtypes if name in plans else None for name in models})
         unfinished.finish(output)
+    unread = checkpoint.unread_weights(name for component in components for name in component.load().files)
+    notes = [f"{original / name} belongs to no part and was not read." for name in unread[:20]]
+    report(components, notes + generation_token_notes(tokenizer), output)
+
+
+def report(components: list[Component], notes: list[str], output: Path) -> None:
+    """What was left out, what gave way, what is unusual, and a table of what came out."""
     for component in components:
         if component.unused:
-            console.print(f"{len(component.unused)} weights of {component.name} are never read by upstream: left out.")
-    unread = checkpoint.unread_weights(name for component in components for name in component.load().files)
-    if unread:
-        console.print(f"[yellow]note:[/] files that belong to no part were not read: {', '.join(unread[:20])}")
+            console.print(f"unused by upstream, left out: {grouped(component.unused)}.", markup=False)
     superseded = sum(component.load().superseded for component in components)
     console.print(f"{superseded} weights of other files gave way to those of the trained model.")
+    for note in notes:
+        console.print(f"warning: {note}", style="yellow", markup=False)
     Console().print(repository_table(repository_parts(output), title=str(output)))
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output}: exists already and is not empty; choose another folder.")
 
 
 def check_component(component: Component, root: Path) -> None:
     """Compare the checkpoint's weights with the model's, by name and shape."""
     part = component.load()
     found = {name: tuple(t.shape) for name, t in part.tensors.items() if name not in component.unused}
-    expected = expected_tensors(component)
+    expected = expected_tensors(component.model)
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "left over": sorted(found.keys() - expected.keys()) + sorted(part.unknown),
@@ -150,7 +181,7 @@ def check_component(component: Component, root: Path) -> None:
 
 
 def write_weights(
-    components: list[Component], dtype: torch.dtype | None, max_shard_size: int | str, unfinished: "Unfinished"
+    components: list[Component], plans: dict[str, Any], dtype: torch.dtype | None, unfinished: Unfinished
 ) -> None:
     """Write every shard that is not there yet."""
     columns = (
@@ -160,20 +191,17 @@ def write_weights(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    plans = [(component, plan_shards(component, dtype, max_shard_size)) for component in components]
-    total = sum(plan.metadata["total_size"] for _, plan in plans)
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("weights", total=total)
-        for component, plan in plans:
-            folder = unfinished.folder / component.name
+        bar = progress.add_task("weights", total=sum(plan.metadata["total_size"] for plan in plans.values()))
+        for component in components:
+            plan, folder = plans[component.name], unfinished.folder / component.name
             folder.mkdir(parents=True, exist_ok=True)
             component.save_config(folder, plan.dtype)
             for file, names in plan.filename_to_tensors.items():
                 progress.update(bar, description=f"{component.name}/{file}")
-                size = plan.sizes[file]
                 if not unfinished.has(folder / file):
                     unfinished.write(folder / file, read_shard(component, names, dtype))
-                progress.advance(bar, size)
+                progress.advance(bar, plan.sizes[file])
             if plan.is_sharded:
                 index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
                 name = f"{component.weights_name}.safetensors.index.json"
@@ -190,6 +218,7 @@ def plan_shards(component: Component, dtype: torch.dtype | None, max_shard_size:
     }
     pattern = component.weights_name + "{suffix}.safetensors"
     plan = split_torch_state_dict_into_shards(stored, filename_pattern=pattern, max_shard_size=max_shard_size)
+    plan.dtypes = {name: tensor.dtype for name, tensor in stored.items()}
     plan.dtype = Counter(tensor.dtype for tensor in stored.values()).most_common(1)[0][0]
     plan.sizes = {
         file: sum(stored[name].numel() * stored[name].element_size() for name in names)
@@ -223,172 +252,41 @@ def _checked(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torc
 
 
 def write_the_rest(
-    checkpoint: OriginalCheckpoint,
-    components: list[Component],
-    tokenizer: Any,
-    missing: list[str],
-    wan_source: Path | None,
-    folder: Path,
+    folder: Path, models: dict[str, torch.nn.Module], processor: OmniVideoProcessor, text_tokenizer: Any
 ) -> None:
-    """Processor, text tokenizer, scheduler, parts of another repository, and the pipeline's index."""
-    mllm = next(component.model for component in components if component.name == "mllm").config.mllm_config
-    vila = checkpoint.json(f"{VILA}/config.json")
-    side = mllm.vision_config.image_size
-    processor = OmniVideoProcessor(
-        SiglipImageProcessorPil(size={"height": side, "width": side}),
-        tokenizer,
-        num_image_tokens=mllm.image_seq_length,
-        image_aspect_ratio="pad" if vila.get("image_aspect_ratio") == "pad" else "resize",
-        model_max_length=checkpoint.json(f"{VILA}/llm/config.json").get("tokenizer_model_max_length"),
-    )
+    """Processor, tokenizer of the text encoder, scheduler, and the pipeline's own index."""
     for target in (folder, folder / "processor"):
         processor.save_pretrained(target)
+    text_tokenizer.save_pretrained(folder / "tokenizer")
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=PRESETS["t2v"]["flow_shift"]
     )
     scheduler.save_pretrained(folder / "scheduler")
-    if "tokenizer" not in missing:
-        checkpoint.tokenizer(TEXT_TOKENIZER).save_pretrained(folder / "tokenizer")
-    for name in missing:
-        shutil.copytree(wan_source / name, folder / name, dirs_exist_ok=True)
-    write_model_index(folder, components, scheduler)
+    pipeline = OmniVideoPipeline(**models, processor=processor, tokenizer=text_tokenizer, scheduler=scheduler)
+    pipeline.save_config(folder)
 
 
-def write_model_index(folder: Path, components: list[Component], scheduler: UniPCMultistepScheduler) -> None:
-    """`model_index.json`, as the pipeline itself would write it."""
-    models = {component.name: component.model for component in components}
-    parts = models | {"scheduler": scheduler, "processor": OmniVideoProcessor.from_pretrained(folder)}
-    parts["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    for name, kind in (("vae", "diffusers.AutoencoderKLWan"), ("text_encoder", "transformers.UMT5EncoderModel")):
-        if name not in parts:  # copied from another repository: built from its configuration, without weights
-            module, _, class_name = kind.partition(".")
-            library = __import__(module)
-            with torch.device("meta"):
-                config_class = getattr(library, class_name)
-                parts[name] = (
-                    config_class.from_config(config_class.load_config(folder / name))
-                    if module == "diffusers"
-                    else config_class(library.AutoConfig.from_pretrained(folder / name))
-                )
-    OmniVideoPipeline(**parts).save_config(folder)
-
-
-def find_wan(wan_repo: str, folders: list[str]) -> Path:
-    """The wanted folders of a Wan repository in diffusers' format, on this machine; safetensors only."""
-    source = Path(wan_repo)
-    if not source.is_dir():
-        patterns = [f"{folder}/*{suffix}" for folder in folders for suffix in (".json", ".safetensors", ".model")]
-        source = Path(snapshot_download(wan_repo, allow_patterns=patterns))
-    for folder in folders:
-        if not (source / folder).is_dir():
-            raise ValueError(f"`--wan-repo {wan_repo}` has no folder {folder!r}; give one in diffusers' format.")
-    return source
-
-
-def verify(components: list[Component], folder: Path) -> None:
+def verify(folder: Path, dtypes: dict[str, dict[str, torch.dtype] | None]) -> None:
     """
-    Load what was written: headers against the models, and the whole model through `from_pretrained`.
+    Load what was written: every component from its configuration, against the headers of its files, and the whole
+    model through `from_pretrained`.
 
     Its weights stay where they are on the disk, so that this takes no memory.
+
+    Args:
+        folder: the repository.
+        dtypes: for every component the number format of each weight, `None` where it was copied.
     """
-    for component in components:
-        written: dict[str, tuple[int, ...]] = {}
-        for file in sorted((folder / component.name).glob("*.safetensors")):
-            written |= {name: shape for name, (_, shape, _) in read_header(file).items()}
-        if written != expected_tensors(component):
-            raise ValueError(f"{folder / component.name}: what was written does not fit the model; start again.")
+    for name, wanted in dtypes.items():
+        check_files(load_component(name, folder / name), folder / name, wanted)
     OmniVideoProcessor.from_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder / "tokenizer")
     with tempfile.TemporaryDirectory() as nothing:
-        _, report = OmniVideoForConditionalGeneration.from_pretrained(
+        _, loaded = OmniVideoForConditionalGeneration.from_pretrained(
             folder, device_map={"": "disk"}, offload_folder=nothing, output_loading_info=True
         )
-    if any(report.values()):
-        raise ValueError(f"{folder}: the whole model does not load: {report}. Please report this.")
-
-
-# --- the unfinished folder ------------------------------------------------------------------------------------------
-
-
-class Unfinished:
-    """
-    The folder that becomes the output, and what is known about the shards in it.
-
-    Shards of an earlier run are kept when they come from the same files with the same options.
-    """
-
-    def __init__(self, folder: Path, made_from: str) -> None:
-        self.folder, self.made_from = folder, made_from
-        self.state_file = folder / STATE
-        self.shards: dict[str, int] = {}
-
-    def __enter__(self) -> "Unfinished":
-        if self.state_file.is_file():
-            state = json.loads(self.state_file.read_text())
-            if state["made_from"] == self.made_from:
-                self.shards = state["shards"]
-        if not self.shards and self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(exist_ok=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.folder.exists() and not self.shards:
-            shutil.rmtree(self.folder)  # nothing worth keeping
-
-    def has(self, file: Path) -> bool:
-        """Whether a shard is there and whole."""
-        name = file.relative_to(self.folder).as_posix()
-        return file.is_file() and self.shards.get(name) == file.stat().st_size
-
-    def write(self, file: Path, tensors: dict[str, torch.Tensor]) -> None:
-        """Write a shard; it appears, and is recorded, when it is on the disk."""
-        partial = file.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"format": "pt"})
-        shutil.copymode(file.with_name("config.json"), partial)  # safetensors lets only its owner read
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(file)
-        self.shards[file.relative_to(self.folder).as_posix()] = file.stat().st_size
-        state = self.state_file.with_suffix(".partial")
-        state.write_text(json.dumps({"made_from": self.made_from, "shards": self.shards}))
-        state.replace(self.state_file)
-
-    def finish(self, output: Path) -> None:
-        """Give the folder its final name."""
-        self.state_file.unlink(missing_ok=True)
-        if output.exists():
-            output.rmdir()  # empty, as checked at the start
-        self.folder.replace(output)
-
-
-def fingerprint(checkpoint: OriginalCheckpoint, components: list[Component], options: dict[str, Any]) -> str:
-    """What a conversion is made from: options, and every source file's size and time of change."""
-    files = sorted({name for component in components for name in component.load().files})
-    stats = {name: checkpoint.path(name).stat() for name in files}
-    facts = [options, str(checkpoint.root.resolve()), {n: (s.st_size, s.st_mtime_ns) for n, s in stats.items()}]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-@contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Refuse to run twice at once on the same output."""
-    lock = FileLock(output.with_name(f"{output.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"{output}: another conversion is writing there; wait for it.") from None
-    try:
-        yield
-    finally:
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
-
-
-def _check_disk_space(components: list[Component], dtype: torch.dtype | None, folder: Path) -> None:
-    needed = sum(plan_shards(component, dtype, "100GB").metadata["total_size"] for component in components)
-    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    if needed > free:
-        raise ValueError(f"{folder.parent}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free.")
+    if any(loaded.values()):
+        raise ValueError(f"{folder}: the whole model does not load: {loaded}. Please report this.")
 
 
 # --- command line ---------------------------------------------------------------------------------------------------
@@ -414,6 +312,7 @@ def main(
     if not verbose:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+        logging.getLogger("accelerate").setLevel(logging.ERROR)
     try:
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"`--dtype {dtype}` must be one of {', '.join(DTYPES)}.")
@@ -426,10 +325,11 @@ def main(
             wan_repo=wan_repo,
             with_markers=not without_markers,
         )
-    except (ValueError, OSError) as error:
+    except Exception as error:  # one line whatever it is; `--verbose` shows where
         if verbose:
             console.print_exception()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         raise typer.Exit(2) from None
 
 

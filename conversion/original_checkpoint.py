@@ -98,32 +98,7 @@ class OriginalCheckpoint:
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of settings; one that refers to code is refused."""
-        path = self.path(name)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise CorruptCheckpointError(f"{path}: not a readable JSON file ({error}).") from error
-        if not isinstance(content, dict):
-            raise CorruptCheckpointError(f"{path}: must hold a JSON object, not a {type(content).__name__}.")
-        if content.get("auto_map"):
-            raise UnsafeCheckpointError(f"{path}: `auto_map` refers to code that would be run; remove it.")
-        return content
-
-    def tokenizer(self, name: str, *needed: str) -> PreTrainedTokenizerBase:
-        """The tokenizer in a folder, which must know its `needed` special tokens, such as `"eos_token"`."""
-        folder = self.path(name)
-        for file in sorted(folder.glob("*.json")):
-            self.json(file.relative_to(self.root).as_posix())
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, clean_up_tokenization_spaces=False
-            )
-        except Exception as error:  # the tokenizers library raises bare ones
-            raise CorruptCheckpointError(f"{folder}: not a readable tokenizer ({_first_line(error)}).") from error
-        for token in needed:
-            if getattr(tokenizer, f"{token}_id") is None:
-                raise CorruptCheckpointError(f"{folder / 'tokenizer_config.json'}: names no `{token}`.")
-        return tokenizer
+        return read_json(self.path(name))
 
     def unread_weights(self, used: Iterable[str]) -> list[str]:
         """Files of weights that are not among those `used`, such as a trainer's own."""
@@ -255,6 +230,54 @@ class OriginalCheckpoint:
         return torch.cat(rows)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    A JSON file of settings.
+
+    Raises:
+        ValueError: when it is missing or damaged, holds something else, or refers to code.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CorruptCheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpointError(f"{path}: not a readable JSON file ({error}).") from error
+    if not isinstance(content, dict):
+        raise CorruptCheckpointError(f"{path}: must hold a JSON object, not a {type(content).__name__}.")
+    if content.get("auto_map"):
+        raise UnsafeCheckpointError(f"{path}: `auto_map` refers to code that would be run; remove it.")
+    return content
+
+
+def read_tokenizer(folder: Path, *needed: str) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer in a folder.
+
+    Args:
+        folder: with the tokenizer's files.
+        needed: special tokens that it must know, such as `"eos_token"`.
+
+    Raises:
+        ValueError: when it is damaged, brings code along or lacks a needed token.
+    """
+    # Without this file a tokenizer of the usual kind would be made up, with other special tokens.
+    settings = read_json(folder / "tokenizer_config.json")
+    for file in sorted(folder.glob("*.json")):
+        read_json(file)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, clean_up_tokenization_spaces=False
+        )
+    except Exception as error:  # the tokenizers library raises bare ones
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CorruptCheckpointError(f"{folder}: not a readable tokenizer ({reason}).") from error
+    for token in needed:
+        if not settings.get(token) or getattr(tokenizer, f"{token}_id") is None:
+            raise CorruptCheckpointError(f"{folder / 'tokenizer_config.json'}: names no `{token}`.")
+    return tokenizer
+
+
 def read_weights(path: Path) -> StateDict:
     """
     The state dict in a file of any of upstream's formats, without wrappers and `module.` prefixes.
@@ -290,10 +313,6 @@ def _is_weight(value: Any) -> bool:
 
 def _kind(value: Any) -> str:
     return str(list(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _some(names: Iterable[Any], most: int = 20) -> str:

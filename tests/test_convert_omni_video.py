@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert_omni_video import _alone, app, convert
+from convert_omni_video import app, convert
 from golden import CORE
 from safetensors.torch import load_file, save_file
-from transformers import UMT5EncoderModel
+from transformers import UMT5Config, UMT5EncoderModel
 from typer.testing import CliRunner
+from unfinished import alone
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline
 from omni_video_hf.hub import read_header
@@ -194,16 +195,36 @@ def test_missing_parts_come_from_a_wan_repository(original, tmp_path, converted)
         (original / name).unlink()
     refused(original, tmp_path / "out", "--wan-repo", TORCH_FILES[4])
     refused(original, tmp_path / "out", "has no folder 'text_encoder'", wan_repo=str(tmp_path))
-    convert(original, tmp_path / "out", wan_repo=str(converted), max_context_length=64)
+    wan = Path(shutil.copytree(converted, tmp_path / "wan"))
+    (wan / "vae" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    convert(original, tmp_path / "out", wan_repo=str(wan), max_context_length=64)
     out, before = weights(tmp_path / "out"), weights(converted)
     assert all(torch.equal(out[name], before[name]) for name in before)
+    assert not list((tmp_path / "out").rglob("*.bin"))
     OmniVideoPipeline.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", ["cut", "no weights", "config", "code", "width"])
+def test_a_wan_repository_that_does_not_fit_is_refused(original, tmp_path, converted, damage):
+    (original / TORCH_FILES[4]).unlink()
+    folder = Path(shutil.copytree(converted, tmp_path / "wan")) / "text_encoder"
+    if damage == "cut":
+        os.truncate(folder / "model.safetensors", 5000)
+    elif damage == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif damage == "width":
+        UMT5EncoderModel(UMT5Config(d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=3)).save_pretrained(folder)
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"d_model": "wide"} if damage == "config" else {"auto_map": {"AutoConfig": "code.Config"}}
+        (folder / "config.json").write_text(json.dumps(config))
+    refused(original, tmp_path / "out", "text_encoder", wan_repo=str(tmp_path / "wan"))
 
 
 def test_files_that_belong_to_no_part_are_named(original, tmp_path, capsys):
     torch.save({}, original / "ar_model" / "checkpoint" / "training_args.bin")
     convert(original, tmp_path / "out")
-    assert "training_args.bin" in " ".join(capsys.readouterr().err.split())
+    assert "training_args.bin" in "".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -211,9 +232,7 @@ def test_files_that_belong_to_no_part_are_named(original, tmp_path, capsys):
 )
 def test_damaged_tokenizers(original, tmp_path, name):
     (original / name).write_text("{}")
-    with pytest.raises(ValueError, match="tokenizer"):
-        convert(original, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    refused(original, tmp_path / "out", (original / name).parent)
 
 
 def test_settings_that_refer_to_code_are_refused(original, tmp_path):
@@ -339,7 +358,7 @@ def test_vila_settings_that_are_not_reproduced(original, tmp_path, file, key, va
     if value is None:
         del config[key]
     path.write_text(json.dumps(config))
-    refused(original, tmp_path / "out", key if key != "model_type" else "vision tower")
+    refused(original, tmp_path / "out", path, f"{key} is {config.get(key)!r}" if file != "config.json" else key)
 
 
 def test_tokenizer_and_embedding_must_agree(original, tmp_path):
@@ -353,7 +372,7 @@ def test_tokenizer_and_embedding_must_agree(original, tmp_path):
     refused(original, tmp_path / "out", "160 tokens", "159 rows")
 
 
-def test_an_existing_output_is_left_alone(tmp_path):
+def test_an_existing_output_is_leftalone(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty"):
@@ -418,7 +437,7 @@ def test_shards_of_other_sources_or_options_are_not_kept(original, tmp_path):
 
 
 def test_two_runs_at_once_are_refused(tmp_path):
-    with _alone(tmp_path / "out"), pytest.raises(ValueError, match="another conversion"):
+    with alone(tmp_path / "out"), pytest.raises(ValueError, match="another conversion"):
         convert(ORIGINAL, tmp_path / "out")
     convert(ORIGINAL, tmp_path / "out")
 
@@ -431,6 +450,9 @@ def test_command_prints_a_table(tmp_path):
     assert result.exit_code == 0, result.output
     for word in ("mllm", "vision_head", "adapter", "transformer", "vae", "text_encoder", "float32", "659,535"):
         assert word in result.stdout
+    said = " ".join(result.stderr.split())
+    assert "unused by upstream, left out: mllm.model.vision_tower.encoder.layers.2.* (16)" in said
+    assert "327 weights of other files gave way" in said
 
 
 @pytest.mark.parametrize(
@@ -438,6 +460,7 @@ def test_command_prints_a_table(tmp_path):
     [
         (["--original", "nothing"], "is no folder"),
         (["--original", str(ORIGINAL), "--dtype", "int4"], "must be one of"),
+        (["--original", str(ORIGINAL), "--max-shard-size", "big"], "Got 'big'"),
     ],
 )
 def test_command_errors_are_one_line(tmp_path, arguments, message):

@@ -1,8 +1,9 @@
-"""The `omni-video` command: generate, edit, ask, and look into a repository."""
+"""The `omni-video` command: generate, edit, ask; look into a repository, push it, write its card."""
 
 import json
 import logging
 import sys
+import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -18,7 +19,10 @@ from rich.table import Table
 
 from .hub import repository_parts, repository_table
 from .media_omni_video import open_media, save_image, save_video
+from .model_card_omni_video import write_model_card
 from .pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
+from .publishing_omni_video import push_repository, repository_files
+from .repository_omni_video import complete_repository, missing_parts
 
 app = typer.Typer(
     help="Generate, edit and understand videos and images with Omni-Video.",
@@ -198,6 +202,72 @@ def info(
             out.print(repository_table(parts, title=model))
 
 
+@app.command()
+def push(
+    source: Annotated[str, typer.Argument(metavar="DIR_OR_REPO", help="Folder, or Hub repository to copy.")],
+    target: Annotated[str, typer.Argument(help="Hub repository, `owner/name`; created if need be.")],
+    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch of the target, created if need be.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    message: Annotated[str | None, typer.Option("--message", help="Title of the commit or pull request.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Repository to take what a saved model lacks from, such as its VAE.")
+    ] = None,
+    token: Token = None,
+    verbose: Verbose = False,
+) -> None:
+    """
+    Push a repository or a LoRA to the Hub, in one commit.
+
+    Run it again after an interruption: what has arrived is not sent again.
+    """
+    with _one_line_errors(verbose):
+        if target.count("/") != 1:
+            raise ValueError(f"`{target}` must be a Hub repository, `owner/name`.")
+        _check_repository(source)
+        folder, link_root = Path(source), None
+        if not folder.is_dir():
+            folder = Path(snapshot_download(source, token=token))
+            link_root = folder.parent.parent
+        with tempfile.TemporaryDirectory() as copies:
+            if link_root is not None:
+                folder = _linked_copy(folder, Path(copies), link_root)
+            if base is not None and (folder / "mllm").is_dir() and missing_parts(folder):
+                added = complete_repository(folder, base, token=token)
+                console.print(f"taken from {base}: {', '.join(added)}", markup=False)
+            _, left_out = repository_files(folder, link_root)
+            if left_out:
+                console.print(f"left out: {', '.join(left_out)}", markup=False)
+            commit = push_repository(
+                folder,
+                target,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=message,
+                token=token,
+                base_model=base or (source if link_root else None),
+                link_root=link_root,
+            )
+        print(commit.pr_url or commit.commit_url)  # noqa: T201
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A repository, or a folder with a LoRA.")],
+    name: Annotated[str, typer.Argument(metavar="REPO", help="What it is called on the Hub, `owner/name`.")],
+    base: Annotated[str | None, typer.Option(help="Hub repository it was made from.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write the model card of a folder, from what is known about it. A card that a person edited stays as it is."""
+    with _one_line_errors(verbose):
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: is not a folder.")
+        if not write_model_card(folder, name, base):
+            raise ValueError(f"{folder / 'README.md'}: was written or edited by a person; move it away for a new one.")
+        print(folder / "README.md")  # noqa: T201
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()
@@ -298,6 +368,14 @@ def _load(
 def _check_repository(name: str) -> None:
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(("/", "."))):
         raise ValueError(f"{name}: is neither a folder nor a Hub repository (`owner/name`).")
+
+
+def _linked_copy(snapshot: Path, folder: Path, link_root: Path) -> Path:
+    """A folder of links to a downloaded repository, whose own files are not to be changed."""
+    for name, path in repository_files(snapshot, link_root)[0].items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(path.resolve())
+    return folder
 
 
 def _best_device() -> str:

@@ -3,7 +3,6 @@
 import json
 import logging
 import sys
-import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -21,8 +20,8 @@ from .hub import repository_parts, repository_table
 from .media_omni_video import open_media, save_image, save_video
 from .model_card_omni_video import write_model_card
 from .pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
-from .publishing_omni_video import push_repository, repository_files
-from .repository_omni_video import complete_repository, missing_parts
+from .publishing_omni_video import push_completed, push_repository, repository_files
+from .repository_omni_video import missing_parts
 
 app = typer.Typer(
     help="Generate, edit and understand videos and images with Omni-Video.",
@@ -69,7 +68,6 @@ MaxContextLength = Annotated[int | None, typer.Option(help="Let a longer source 
 Offload = Annotated[CpuOffload | None, typer.Option("--cpu-offload", help="Keep idle weights in main memory.")]
 AttentionBackend = Annotated[str | None, typer.Option(help="A diffusers attention backend, e.g. flash, sage.")]
 Lora = Annotated[str | None, typer.Option(help="LoRA file or repository, or JSON arguments of load_lora_weights.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the repository ships.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")]
 Token = Annotated[str | None, typer.Option(envvar="HF_TOKEN", show_envvar=False, help="Hub token.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")]
@@ -96,7 +94,6 @@ def generate(
     lora: Lora = None,
     revision: Revision = None,
     token: Token = None,
-    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     verbose: Verbose = False,
 ) -> None:
@@ -110,7 +107,7 @@ def generate(
         if output is not None:
             task = "t2i" if _checked_output(output, overwrite) == "image" else "t2v"
         settings = _settings(size, frames, fps, steps, guidance_scale, flow_shift, seed, negative_prompt)
-        pipe = _load(model, dtype, device, cpu_offload, attention_backend, lora, revision, token, trust_remote_code)
+        pipe = _load(model, dtype, device, cpu_offload, attention_backend, lora, revision, token)
         _finish(pipe(prompt, task=task, **settings), output, overwrite)
 
 
@@ -136,7 +133,6 @@ def edit(
     lora: Lora = None,
     revision: Revision = None,
     token: Token = None,
-    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     verbose: Verbose = False,
 ) -> None:
@@ -152,7 +148,7 @@ def edit(
         if output is not None and _checked_output(output, overwrite) != kind:
             raise ValueError(f"`--output {output}` does not fit an edit of the {kind} {source}.")
         settings = _settings(size, frames, fps, steps, guidance_scale, flow_shift, seed, negative_prompt)
-        pipe = _load(model, dtype, device, cpu_offload, attention_backend, lora, revision, token, trust_remote_code)
+        pipe = _load(model, dtype, device, cpu_offload, attention_backend, lora, revision, token)
         task = "i2i" if kind == "image" else "v2v"
         _finish(
             pipe(instruction, **media, task=task, max_context_length=max_context_length, **settings), output, overwrite
@@ -172,13 +168,12 @@ def ask(
     lora: Lora = None,
     revision: Revision = None,
     token: Token = None,
-    trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = False,
 ) -> None:
     """Answer a question about a video or an image."""
     with _one_line_errors(verbose):
         media = _open_source(source)
-        pipe = _load(model, dtype, device, cpu_offload, None, lora, revision, token, trust_remote_code)
+        pipe = _load(model, dtype, device, cpu_offload, None, lora, revision, token)
         output = pipe(question, **media, task="understand", max_new_tokens=max_new_tokens, **_generator(seed))
         _finish(output)
 
@@ -225,30 +220,18 @@ def push(
         if target.count("/") != 1:
             raise ValueError(f"`{target}` must be a Hub repository, `owner/name`.")
         _check_repository(source)
-        folder, link_root = Path(source), None
+        folder = Path(source)
         if not folder.is_dir():
             folder = Path(snapshot_download(source, token=token))
-            link_root = folder.parent.parent
-        with tempfile.TemporaryDirectory() as copies:
-            if link_root is not None:
-                folder = _linked_copy(folder, Path(copies), link_root)
-            if base is not None and (folder / "mllm").is_dir() and missing_parts(folder):
-                added = complete_repository(folder, base, token=token)
-                console.print(f"taken from {base}: {', '.join(added)}", markup=False)
-            _, left_out = repository_files(folder, link_root)
-            if left_out:
-                console.print(f"left out: {', '.join(left_out)}", markup=False)
-            commit = push_repository(
-                folder,
-                target,
-                private=private,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=message,
-                token=token,
-                base_model=base or (source if link_root else None),
-                link_root=link_root,
-            )
+        _, left_out = repository_files(folder)
+        if left_out:
+            console.print(f"left out: {', '.join(left_out)}", markup=False)
+        options = {"private": private, "revision": revision, "create_pr": create_pr, "commit_message": message}
+        if base is not None and (folder / "mllm").is_dir() and missing_parts(folder):
+            commit = push_completed(folder, target, base, token=token, **options)
+        else:
+            base_model = base or (None if Path(source).is_dir() else source)
+            commit = push_repository(folder, target, base_model=base_model, token=token, **options)
         print(commit.pr_url or commit.commit_url)  # noqa: T201
 
 
@@ -335,7 +318,6 @@ def _load(
     lora: str | None,
     revision: str | None,
     token: str | None,
-    trust_remote_code: bool,
 ) -> OmniVideoPipeline:
     """The pipeline, on its device and set up as asked."""
     _check_repository(model)
@@ -344,9 +326,8 @@ def _load(
         raise ValueError(f"`--device {device}`: this machine, or this build of torch, has no CUDA device.")
     if cpu_offload is not None and device == "cpu":
         raise ValueError(f"`--cpu-offload {cpu_offload.value}` needs an accelerator; the device is the CPU.")
-    folder = model if Path(model).is_dir() else snapshot_download(model, revision=revision, token=token)
     arguments = {} if dtype is None else {"dtype": getattr(torch, dtype.value)}
-    pipe = OmniVideoPipeline.from_pretrained(folder, trust_remote_code=trust_remote_code, **arguments)
+    pipe = OmniVideoPipeline.from_pretrained(model, revision=revision, token=token, **arguments)
     if lora is not None and lora.endswith(".safetensors") and not Path(lora).is_file():
         raise ValueError(f"`--lora {lora}`: no such file.")
     if lora is not None:
@@ -368,14 +349,6 @@ def _load(
 def _check_repository(name: str) -> None:
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(("/", "."))):
         raise ValueError(f"{name}: is neither a folder nor a Hub repository (`owner/name`).")
-
-
-def _linked_copy(snapshot: Path, folder: Path, link_root: Path) -> Path:
-    """A folder of links to a downloaded repository, whose own files are not to be changed."""
-    for name, path in repository_files(snapshot, link_root)[0].items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).symlink_to(path.resolve())
-    return folder
 
 
 def _best_device() -> str:

@@ -3,14 +3,24 @@
 import json
 import os
 import re
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from .model_card_omni_video import model_card
 from .remote_code_omni_video import CODE_FILE
-from .repository_omni_video import is_weight_file, missing_parts, read_header
+from .repository_omni_video import (
+    complete_repository,
+    is_weight_file,
+    link_root,
+    link_weights,
+    missing_parts,
+    read_header,
+)
 
 SUFFIXES = {".json", ".safetensors", ".jinja", ".txt", ".model", ".md", ".yaml", ".csv"}
 MEDIA_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4", ".webm"}
@@ -29,7 +39,7 @@ def push_repository(
     commit_message: str | None = None,
     token: str | bool | None = None,
     base_model: str | Path | None = None,
-    link_root: str | Path | None = None,
+    link_roots: Sequence[str | Path] = (),
 ) -> CommitInfo:
     """
     Push a repository, or a folder with a LoRA, in one commit.
@@ -47,7 +57,7 @@ def push_repository(
         commit_message: title of the commit or pull request.
         token: for the Hub; the stored one by default.
         base_model: for the model card.
-        link_root: folder that symbolic links in `directory` may lead into, such as that of a downloaded repository.
+        link_roots: other folders that symbolic links in `directory` may lead into.
 
     Raises:
         ValueError: for an incomplete repository, a damaged weight file, a link out of the folder, or a file that
@@ -58,7 +68,7 @@ def push_repository(
         raise ValueError(f"{directory}: is not a folder.")
     check_complete(directory)
     card = model_card(directory, repo_id, base_model)
-    files: dict[str, Any] = repository_files(directory, link_root)[0] | {"README.md": card.encode()}
+    files: dict[str, Any] = repository_files(directory, link_roots)[0] | {"README.md": card.encode()}
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
@@ -75,6 +85,29 @@ def push_repository(
         create_pr=create_pr,
         parent_commit=head.sha,
     )
+
+
+def push_completed(directory: str | Path, repo_id: str, base: str | Path, **kwargs: Any) -> CommitInfo:
+    """
+    Push a saved model together with what it lacks from the repository it was trained from; the folder stays as it is.
+
+    Args:
+        directory: as `OmniVideoForConditionalGeneration.save_pretrained` leaves it.
+        repo_id: `owner/name`.
+        base: folder or Hub repository, see [`complete_repository`].
+        kwargs: as in [`push_repository`].
+    """
+    token = kwargs.get("token")
+    if not base:
+        raise ValueError(f"{directory}: is not known to be trained from anything: say what, with `base`.")
+    with tempfile.TemporaryDirectory() as name:
+        folder, roots = Path(name), [Path(directory)]
+        for file, path in repository_files(Path(directory))[0].items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            link_weights(path, folder / file)
+        complete_repository(folder, base, token=token, link=True)
+        roots.append(link_root(base) if Path(base).is_dir() else Path(HF_HUB_CACHE))
+        return push_repository(folder, repo_id, base_model=base, link_roots=roots, **kwargs)
 
 
 def check_complete(directory: Path) -> None:
@@ -101,7 +134,7 @@ def check_complete(directory: Path) -> None:
         read_header(file)
 
 
-def repository_files(directory: Path, link_root: str | Path | None = None) -> tuple[dict[str, Path], list[str]]:
+def repository_files(directory: Path, link_roots: Sequence[str | Path] = ()) -> tuple[dict[str, Path], list[str]]:
     """
     What of a folder belongs to a repository.
 
@@ -113,7 +146,7 @@ def repository_files(directory: Path, link_root: str | Path | None = None) -> tu
     Raises:
         ValueError: for a link out of the folder, or a text file that contains an access token.
     """
-    roots = [directory.resolve(), *([Path(link_root).resolve()] if link_root is not None else [])]
+    roots = [Path(root).resolve() for root in (link_root(directory), *link_roots)]
     files: dict[str, Path] = {}
     left_out: list[str] = []
     for folder, subfolders, names in os.walk(directory):
@@ -153,4 +186,4 @@ def _is_ours(name: str) -> bool:
     return CODE_FILE.fullmatch(base) is not None or is_weight_file(base)
 
 
-__all__ = ["check_complete", "push_repository", "repository_files"]
+__all__ = ["check_complete", "push_completed", "push_repository", "repository_files"]

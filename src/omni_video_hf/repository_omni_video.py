@@ -199,7 +199,11 @@ def _remove_outdated(directory: Path, written: Iterable[Path], variant: str | No
 
 
 def complete_repository(
-    directory: str | Path, base: str | Path, revision: str | None = None, token: str | bool | None = None
+    directory: str | Path,
+    base: str | Path,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    link: bool = False,
 ) -> list[str]:
     """
     Add to a saved model what makes it a pipeline, from the repository it was trained from.
@@ -212,6 +216,7 @@ def complete_repository(
         base: folder or Hub repository with a `model_index.json`.
         revision: of a Hub repository.
         token: for the Hub.
+        link: make symbolic links instead of copies, for a folder that is only there to be pushed.
 
     Returns:
         Names of the files and folders that were added.
@@ -220,15 +225,10 @@ def complete_repository(
         ValueError: when the base is not a pipeline's repository, or the folder lacks parts that the base lacks too.
     """
     directory = Path(directory)
-    if Path(base).is_dir():
-        source = Path(base)
-    else:
-        patterns = [f"{name}/*" for name in MODEL_FOLDERS if (directory / name).is_dir()]
-        source = Path(
-            snapshot_download(
-                str(base), revision=revision, token=token, ignore_patterns=["*.py", "README.md", *patterns]
-            )
-        )
+    source = Path(base)
+    if not source.is_dir():
+        unneeded = ["*.py", "README.md", *(f"{name}/*" for name in MODEL_FOLDERS if (directory / name).is_dir())]
+        source = Path(snapshot_download(str(base), revision=revision, token=token, ignore_patterns=unneeded))
     index = _read_json(source / PIPELINE_INDEX_NAME)
     if index is None:
         raise ValueError(f"{base}: has no {PIPELINE_INDEX_NAME}, so it cannot complete {directory} to a pipeline.")
@@ -240,15 +240,31 @@ def complete_repository(
         raise ValueError(f"{base}: lacks {', '.join(absent)}, which {directory} lacks too: choose another base.")
     added = [*wanted, *([] if (directory / PIPELINE_INDEX_NAME).exists() else [PIPELINE_INDEX_NAME])]
     with tempfile.TemporaryDirectory(prefix=".complete.", dir=directory) as staging:
+        copy = link_weights if link else shutil.copyfile
         for name in added:
             if (source / name).is_dir():
-                shutil.copytree(source / name, Path(staging) / name, ignore=shutil.ignore_patterns("*.py"))
+                ignored = shutil.ignore_patterns("*.py")
+                shutil.copytree(source / name, Path(staging) / name, ignore=ignored, copy_function=copy)
             else:
-                shutil.copyfile(source / name, Path(staging) / name)
+                copy(source / name, Path(staging) / name)
         for name in added:
             (Path(staging) / name).replace(directory / name)
     finalize_repository(directory)
     return added
+
+
+def link_weights(source: str | Path, target: str | Path) -> None:
+    """Link a file with weights, and copy any other, which [`finalize_repository`] may rewrite."""
+    if Path(source).suffix == ".safetensors":
+        Path(target).symlink_to(Path(source).resolve())
+    else:
+        shutil.copyfile(source, target)
+
+
+def link_root(directory: str | Path) -> Path:
+    """The folder that a repository's symbolic links may lead into: itself, or the cache that it was downloaded to."""
+    directory = Path(directory).absolute()
+    return directory.parent.parent if directory.parent.name == "snapshots" else directory
 
 
 def missing_parts(directory: str | Path) -> list[str]:
@@ -287,6 +303,8 @@ __all__ = [
     "complete_repository",
     "finalize_repository",
     "is_weight_file",
+    "link_root",
+    "link_weights",
     "missing_parts",
     "read_header",
     "staged",

@@ -14,8 +14,8 @@ from torch import nn
 
 from .configuration_omni_video import state_dtype
 from .lora_omni_video import has_lora
-from .publishing_omni_video import push_repository
-from .repository_omni_video import complete_repository, finalize_repository, staged
+from .publishing_omni_video import push_completed, push_repository
+from .repository_omni_video import finalize_repository, staged
 
 
 class OmniVideoSavingMixin:
@@ -110,8 +110,7 @@ class OmniVideoSavingMixin:
                 self.save_pretrained(Path(folder) / "mllm", **saving)
             else:
                 self.save_pretrained(folder, **saving)
-            complete_repository(folder, base, token=kwargs.get("token"))
-            return push_repository(folder, repo_id, base_model=base, **kwargs)
+            return push_completed(folder, repo_id, base, **kwargs)
 
     def _check_saveable(self, safe_serialization: bool) -> None:
         if not safe_serialization:

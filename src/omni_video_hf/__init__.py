@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from .configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig, OmniVideoVisionHeadConfig
 from .configuration_vila import VilaConfig
+from .losses_omni_video import OmniVideoLossConfig
 from .modeling_omni_video import OmniVideoForConditionalGeneration
 from .modeling_omni_video_connectors import OmniVideoAdapter, OmniVideoVisionHead
 from .modeling_vila import VilaForConditionalGeneration, VilaModel
@@ -28,6 +29,7 @@ __all__ = [
     "OmniVideoAdapterConfig",
     "OmniVideoConfig",
     "OmniVideoForConditionalGeneration",
+    "OmniVideoLossConfig",
     "OmniVideoPipeline",
     "OmniVideoPipelineOutput",
     "OmniVideoProcessor",

@@ -11,6 +11,7 @@ from transformers import (
 from .configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig, OmniVideoVisionHeadConfig
 from .configuration_vila import VilaConfig
 from .lora_omni_video import collect_lora_layers
+from .losses_omni_video import OmniVideoLossConfig
 from .modeling_omni_video import OmniVideoForConditionalGeneration
 from .modeling_omni_video_connectors import OmniVideoAdapter, OmniVideoVisionHead
 from .modeling_vila import VilaForConditionalGeneration, VilaModel
@@ -36,6 +37,7 @@ __all__ = [
     "OmniVideoAdapterConfig",
     "OmniVideoConfig",
     "OmniVideoForConditionalGeneration",
+    "OmniVideoLossConfig",
     "OmniVideoPipeline",
     "OmniVideoPipelineOutput",
     "OmniVideoProcessor",

@@ -154,6 +154,9 @@ class OmniVideoConfig(PreTrainedConfig):
             Configuration of the adapter; `None` leaves it out, as in the `mllm` component of a pipeline.
         decoder_config (`dict`, *optional*, defaults to Wan2.1-T2V-1.3B):
             Arguments of diffusers' `WanTransformer3DModel`; `None` leaves the decoder out.
+        enable_mllm (`bool`, defaults to `True`):
+            Whether the MLLM is there. `False` leaves it out, for training on its precomputed hidden states;
+            `mllm_config` still gives their width.
         image_generation_token_id (`int`, defaults to 128002):
             Id of `[GEN_IMG]`, the MLLM's answer when an image is to be drawn.
         video_generation_token_id (`int`, defaults to 128003):
@@ -174,6 +177,7 @@ class OmniVideoConfig(PreTrainedConfig):
     vision_head_config: dict | PreTrainedConfig | None = None
     adapter_config: dict | PreTrainedConfig | None = field(default_factory=dict)
     decoder_config: dict | None = field(default_factory=lambda: dict(WAN_2_1_T2V_1_3B))
+    enable_mllm: bool = True
     image_generation_token_id: int = 128002
     video_generation_token_id: int = 128003
     tie_word_embeddings: bool = False

@@ -11,6 +11,7 @@ from .configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig, O
 from .configuration_vila import VilaConfig
 from .flow_matching_omni_video import sampling_sigmas
 from .lora_omni_video import OmniVideoLoraLoaderMixin
+from .losses_omni_video import OmniVideoLossConfig
 from .media_omni_video import VideoClip, load_image, load_video, save_image, save_video
 from .media_reading_omni_video import probe_video
 from .model_card_omni_video import TrainingSummary
@@ -34,6 +35,7 @@ __all__ = [
     "OmniVideoConfig",
     "OmniVideoForConditionalGeneration",
     "OmniVideoLoraLoaderMixin",
+    "OmniVideoLossConfig",
     "OmniVideoPipeline",
     "OmniVideoPipelineOutput",
     "OmniVideoProcessor",

@@ -27,6 +27,7 @@ MODULES = (
     "media_reading_omni_video",
     "settings_omni_video",
     "flow_matching_omni_video",
+    "losses_omni_video",
     "attention_omni_video",
     "configuration_omni_video",
     "repository_omni_video",

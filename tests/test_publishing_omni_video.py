@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import training
 from hub_cards import card_problems
 from hub_server import hub_server_fixture, run_client  # noqa: F401
 from huggingface_hub import ModelCard
@@ -59,6 +60,7 @@ def test_a_fine_tune_is_pushed_whole_and_opens_both_doors(repository, hub_server
     hub_server.add_repo(BASE, repository)
     code = f"""
 import torch
+import training
 from omni_video_hf import OmniVideoForConditionalGeneration
 model = OmniVideoForConditionalGeneration.from_pretrained({BASE!r})
 with torch.no_grad():
@@ -445,3 +447,73 @@ def test_snippets_of_a_card_run_without_the_package(repository, hub_server):
     code = code.replace('task="v2v"', 'task="v2v", height=32, width=32, num_frames=5, num_inference_steps=1')
     code = code.replace('task="understand"', 'task="understand", max_new_tokens=2')
     run_client(WITHOUT_PACKAGE + code + "\nassert len(frames) == len(edited) == 5 and answer is not None", hub_server)
+
+
+# --- Trainer --------------------------------------------------------------------------------------------------------
+
+
+TRAINER = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch, training
+from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline
+model = OmniVideoForConditionalGeneration.from_pretrained({base!r}{options})
+pipe = {pipe}
+trainer = training.trainer(
+    {output!r}, [training.{sample}(task, i) for i in range(4) for task in {tasks!r}], model=model,
+    sampler=training.BatchesInOrder([[i] for i in range(4)]),
+    stage={stage!r}, max_steps=2, push_to_hub=True, hub_model_id={name!r}, hub_private_repo=True, {settings}
+)
+trainer.train()
+print(trainer.push_to_hub(dataset="lab/foxes").commit_url)
+"""
+
+
+def trainer_code(output, stage="decoder", options="", sample="sample", settings="", pipe=None, tasks=("t2v",)):
+    values = {"output": str(output), "stage": stage, "options": options, "sample": sample, "settings": settings}
+    values |= {"tests": str(Path(__file__).parent), "base": BASE, "name": NAME, "pipe": pipe, "tasks": tasks}
+    return TRAINER.format(**values)
+
+
+@pytest.mark.parametrize("loaded", ["whole", "without the MLLM"])
+def test_a_trainers_push_is_a_complete_repository_with_its_card(repository, hub_server, tmp_path, loaded):
+    hub_server.add_repo(BASE, repository)
+    options = "" if loaded == "whole" else ", enable_mllm=False"
+    run_client(trainer_code(tmp_path / "run", options=options), hub_server, timeout=300)
+    files, base = served(hub_server, NAME), served(hub_server, BASE)
+    card = files["README.md"].decode()
+    assert card == (tmp_path / "run" / "README.md").read_text()
+    assert card_problems(card) == ([], [])
+    data = ModelCard(card).data
+    assert (data.base_model, data.base_model_relation, data.datasets) == (BASE, "finetune", ["lab/foxes"])
+    assert "| stage | decoder |" in card
+    assert "flow_matching_loss" in card
+    assert files.keys() >= base.keys() - {"mllm/model.safetensors"}
+    changed = {name for name in base.keys() & files.keys() if base[name] != files[name] and name.endswith(".safetensors")}
+    assert changed >= {"transformer/diffusion_pytorch_model.safetensors"}
+    assert not [name for name in files if name.startswith(("checkpoint-", "runs")) or name.endswith((".pt", ".bin"))]
+    assert hub_server.token not in hub_server.output
+
+    outputs = last_json(run_client(open_doors(NAME), hub_server))
+    model = OmniVideoForConditionalGeneration.from_pretrained(tmp_path / "run", **({"enable_mllm": True} if 0 else {}))
+    whole = OmniVideoForConditionalGeneration.from_pretrained(repository)
+    state = {name: tensor for name, tensor in model.state_dict().items()}
+    whole.load_state_dict(whole.state_dict() | state)
+    pipe = OmniVideoPipeline.from_pretrained(repository, **whole.pipeline_components())
+    assert outputs == expected_outputs(pipe, whole, pipe.processor)
+
+
+def test_the_push_of_the_stage_without_adapter_and_decoder(repository, hub_server, tmp_path):
+    hub_server.add_repo(BASE, repository)
+    options = ", adapter_config=None, decoder_config=None"
+    run_client(trainer_code(tmp_path / "run", "align", options, "sample", tasks=("t2v",)), hub_server, timeout=300)
+    files, base = served(hub_server, NAME), served(hub_server, BASE)
+    assert files["mllm/model.safetensors"] != base["mllm/model.safetensors"]
+    assert files["transformer/diffusion_pytorch_model.safetensors"] == base["transformer/diffusion_pytorch_model.safetensors"]
+    outputs = last_json(run_client(open_doors(NAME), hub_server))
+    assert outputs["AutoModel"]["velocity"]
+
+
+def test_checkpoints_are_not_pushed(tmp_path):
+    with pytest.raises(ValueError, match=r"`hub_strategy` 'checkpoint'"):
+        training.arguments(tmp_path, push_to_hub=True, hub_strategy="checkpoint", hub_model_id=NAME)

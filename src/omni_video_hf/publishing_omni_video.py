@@ -102,9 +102,11 @@ def push_completed(directory: str | Path, repo_id: str, base: str | Path, **kwar
         raise ValueError(f"{directory}: is not known to be trained from anything: say what, with `base`.")
     with tempfile.TemporaryDirectory() as name:
         folder, roots = Path(name), [Path(directory)]
+        is_component = not (Path(directory) / "mllm").is_dir()  # a model of MLLM and vision head alone
         for file, path in repository_files(Path(directory))[0].items():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            link_weights(path, folder / file)
+            target = folder / ("mllm" if is_component and _is_of_component(file) else "") / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link_weights(path, target)
         complete_repository(folder, base, token=token, link=True)
         roots.append(link_root(base) if Path(base).is_dir() else Path(HF_HUB_CACHE))
         return push_repository(folder, repo_id, base_model=base, link_roots=roots, **kwargs)
@@ -178,6 +180,10 @@ def _belongs(path: Path) -> bool:
     if path.suffix == ".py":
         return CODE_FILE.fullmatch(path.name) is not None
     return path.suffix.lower() in SUFFIXES | MEDIA_SUFFIXES
+
+
+def _is_of_component(name: str) -> bool:
+    return name in ("config.json", "generation_config.json") or is_weight_file(name)
 
 
 def _is_ours(name: str) -> bool:

@@ -12,12 +12,13 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from .configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig
@@ -232,6 +233,8 @@ def complete_repository(
     index = _read_json(source / PIPELINE_INDEX_NAME)
     if index is None:
         raise ValueError(f"{base}: has no {PIPELINE_INDEX_NAME}, so it cannot complete {directory} to a pipeline.")
+    copy = link_weights if link else shutil.copyfile
+    _add_left_out_mllm(directory, source, copy)
     components = [name for name, value in index.items() if isinstance(value, list) and name[0] != "_" and value[0]]
     processor_files = [path.name for path in sorted(source.iterdir()) if _is_processor_file(path)]
     wanted = [name for name in (*components, *processor_files) if not (directory / name).exists()]
@@ -240,7 +243,6 @@ def complete_repository(
         raise ValueError(f"{base}: lacks {', '.join(absent)}, which {directory} lacks too: choose another base.")
     added = [*wanted, *([] if (directory / PIPELINE_INDEX_NAME).exists() else [PIPELINE_INDEX_NAME])]
     with tempfile.TemporaryDirectory(prefix=".complete.", dir=directory) as staging:
-        copy = link_weights if link else shutil.copyfile
         for name in added:
             if (source / name).is_dir():
                 ignored = shutil.ignore_patterns("*.py")
@@ -251,6 +253,44 @@ def complete_repository(
             (Path(staging) / name).replace(directory / name)
     finalize_repository(directory)
     return added
+
+
+def _add_left_out_mllm(directory: Path, source: Path, copy: Callable[[Path, Path], object]) -> None:
+    """
+    Give a model that was trained without its MLLM (`enable_mllm=False`) the base's.
+
+    Its folder holds the vision head alone; files of the base that hold another one are written without it.
+    """
+    folder, base = directory / "mllm", source / "mllm"
+    config = _read_json(folder / "config.json")
+    if config is None or config.get("enable_mllm", True):
+        return
+    heads = {f"model-vision-head-{i:05d}.safetensors": file for i, file in enumerate(weight_files(folder), 1)}
+    with tempfile.TemporaryDirectory(prefix=".complete.", dir=directory) as name:
+        staging, weight_map, total_size = Path(name), {}, 0
+        for file in weight_files(base):
+            header = read_header(file)
+            kept = [key for key in header if key.startswith("mllm.")]
+            if len(kept) == len(header):
+                copy(file, staging / file.name)
+            elif kept:
+                with safe_open(file, "pt") as handle:
+                    save_file({key: handle.get_tensor(key) for key in kept}, staging / file.name, {"format": "pt"})
+            weight_map |= dict.fromkeys(kept, file.name)
+            total_size += sum(header[key][2] for key in kept)
+        for file_name, file in heads.items():
+            header = read_header(file)
+            weight_map |= dict.fromkeys(header, file_name)
+            total_size += sum(num_bytes for _, _, num_bytes in header.values())
+            copy(file, staging / file_name)
+        content = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(staging / INDEX_NAME, content)
+        _write_json(staging / "config.json", config | {"enable_mllm": True}, sort_keys=True)
+        copy(base / "generation_config.json", staging / "generation_config.json")
+        for file in heads.values():
+            file.unlink()
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(folder / file.name)
 
 
 def link_weights(source: str | Path, target: str | Path) -> None:

@@ -105,11 +105,7 @@ class OmniVideoSavingMixin:
         base = base or self.config._name_or_path
         saving = {name: kwargs.pop(name) for name in ("max_shard_size", "variant", "state_dict") if name in kwargs}
         with tempfile.TemporaryDirectory() as folder:
-            parts = self.pipeline_components()
-            if parts.keys() == {"mllm"}:
-                self.save_pretrained(Path(folder) / "mllm", **saving)
-            else:
-                self.save_pretrained(folder, **saving)
+            self.save_pretrained(folder, **saving)
             return push_completed(folder, repo_id, base, **kwargs)
 
     def _check_saveable(self, safe_serialization: bool) -> None:

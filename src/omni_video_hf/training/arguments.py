@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from ..losses_omni_video import OmniVideoLossConfig
 from .names import check_known
@@ -77,6 +78,11 @@ class OmniVideoTrainingArguments(TrainingArguments):
             raise ValueError(f"`preview_steps` must be 0 (never) or more, got {self.preview_steps}.")
         if self.preview_steps and not self.previews:
             raise ValueError("`preview_steps` is set but `previews` names nothing to draw.")
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"`hub_strategy` {self.hub_strategy.value!r} would push optimiser states: use 'end' or 'every_save', "
+                "which push the repository."
+            )
         if self.lora is not None and not self.training_stage.lora:
             raise ValueError(f"`lora` is set but `stage` is {self.stage!r}: use `stage: lora`.")
 

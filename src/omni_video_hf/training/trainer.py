@@ -8,20 +8,23 @@ from typing import Any
 import torch
 from accelerate.data_loader import prepare_data_loader
 from diffusers.training_utils import EMAModel
+from huggingface_hub import CommitInfo
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, rotate_checkpoints
 
 from ..modeling_omni_video import OmniVideoForConditionalGeneration, OmniVideoOutput
 from ..pipeline_omni_video import OmniVideoPipeline
+from ..publishing_omni_video import push_completed
 from . import checkpoints
 from .arguments import OmniVideoTrainingArguments
 from .callbacks import CloseLogAtCheckpoint, MovingAverage, Previews
 from .meter import TASKS, LossMeter
 from .names import check_known
 from .previews import bind_pipeline, draw_previews
+from .publishing import write_card
 from .randomness import derive_seed, draw_dropouts, sample_generators
 from .stages import freeze_all_but, part_of
 
@@ -367,10 +370,6 @@ class OmniVideoTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run_folder / name))
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._writing:  # not before it has its name
-            super()._push_from_checkpoint(checkpoint_folder)
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.ema is not None and self.args.should_save:
@@ -394,13 +393,66 @@ class OmniVideoTrainer(Trainer):
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """
-        Leave README.md alone.
+    # --- pushing ----------------------------------------------------------------------------------------------------
 
-        transformers' card would replace a written one, and lose its `library_name`, `pipeline_tag` and `base_model`;
-        the card of a repository is written when the repository is (see `hub`).
+    def create_model_card(self, dataset: str | list[str] | None = None, **_: Any) -> None:
         """
+        Write the card of this project, from what the run knows.
+
+        transformers' card would replace a written one, and lose its `library_name`, `pipeline_tag` and `base_model`.
+
+        Args:
+            dataset: names of the data.
+        """
+        if self.is_world_process_zero():
+            write_card(self, [dataset] if isinstance(dataset, str) else dataset)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,  # noqa: ARG002 - one commit, which is worth waiting for
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        dataset: str | list[str] | None = None,
+        base: str | Path | None = None,
+        **_: Any,
+    ) -> CommitInfo | None:
+        """
+        Push the result as a complete repository, in one commit, with its card.
+
+        Args:
+            commit_message: title of the commit.
+            token: `args.hub_token` by default.
+            revision: branch; `args.hub_revision` by default.
+            private: whether a new repository is private; `args.hub_private_repo` by default.
+            dataset: names of the data, for the card.
+            base: folder or Hub repository to take from what the model does not have, such as the VAE; by default the
+                one that training began with.
+
+        Returns:
+            The commit on the main process, `None` on the others.
+        """
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(dataset=dataset)
+        return push_completed(
+            self.args.output_dir,
+            self.hub_model_id,
+            base or self.model.config._name_or_path,
+            commit_message=commit_message,
+            token=token,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=revision or self.args.hub_revision,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:  # noqa: ARG002 - the model in memory is the same
+        if not self._writing and self.args.hub_strategy != HubStrategy.END:
+            self.push_to_hub(commit_message=f"Training in progress, step {self.state.global_step}")
 
     # --- sharding ---------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from ..modeling_omni_video import OmniVideoForConditionalGeneration, OmniVideoOu
 from ..pipeline_omni_video import OmniVideoPipeline
 from . import checkpoints
 from .arguments import OmniVideoTrainingArguments
-from .callbacks import CloseLogAtCheckpoint, MovingAverage, Previews
+from .callbacks import CloseLogAtCheckpoint, EpochOfSampler, MovingAverage, Previews
 from .meter import TASKS, LossMeter
 from .names import check_known
 from .previews import bind_pipeline, draw_previews
@@ -50,10 +50,6 @@ class RoundsOfBatches:
     def __iter__(self) -> Iterator[list[int]]:
         for _, batch in zip(range(len(self)), self.batches, strict=False):
             yield batch
-
-    def set_epoch(self, epoch: int) -> None:
-        """The order is a function of seed and epoch."""
-        self.batches.set_epoch(epoch)
 
 
 class OmniVideoTrainer(Trainer):
@@ -93,11 +89,13 @@ class OmniVideoTrainer(Trainer):
         super().__init__(model=model, args=args, **trainer_arguments)
         self.loss_is_scaled_for_ga = False  # the model's loss is a mean over samples
         self.meters = {mode: LossMeter(args.device) for mode in (True, False)}
-        self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self.is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self._refuse_what_sharding_cannot(args)
         if self.is_fsdp_enabled:
             self._name_fsdp_blocks(model)
         self.add_callback(CloseLogAtCheckpoint())
+        if train_batch_sampler is not None:
+            self.add_callback(EpochOfSampler(self))
         if args.ema_decay > 0:
             self.add_callback(MovingAverage(self))
         if args.preview_steps > 0:
@@ -141,6 +139,13 @@ class OmniVideoTrainer(Trainer):
             put_on_device=True,
             even_batches=False,
         )
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        """A run that is resumed at its end has nothing left to do; transformers would take one more step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**arguments)
 
     # --- losses -----------------------------------------------------------------------------------------------------
 
@@ -241,7 +246,7 @@ class OmniVideoTrainer(Trainer):
         if inputs.get("input_ids") is None and inputs.get("mllm_hidden_states") is None:
             # The model would take the empty instruction's states, and train on that unseen.
             raise ValueError(f"A batch must bring `input_ids` or `mllm_hidden_states`, got {sorted(inputs)}.")
-        if self._is_sharded and self.accelerator.num_processes > 1:
+        if self.is_sharded and self.accelerator.num_processes > 1:
             route = sum(2**i for i, name in enumerate(ROUTE) if inputs.get(name) is not None)
             routes = self.accelerator.gather(torch.tensor([route], device=self.accelerator.device)).tolist()
             if len(set(routes)) > 1:
@@ -326,7 +331,7 @@ class OmniVideoTrainer(Trainer):
         if not self._writing:
             with self.averaged_weights():
                 super().save_model(output_dir, _internal_call)
-        elif self._is_sharded:
+        elif self.is_sharded:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             folder = Path(output_dir)
@@ -382,14 +387,14 @@ class OmniVideoTrainer(Trainer):
             checkpoints.load_ema(Path(checkpoint) / checkpoints.EMA_NAME, self.ema, self.trained_names)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._is_sharded:
+        if self.is_sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             path = Path(resume_from_checkpoint) / checkpoints.TRAINED_NAME
             checkpoints.load_trained(path, self.trained_parameters(), self.args.stage)
 
     def _load_best_model(self) -> None:
-        if self._is_sharded:
+        if self.is_sharded:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -405,7 +410,7 @@ class OmniVideoTrainer(Trainer):
     # --- sharding ---------------------------------------------------------------------------------------------------
 
     def _refuse_what_sharding_cannot(self, args: OmniVideoTrainingArguments) -> None:
-        if not self._is_sharded:
+        if not self.is_sharded:
             return
         for name, wanted in (("ema_decay", args.ema_decay), ("preview_steps", args.preview_steps)):
             if wanted:

@@ -19,6 +19,7 @@ from rich.table import Table
 from .hub import repository_parts, repository_table
 from .media_omni_video import open_media, save_image, save_video
 from .pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
+from .training import cli as training_cli
 
 app = typer.Typer(
     help="Generate, edit and understand videos and images with Omni-Video.",
@@ -196,6 +197,19 @@ def info(
             out.print_json(json.dumps([part.to_dict() for part in parts]))
         else:
             out.print(repository_table(parts, title=model))
+
+
+@app.command(context_settings=training_cli.CONTEXT)
+def train(
+    context: typer.Context, config: training_cli.Config, resume: training_cli.Resume = False, verbose: Verbose = False
+) -> None:
+    """
+    Train from a recipe. Any setting can be overridden: --learning_rate 1e-5 --losses.alignment squared_l2.
+
+    Run it under `accelerate launch` for several GPUs; see docs/training.md.
+    """
+    with _one_line_errors(verbose):
+        print(training_cli.train(config, [*context.args, *(["--resume"] if resume else [])]))  # noqa: T201
 
 
 def main() -> None:

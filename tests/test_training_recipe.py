@@ -6,10 +6,11 @@ import yaml
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from omni_video_hf import OmniVideoPipeline
+from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline
 from omni_video_hf.cli import app
 from omni_video_hf.hub import write_root_index
 from omni_video_hf.training.feature_folder import FeatureFolder, SameShapeBatches, stack_samples
+from omni_video_hf.training.lora import load_lora
 from omni_video_hf.training.recipe import RECIPES, read_recipe, shipped_recipes
 from omni_video_hf.training.stages import STAGES
 
@@ -181,3 +182,40 @@ def test_a_run_from_recipe_to_pipeline_and_its_resumption(data, tmp_path):
     longer = command(base, data, output, "decoder", "--resume", "--max_steps", "6")
     assert longer.exit_code == 0, longer.output
     assert (output / "checkpoint-6").is_dir()
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_runs(name, data, tmp_path):
+    base, output = tmp_path / "base", tmp_path / "run"
+    tiny.pipeline().save_pretrained(base)
+    write_root_index(base)
+    if name in ("align", "joint"):
+        data = write_samples(
+            tmp_path / "data",
+            [training.instructed("v2v", 0), training.instructed("t2i", 1), training.sample("understand")],
+        )
+    result = command(base, data, output, name, "--learning_rate", "1e-2", "--max_steps", "6")
+    assert result.exit_code == 0, result.output
+    trained, untrained = (OmniVideoPipeline.from_pretrained(folder) for folder in (output / "pipeline", base))
+    changed = {
+        part
+        for part in ("mllm", "adapter", "transformer")
+        for parameter, other in zip(
+            getattr(trained, part).parameters(), getattr(untrained, part).parameters(), strict=True
+        )
+        if not torch.equal(parameter, other)
+    }
+    parts = {
+        "align": {"mllm"},
+        "connect": {"adapter"},
+        "connect_text": {"adapter"},
+        "decoder": {"adapter", "transformer"},
+    }
+    assert changed == parts.get(name, {"mllm", "adapter", "transformer"})
+    if name == "lora":
+        whole = OmniVideoForConditionalGeneration.from_pretrained(base)
+        load_lora(whole, output / "lora.safetensors")
+        merged = OmniVideoForConditionalGeneration.from_pretrained(output / "pipeline")
+        inputs = {key: value[None] for key, value in training.sample("v2v").items() if key != "task"}
+        inputs |= {"noise": torch.ones(1, 16, 2, 8, 4), "timesteps": torch.tensor([500.0])}
+        assert torch.allclose(whole.eval()(**inputs).velocity, merged.eval()(**inputs).velocity, atol=1e-4)

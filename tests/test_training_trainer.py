@@ -121,6 +121,21 @@ def test_checkpointing_of_activations_changes_nothing(tmp_path):
         assert torch.allclose(gradient, other[name], rtol=1e-4, atol=1e-6), name
 
 
+@pytest.mark.parametrize("stage", ["align", "connect", "joint", "decoder"])
+def test_frozen_parts_in_half_precision_train_alike(tmp_path, stage):
+    samples = [training.instructed("v2v", number) for number in range(2)]
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        model = tiny.model()
+        run = training.trainer(tmp_path, samples, model, stage=stage, max_steps=1, bf16=True, frozen_dtype=dtype)
+        losses.append(gradients(run)[0])
+        assert {parameter.dtype for parameter in run.trained_parameters().values()} == {torch.float32}
+        frozen = {p.dtype for n, p in model.named_parameters() if not p.requires_grad and "mllm.model" in n}
+        assert frozen == {getattr(torch, dtype)}
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+    assert losses[1] != losses[0]
+
+
 # --- what is logged -------------------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ class OmniVideoTrainingArguments(TrainingArguments):
             `save_model` and previews show.
         preview_steps: draw the previews every so many steps, 0 for never.
         previews: arguments of the pipeline's call, one mapping per preview, e.g. `{"prompt": "a fox", "task": "t2i"}`.
+        frozen_dtype: `float32`, or `bfloat16` to keep what does not train in half the memory (with `bf16`).
         lora: settings of peft's `LoraConfig` for the `lora` stage; `parts` names the parts that get matrices.
 
     Raises:
@@ -47,6 +48,7 @@ class OmniVideoTrainingArguments(TrainingArguments):
     ema_decay: float = field(default=0.0, metadata={"help": "Decay of the moving average of weights, 0 for none."})
     preview_steps: int = field(default=0, metadata={"help": "Draw previews every so many steps, 0 for never."})
     previews: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Arguments of pipeline calls."})
+    frozen_dtype: str = field(default="float32", metadata={"help": "Format of what does not train."})
     lora: dict[str, Any] | str | None = field(default=None, metadata={"help": "Settings of peft's LoraConfig."})
 
     # Batches hold latents and features, which are no arguments of a dataset's columns alone.
@@ -77,6 +79,9 @@ class OmniVideoTrainingArguments(TrainingArguments):
             raise ValueError(f"`preview_steps` must be 0 (never) or more, got {self.preview_steps}.")
         if self.preview_steps and not self.previews:
             raise ValueError("`preview_steps` is set but `previews` names nothing to draw.")
+        check_known("frozen_dtype", [self.frozen_dtype], ["float32", "bfloat16"])
+        if self.frozen_dtype == "bfloat16" and not self.bf16:
+            raise ValueError("`frozen_dtype: bfloat16` needs `bf16: true`, which lets float32 parts work beside it.")
         if self.lora is not None and not self.training_stage.lora:
             raise ValueError(f"`lora` is set but `stage` is {self.stage!r}: use `stage: lora`.")
 

@@ -23,7 +23,7 @@ from .meter import TASKS, LossMeter
 from .names import check_known
 from .previews import bind_pipeline, draw_previews
 from .randomness import derive_seed, draw_dropouts, sample_generators
-from .stages import freeze_all_but, part_of
+from .stages import cast_frozen, freeze_all_but, part_of
 
 # Inputs that decide which parts of the model run.
 ROUTE = ("input_ids", "pixel_values", "latents", "source_latents", "reference_latents", "prompt_embeds", "labels")
@@ -80,6 +80,8 @@ class OmniVideoTrainer(Trainer):
         **trainer_arguments: Any,
     ) -> None:
         self.trained_names = freeze_all_but(model, args.training_stage, args.loss_config)
+        if args.frozen_dtype != "float32":
+            cast_frozen(model, getattr(torch, args.frozen_dtype))
         self.train_batch_sampler = train_batch_sampler
         self.preview_pipeline = preview_pipeline
         self.ema: EMAModel | None = None
@@ -418,6 +420,10 @@ class OmniVideoTrainer(Trainer):
                     f"`{name}` needs whole weights on a process, which FSDP and DeepSpeed do not have: set it to 0, "
                     "or train with DDP."
                 )
+        if args.frozen_dtype != "float32":
+            raise ValueError(
+                "`frozen_dtype` must be float32 with FSDP and DeepSpeed, which shard one format at a time."
+            )
 
     def _name_fsdp_blocks(self, model: nn.Module) -> None:
         """Shard by the blocks this model has: it names also those of parts that the stage left out."""

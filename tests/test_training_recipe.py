@@ -111,6 +111,21 @@ def test_batches_are_of_one_shape_and_order_is_of_seed_and_epoch(data):
         assert {folder.tasks[index] for index in batch} == {stacked["task"]}
 
 
+def test_rounds_are_of_one_shape_for_all_processes(tmp_path):
+    samples = [training.sample(task, number) for task, count in (("t2i", 7), ("v2v", 5)) for number in range(count)]
+    folder = FeatureFolder(write_samples(tmp_path, samples))
+    sampler = SameShapeBatches(folder, 2, seed=0, num_processes=2)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 6
+    for first, second in zip(batches[::2], batches[1::2], strict=True):
+        assert len({folder.tasks[index] for index in first + second}) == 1
+    # Seven make two rounds, the last of two and one; of five one is left over.
+    assert sorted(map(len, batches)) == [1, 2, 2, 2, 2, 2]
+    assert len({index for batch in batches for index in batch}) == 11
+    with pytest.raises(ValueError, match=r"5 samples of v2v have the shapes .* fewer than the 6 processes"):
+        SameShapeBatches(folder, 2, seed=0, num_processes=6)
+
+
 def test_all_bad_files_are_named_at_the_start(tmp_path):
     good = training.sample("t2v")
     write_samples(tmp_path, [good, good | {"task": "t2x"}, {"task": "t2v", "latents": good["latents"]}])

@@ -103,26 +103,45 @@ class SameShapeBatches:
     """
     A batch sampler of one task and one set of shapes per batch; the order is a function of seed and epoch.
 
-    The last batch of a shape may be smaller.
+    The batches come in rounds, one per process, and those of a round are of one task and shape, so that sharded
+    processes run the same modules. The last round of a shape has smaller batches; samples that do not suffice for one
+    each wait for another epoch's shuffle.
+
+    Raises:
+        ValueError: when a shape has fewer samples than there are processes, and so would never train.
     """
 
-    def __init__(self, data: FeatureFolder, batch_size: int, seed: int) -> None:
-        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+    def __init__(self, data: FeatureFolder, batch_size: int, seed: int, num_processes: int = 1) -> None:
+        self.batch_size, self.seed, self.num_processes, self.epoch = batch_size, seed, num_processes, 0
         buckets = defaultdict(list)
         for index, (task, shapes) in enumerate(zip(data.tasks, data.shapes, strict=True)):
             buckets[task, tuple(sorted(shapes.items()))].append(index)
+        for (task, shapes), bucket in buckets.items():
+            if len(bucket) < num_processes:
+                raise ValueError(
+                    f"{len(bucket)} samples of {task} have the shapes {dict(shapes)} (first "
+                    f"{data.files[bucket[0]].name}), fewer than the {num_processes} processes: add samples of these "
+                    "shapes, or take these out."
+                )
         self.buckets = list(buckets.values())
 
     def __len__(self) -> int:
-        return sum(-(-len(bucket) // self.batch_size) for bucket in self.buckets)
+        return sum(len(self._rounds(bucket)) for bucket in self.buckets) * self.num_processes
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
-        batches = []
+        rounds = []
         for bucket in self.buckets:
-            order = [bucket[i] for i in torch.randperm(len(bucket), generator=generator)]
-            batches += [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        return iter([batches[i] for i in torch.randperm(len(batches), generator=generator)])
+            rounds += self._rounds([bucket[i] for i in torch.randperm(len(bucket), generator=generator)])
+        for index in torch.randperm(len(rounds), generator=generator):
+            samples = rounds[index]
+            for process in range(self.num_processes):
+                yield samples[process :: self.num_processes]
+
+    def _rounds(self, samples: list[int]) -> list[list[int]]:
+        size = self.batch_size * self.num_processes
+        rounds = [samples[start : start + size] for start in range(0, len(samples), size)]
+        return rounds if len(rounds[-1]) >= self.num_processes else rounds[:-1]
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle for this epoch."""

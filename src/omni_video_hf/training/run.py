@@ -41,6 +41,8 @@ def train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console 
     data = FeatureFolder(run.data)
     eval_data = None if run.eval_data is None else FeatureFolder(run.eval_data)
     folder = Path(run.model if Path(run.model).is_dir() else snapshot_download(run.model, revision=run.revision))
+    data_seed = args.seed if args.data_seed is None else args.data_seed
+    sampler = SameShapeBatches(data, args.per_device_train_batch_size, data_seed, args.world_size)
     set_seed(args.seed)
     model = load_for_stage(folder, args, data.is_precomputed)
     trainer = OmniVideoTrainer(
@@ -49,7 +51,7 @@ def train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console 
         train_dataset=data,
         eval_dataset=eval_data,
         data_collator=stack_samples,
-        train_batch_sampler=SameShapeBatches(data, args.per_device_train_batch_size, args.data_seed or args.seed),
+        train_batch_sampler=sampler,
         preview_pipeline=OmniVideoPipeline.from_pretrained(folder) if args.preview_steps > 0 else None,
     )
     if trainer.is_world_process_zero():

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import tiny
 import torch
@@ -126,6 +128,11 @@ def test_rounds_are_of_one_shape_for_all_processes(tmp_path):
         SameShapeBatches(folder, 2, seed=0, num_processes=6)
 
 
+def test_samples_that_do_not_stack_are_refused():
+    with pytest.raises(ValueError, match=r"one task and size, got .*t2i.*t2v.* Use a batch sampler"):
+        stack_samples([training.sample("t2i"), training.sample("t2v")])
+
+
 def test_all_bad_files_are_named_at_the_start(tmp_path):
     good = training.sample("t2v")
     write_samples(tmp_path, [good, good | {"task": "t2x"}, {"task": "t2v", "latents": good["latents"]}])
@@ -169,11 +176,13 @@ def test_a_run_from_recipe_to_pipeline_and_its_resumption(data, tmp_path):
     tiny.pipeline().save_pretrained(base)
     write_root_index(base)
     output = tmp_path / "run"
+    evaluation = ["--eval_data", data, "--eval_strategy", "steps", "--eval_steps", "4"]
     result = command(
         base,
         data,
         output,
         "decoder",
+        *evaluation,
         "--learning_rate",
         "1e-2",
         "--preview_steps",
@@ -190,6 +199,10 @@ def test_a_run_from_recipe_to_pipeline_and_its_resumption(data, tmp_path):
         assert not torch.equal(parameter, dict(untrained.transformer.named_parameters())[name])
     for name, parameter in trained.mllm.named_parameters():
         assert torch.equal(parameter, dict(untrained.mllm.named_parameters())[name])
+
+    history = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    assert history[-1]["eval_flow_matching_loss_v2v"] > 0
+    assert history[-1]["step"] == 4
 
     again = command(base, data, output, "decoder")
     assert again.exit_code == 2

@@ -149,7 +149,18 @@ class SameShapeBatches:
 
 
 def stack_samples(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A batch from samples of one task and size; pictures of the MLLM are concatenated, as its processor does."""
+    """
+    A batch from samples of one task and size; pictures of the MLLM are concatenated, as its processor does.
+
+    Raises:
+        ValueError: when the samples differ.
+    """
+    kinds = {(s["task"], *((name, tuple(s[name].shape)) for name in sorted(s) if name != "task")) for s in samples}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"Samples of one batch must be of one task and size, got {sorted(map(str, kinds))}. Use a batch sampler "
+            "such as `SameShapeBatches`, or batches of one (`per_device_eval_batch_size: 1`)."
+        )
     batch = {}
     for name in samples[0]:
         values = [sample[name] for sample in samples]

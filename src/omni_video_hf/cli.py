@@ -209,7 +209,9 @@ def train(
     Run it under `accelerate launch` for several GPUs; see docs/training.md.
     """
     with _one_line_errors(verbose):
-        print(training_cli.train(config, [*context.args, *(["--resume"] if resume else [])]))  # noqa: T201
+        folder = training_cli.train(config, [*context.args, *(["--resume"] if resume else [])])
+        if folder is not None:
+            print(folder)  # noqa: T201
 
 
 def main() -> None:

@@ -20,7 +20,13 @@ Config = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint, if there is one.")]
 
 
-def train(config: str, overrides: Sequence[str]) -> Path:
-    """Run a recipe (see `recipe.read_recipe` and `run.train`), importing the trainer only now."""
+def train(config: str, overrides: Sequence[str]) -> Path | None:
+    """
+    Run a recipe (see `recipe.read_recipe` and `run.train`), importing the trainer only now.
+
+    Returns:
+        The folder with the outcome on the main process, `None` on the others.
+    """
     run, arguments = import_module(".recipe", __package__).read_recipe(config, overrides)
-    return import_module(".run", __package__).train(run, arguments)
+    folder = import_module(".run", __package__).train(run, arguments)
+    return folder if arguments.process_index == 0 else None

@@ -74,7 +74,8 @@ def read_recipe(config: str | Path, overrides: Sequence[str] = ()) -> tuple[RunA
     training = {name: value for name, value in values.items() if name not in run_types}
     if "output_dir" not in training:
         raise ValueError("`output_dir` is missing: name it in the recipe, or pass `--output_dir ...`.")
-    return run, OmniVideoTrainingArguments(**training)
+    # By default transformers ties the progress bar to the verbosity of its log.
+    return run, OmniVideoTrainingArguments(**({"disable_tqdm": False} | training))
 
 
 def _overridden(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:

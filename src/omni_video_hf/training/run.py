@@ -57,7 +57,9 @@ def train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console 
     if trainer.is_world_process_zero():
         console.print(parameter_table(model, args.stage))
     trainer.train(resume_from_checkpoint=checkpoint)
-    return save_result(trainer, folder)
+    result = save_result(trainer, folder)
+    trainer.accelerator.end_training()  # a process that leaves its group open can die at its exit
+    return result
 
 
 def load_for_stage(

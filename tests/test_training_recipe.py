@@ -67,6 +67,8 @@ def test_the_command_line_overrides():
     words = ["--learning-rate", "1e-5", "--losses.alignment=squared_l2", "--losses.alignment_weight", "2e-1"]
     run, args = read_recipe("joint", [*NEEDED, *words, "--resume", "--part_learning_rates.decoder", "1e-6"])
     assert run.resume is True
+    assert read_recipe("joint", [*NEEDED, "--save_strategy", "no"])[1].save_strategy == "no"
+    assert read_recipe("lora", [*NEEDED, "--lora.use_rslora"])[1].lora["use_rslora"] is True
     assert (run.model, run.data) == ("m", "d")
     assert args.learning_rate == 1e-5
     assert args.part_learning_rates == {"text_head": 3e-6, "decoder": 1e-6}

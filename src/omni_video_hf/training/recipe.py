@@ -69,7 +69,7 @@ def read_recipe(config: str | Path, overrides: Sequence[str] = ()) -> tuple[RunA
     check_known(path.name, values, types)
     values = _overridden(values, overrides)
     check_known("command line", values, types)
-    values = {name: _number(value, types[name]) for name, value in values.items()}
+    values = {name: _meant(value, types[name]) for name, value in values.items()}
     run = RunArguments(**{name: value for name, value in values.items() if name in run_types})
     training = {name: value for name, value in values.items() if name not in run_types}
     if "output_dir" not in training:
@@ -93,13 +93,15 @@ def _overridden(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, An
         if inner:
             if not isinstance(values.get(outer) or {}, dict):
                 raise ValueError(f"`--{key}`: `{outer}` is not a mapping in the recipe.")
-            value = dict(values.get(outer) or {}) | {inner: _number(value, "float")}
+            value = dict(values.get(outer) or {}) | {inner: _meant(value, "float | bool")}
         values[outer] = value
     return values
 
 
-def _number(value: Any, kind: Any) -> Any:
-    """YAML reads 1e-5 as text, for want of a dot."""
+def _meant(value: Any, kind: Any) -> Any:
+    """YAML reads 1e-5 as text, for want of a dot, and `no` as false where `save_strategy: no` means the word."""
+    if isinstance(value, bool) and "bool" not in str(kind):
+        return "yes" if value else "no"
     if isinstance(value, str) and "float" in str(kind):
         try:
             return float(value)

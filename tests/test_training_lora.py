@@ -2,9 +2,11 @@ import pytest
 import tiny
 import torch
 import training
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors.torch import load_file
 
-from omni_video_hf.training.lora import add_lora, load_lora, merged_weights, save_lora
+from omni_video_hf import OmniVideoForConditionalGeneration
+from omni_video_hf.training.lora import add_lora, save_lora
+from omni_video_hf.training.run import save_merged
 
 PARTS = ("mllm", "vision_head", "adapter", "decoder")
 SETTINGS = {"r": 2, "lora_alpha": 8, "lora_dropout": 0.1}
@@ -49,28 +51,29 @@ def test_only_matrices_train_in_every_part(trained):
     assert not torch.allclose(run(model)[0], run(tiny.model())[0], atol=1e-3)
 
 
-def test_the_file_is_small_keeps_alpha_and_loads_with_the_same_outputs(trained, tmp_path):
+def whole(pipe):
+    """The parts of a pipeline as one model."""
+    model = tiny.model()
+    model.mllm, model.vision_head = pipe.mllm.mllm, pipe.mllm.vision_head
+    model.adapter, model.decoder = pipe.adapter, pipe.transformer
+    return model
+
+
+def test_the_file_is_small_loads_with_the_same_outputs_and_merges(trained, tmp_path):
     model, _ = trained
-    file = tmp_path / "lora.safetensors"
-    save_lora(model, file)
+    save_lora(model, tmp_path)
+    (file,) = tmp_path.iterdir()
     assert {name.split(".")[0] for name in load_file(file)} == {"mllm", "vision_head", "adapter", "transformer"}
     matrices = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     assert sum(value.numel() for value in load_file(file).values()) == matrices
-    loaded = tiny.model()
-    load_lora(loaded, file)
-    assert loaded.peft_config["default"].lora_alpha == 8
-    for value, expected in zip(run(loaded), run(model), strict=True):
-        assert torch.equal(value, expected)
-
-
-def test_matrices_merge_into_the_weights(trained):
-    model, _ = trained
-    merged = merged_weights(model)
-    plain = tiny.model()
-    report = plain.load_state_dict(merged, strict=False)
-    assert not report.unexpected_keys
-    assert len(merged) == sum("lora_A" in name for name, _ in model.named_parameters())
-    for value, expected in zip(run(plain), run(model), strict=True):
+    pipe = tiny.pipeline()
+    pipe.load_lora_weights(tmp_path)
+    for value, expected in zip(run(whole(pipe)), run(model), strict=True):
+        assert torch.allclose(value, expected, atol=1e-5)
+    tiny.pipeline().save_pretrained(tmp_path / "base")
+    save_merged(tmp_path / "base", tmp_path, tmp_path / "merged")
+    merged = OmniVideoForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    for value, expected in zip(run(merged), run(model), strict=True):
         assert torch.allclose(value, expected, atol=1e-3)
 
 
@@ -83,24 +86,6 @@ def test_parts_can_be_chosen(trained):
         add_lora(tiny.model(enable_mllm=False), {"parts": ["mllm"]})
     with pytest.raises(ValueError, match=r"`lora`: unknown 'alpha' \(did you mean 'lora_alpha'\?\)"):
         add_lora(tiny.model(), {"alpha": 3})
-
-
-def test_files_that_do_not_fit_are_refused(trained, tmp_path):
-    model, _ = trained
-    file = tmp_path / "lora.safetensors"
-    save_lora(model, file)
-    with pytest.raises(ValueError, match="are in one only, first mllm"):
-        load_lora(tiny.model(enable_mllm=False), file)
-    with safe_open(file, "pt") as handle:
-        metadata = handle.metadata()
-    tensors = load_file(file)
-    save_file(tensors, tmp_path / "bare.safetensors")
-    with pytest.raises(ValueError, match="rank and alpha are unknown"):
-        load_lora(tiny.model(), tmp_path / "bare.safetensors")
-    other = {name.replace("transformer.", "unet."): value for name, value in tensors.items()}
-    save_file(other, tmp_path / "other.safetensors", metadata)
-    with pytest.raises(ValueError, match="are in one only"):
-        load_lora(tiny.model(), tmp_path / "other.safetensors")
 
 
 def test_a_lora_run_resumes_bit_equal_with_dropout(tmp_path):

@@ -8,11 +8,9 @@ import yaml
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline
+from omni_video_hf import OmniVideoPipeline
 from omni_video_hf.cli import app
-from omni_video_hf.hub import write_root_index
 from omni_video_hf.training.feature_folder import FeatureFolder, SameShapeBatches, stack_samples
-from omni_video_hf.training.lora import load_lora
 from omni_video_hf.training.recipe import RECIPES, read_recipe, shipped_recipes
 from omni_video_hf.training.stages import STAGES
 
@@ -176,7 +174,6 @@ def picture(pipeline):
 def test_a_run_from_recipe_to_pipeline_and_its_resumption(data, tmp_path):
     base = tmp_path / "base"
     tiny.pipeline().save_pretrained(base)
-    write_root_index(base)
     output = tmp_path / "run"
     evaluation = ["--eval_data", data, "--eval_strategy", "steps", "--eval_steps", "4"]
     result = command(
@@ -218,7 +215,6 @@ def test_a_run_from_recipe_to_pipeline_and_its_resumption(data, tmp_path):
 def test_every_shipped_recipe_runs(name, data, tmp_path):
     base, output = tmp_path / "base", tmp_path / "run"
     tiny.pipeline().save_pretrained(base)
-    write_root_index(base)
     if name in ("align", "joint"):
         data = write_samples(
             tmp_path / "data",
@@ -243,9 +239,5 @@ def test_every_shipped_recipe_runs(name, data, tmp_path):
     }
     assert changed == parts.get(name, {"mllm", "adapter", "transformer"})
     if name == "lora":
-        whole = OmniVideoForConditionalGeneration.from_pretrained(base)
-        load_lora(whole, output / "lora.safetensors")
-        merged = OmniVideoForConditionalGeneration.from_pretrained(output / "pipeline")
-        inputs = {key: value[None] for key, value in training.sample("v2v").items() if key != "task"}
-        inputs |= {"noise": torch.ones(1, 16, 2, 8, 4), "timesteps": torch.tensor([500.0])}
-        assert torch.allclose(whole.eval()(**inputs).velocity, merged.eval()(**inputs).velocity, atol=1e-4)
+        untrained.load_lora_weights(output / "lora")
+        assert torch.allclose(picture(untrained), picture(trained), atol=1e-3)

@@ -12,20 +12,25 @@ Text encoder and VAE are not trained and belong to the pipeline; their outputs c
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
-from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import ModelOutput
 
-from .configuration_omni_video import OmniVideoConfig
+from .configuration_omni_video import OmniVideoConfig, state_dtype
 from .configuration_vila import VilaConfig
 from .flow_matching_omni_video import (
     NUM_TRAIN_TIMESTEPS,
@@ -53,6 +58,7 @@ from .modeling_omni_video_connectors import (
     pad_embeddings,
 )
 from .modeling_vila import VilaForConditionalGeneration
+from .saving_omni_video import OmniVideoSavingMixin
 
 # The component folders of a repository hold bare keys; in the whole model their parts have names.
 register_checkpoint_conversion_mapping(
@@ -162,8 +168,22 @@ class OmniVideoPreTrainedModel(PreTrainedModel):
             for buffer_name, buffer in fresh.named_buffers():
                 init.copy_(getattr(module, buffer_name), buffer)
 
+    @staticmethod
+    def _load_pretrained_model(
+        model: PreTrainedModel, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, **kwargs: Any
+    ) -> Any:
+        # For weights that stay on the disk, transformers looks for all files of an index in the folder of the first
+        # one. Ours lie in several, so the index gets their whole paths.
+        if checkpoint_files and load_config.sharded_metadata:
+            weight_map = load_config.sharded_metadata["weight_map"]
+            paths = {
+                name: file for name in set(weight_map.values()) for file in checkpoint_files if file.endswith(name)
+            }
+            weight_map.update({name: paths[file] for name, file in weight_map.items()})
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
 
-class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixin):
+
+class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTrainedModel, GenerationMixin):
     """
     MLLM, vision head, adapter and decoder.
 
@@ -176,7 +196,7 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
             super().__init__(config)
         except ImportError as error:
             raise _name_the_package(error, config._attn_implementation) from error
-        _state_dtype(config.mllm_config, torch.get_default_dtype())
+        state_dtype(config.mllm_config, torch.get_default_dtype())
         if not config.enable_mllm:
             self.mllm = None
         elif isinstance(config.mllm_config, VilaConfig):
@@ -555,19 +575,6 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
             f"This model has no {part} (`config.{part}_config` is None): it is the `mllm` component of a pipeline."
             " Load the root of the repository for the whole model."
         )
-
-
-def _state_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
-    """
-    Let every part of the MLLM be made in the format that is being loaded.
-
-    transformers tells the configurations inside ours, but not those inside them, which go on naming the format that
-    their checkpoint was stored in.
-    """
-    config.dtype = dtype
-    for name in config.sub_configs:
-        if getattr(config, name) is not None:
-            _state_dtype(getattr(config, name), dtype)
 
 
 def _name_the_package(error: ImportError, attn_implementation: str | None) -> ImportError:

@@ -1,22 +1,18 @@
 """Low-rank matrices in every part of the model, by peft."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
-from safetensors.torch import save_file
+from peft import LoraConfig
 
+from ..lora_omni_video import collect_lora_layers
 from ..modeling_omni_video import OmniVideoForConditionalGeneration
+from ..pipeline_omni_video import OmniVideoPipeline
 from .arguments import LORA_PARTS
 from .names import check_known
 
 ADAPTER_NAME = "default"
-METADATA_KEY = "lora_adapter_metadata"  # as diffusers
 # Projections of attention and feed-forward layers, part by part; not the MLLM's vision tower.
 TARGETS = {
     "mllm": r"mllm\.(?!.*vision).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
@@ -25,8 +21,8 @@ TARGETS = {
     "decoder": r"decoder\..*\.(to_q|to_k|to_v|to_out\.0|ffn\.net\.0\.proj|ffn\.net\.2)",
 }
 DEFAULTS = {"r": 16, "lora_alpha": 16}
-# Settings of peft's LoraConfig that make sense here.
-KNOWN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "target_modules", "parts")
+# Settings of peft's LoraConfig that the file of a LoRA can say.
+KNOWN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "target_modules", "parts")
 
 
 def add_lora(model: OmniVideoForConditionalGeneration, settings: Mapping[str, Any] | None = None) -> None:
@@ -54,58 +50,6 @@ def add_lora(model: OmniVideoForConditionalGeneration, settings: Mapping[str, An
     model.add_adapter(LoraConfig(**(DEFAULTS | settings)), adapter_name=ADAPTER_NAME)
 
 
-def save_lora(model: OmniVideoForConditionalGeneration, path: Path) -> None:
-    """
-    Write the matrices, and rank, alpha and all else that is needed to apply them, into one safetensors file.
-
-    Its keys begin with `mllm.`, `vision_head.`, `adapter.` or `transformer.`, the pipeline's names.
-    """
-    state = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME)
-    tensors = {_pipeline_name(name): value.detach().cpu().contiguous() for name, value in state.items()}
-    config = model.peft_config[ADAPTER_NAME].to_dict()
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, {"format": "pt", METADATA_KEY: json.dumps(config, default=str)})
-    partial.replace(path)
-
-
-def load_lora(model: OmniVideoForConditionalGeneration, path: Path) -> None:
-    """
-    Apply a file of [`save_lora`].
-
-    Raises:
-        ValueError: when it has no metadata, or its matrices do not fit the model's one by one.
-    """
-    with safe_open(path, "pt") as file:
-        metadata = (file.metadata() or {}).get(METADATA_KEY)
-        state = {_model_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if metadata is None:
-        raise ValueError(f"{path}: no {METADATA_KEY!r} in its metadata: rank and alpha are unknown.")
-    config = json.loads(metadata)
-    model.add_adapter(LoraConfig(**{key: config[key] for key in KNOWN if key in config}), adapter_name=ADAPTER_NAME)
-    expected = set(get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME))
-    if expected != set(state):
-        differing = sorted(expected ^ set(state))
-        raise ValueError(
-            f"{path} holds {len(state)} matrices, the model takes {len(expected)}; {len(differing)} are in one only, "
-            f"first {differing[0]}."
-        )
-    set_peft_model_state_dict(model, state, adapter_name=ADAPTER_NAME)
-
-
-@torch.no_grad()
-def merged_weights(model: OmniVideoForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """The weights with the matrices merged into them, under the names of a model without matrices."""
-    return {
-        f"{name}.weight": layer.base_layer.weight + layer.get_delta_weight(ADAPTER_NAME)
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer)
-    }
-
-
-def _pipeline_name(name: str) -> str:
-    return "transformer." + name.removeprefix("decoder.") if name.startswith("decoder.") else name
-
-
-def _model_name(name: str) -> str:
-    return "decoder." + name.removeprefix("transformer.") if name.startswith("transformer.") else name
+def save_lora(model: OmniVideoForConditionalGeneration, folder: Path) -> None:
+    """Write the matrices of every part into one file, which `OmniVideoPipeline.load_lora_weights` reads."""
+    OmniVideoPipeline.save_lora_weights(folder, **collect_lora_layers(model, ADAPTER_NAME))

@@ -10,19 +10,18 @@ from rich.table import Table
 from transformers import set_seed
 
 from ..configuration_omni_video import OmniVideoConfig
-from ..hub import write_root_index
 from ..modeling_omni_video import OmniVideoForConditionalGeneration
 from ..pipeline_omni_video import OmniVideoPipeline
 from . import checkpoints
 from .arguments import OmniVideoTrainingArguments
 from .feature_folder import FeatureFolder, SameShapeBatches, stack_samples
-from .lora import add_lora, merged_weights, save_lora
+from .lora import add_lora, save_lora
 from .recipe import RunArguments
 from .stages import part_of, stage_config
 from .trainer import OmniVideoTrainer
 
 PIPELINE_FOLDER = "pipeline"
-LORA_FILE = "lora.safetensors"
+LORA_FOLDER = "lora"
 
 
 def train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console | None = None) -> Path:
@@ -31,7 +30,7 @@ def train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console 
 
     Returns:
         `output_dir/pipeline`, the starting repository with the trained weights in place of its own; after the
-        `lora` stage with the matrices merged, which `output_dir/lora.safetensors` holds alone.
+        `lora` stage with the matrices merged, which `output_dir/lora` holds alone.
 
     Raises:
         ValueError: for data, settings and folders that do not fit, before anything is loaded.
@@ -88,11 +87,10 @@ def save_result(trainer: OmniVideoTrainer, base: Path) -> Path:
     if trainer.is_world_process_zero():
         with trainer.averaged_weights():
             if trainer.args.training_stage.lora:
-                save_lora(trainer.model, folder.with_name(LORA_FILE))
-                weights = merged_weights(trainer.model)
+                save_lora(trainer.model, folder.with_name(LORA_FOLDER))
+                save_merged(base, folder.with_name(LORA_FOLDER), folder)
             else:
-                weights = trainer.trained_parameters()
-            save_pipeline(base, {name: value.detach().cpu() for name, value in weights.items()}, folder)
+                save_pipeline(base, trainer.trained_parameters(), folder)
     trainer.accelerator.wait_for_everyone()
     return folder
 
@@ -116,9 +114,17 @@ def save_pipeline(base: Path, weights: Mapping[str, torch.Tensor], folder: Path)
                 raise ValueError(
                     f"{base}: no weight {name!r} of {tuple(value.shape)}: not the model the run began with."
                 )
-            target.copy_(value)
+            target.copy_(value.detach().cpu())
     pipeline.save_pretrained(folder)
-    write_root_index(folder)
+
+
+def save_merged(base: Path, lora: Path, folder: Path) -> None:
+    """The repository `base` with a LoRA merged into its weights."""
+    pipeline = OmniVideoPipeline.from_pretrained(base)
+    pipeline.load_lora_weights(lora)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(folder)
 
 
 def parameter_table(model: OmniVideoForConditionalGeneration, stage: str) -> Table:

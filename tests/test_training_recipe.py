@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from omni_video_hf import OmniVideoPipeline
 from omni_video_hf.cli import app
+from omni_video_hf.model_card_omni_video import TrainingSummary
 from omni_video_hf.training.feature_folder import FeatureFolder, SameShapeBatches, stack_samples
 from omni_video_hf.training.recipe import RECIPES, read_recipe, shipped_recipes
 from omni_video_hf.training.stages import STAGES
@@ -237,6 +238,9 @@ def test_every_shipped_recipe_runs(name, data, tmp_path):
         "connect_text": {"adapter"},
         "decoder": {"adapter", "transformer"},
     }
+    summary = TrainingSummary.read(output / "pipeline")
+    assert (summary.steps, summary.datasets, summary.hardware) == (6, [data.name], "1 x CPU")
+    assert summary.losses["loss"] > 0
     assert changed == parts.get(name, {"mllm", "adapter", "transformer"})
     if name == "lora":
         untrained.load_lora_weights(output / "lora")

@@ -282,6 +282,19 @@ def test_previews_are_drawn_with_the_weights_of_their_step(tmp_path):
         )
 
 
+def test_the_card_says_what_the_run_knows_and_an_edited_one_stays(tmp_path):
+    run = training.trainer(tmp_path, [training.sample("t2v", number) for number in range(4)])
+    run.train()
+    run.save_model()
+    run.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "library_name: diffusers" in card
+    assert "decoder" in card
+    (tmp_path / "README.md").write_text("mine")
+    run.create_model_card()
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from .feature_folder import FeatureFolder, SameShapeBatches, stack_samples
 from .lora import add_lora, save_lora
 from .recipe import RunArguments
 from .stages import part_of, stage_config
+from .summary import summarise
 from .trainer import OmniVideoTrainer
 
 PIPELINE_FOLDER = "pipeline"
@@ -57,6 +58,10 @@ def train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console 
         console.print(parameter_table(model, args.stage))
     trainer.train(resume_from_checkpoint=checkpoint)
     result = save_result(trainer, folder)
+    if trainer.is_world_process_zero():
+        for written in (result, result.with_name(LORA_FOLDER)):
+            if written.is_dir():
+                summarise(trainer, [Path(run.data).name]).save(written)
     trainer.accelerator.end_training()  # a process that leaves its group open can die at its exit
     return result
 

@@ -14,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
+from ..model_card_omni_video import write_model_card
 from ..modeling_omni_video import OmniVideoForConditionalGeneration, OmniVideoOutput
 from ..pipeline_omni_video import OmniVideoPipeline
 from . import checkpoints
@@ -24,6 +25,7 @@ from .names import check_known
 from .previews import bind_pipeline, draw_previews
 from .randomness import derive_seed, draw_dropouts, sample_generators
 from .stages import cast_frozen, freeze_all_but, part_of
+from .summary import summarise
 
 # Inputs that decide which parts of the model run.
 ROUTE = ("input_ids", "pixel_values", "latents", "source_latents", "reference_latents", "prompt_embeds", "labels")
@@ -401,13 +403,16 @@ class OmniVideoTrainer(Trainer):
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as transformers calls it
         """
-        Leave README.md alone.
+        Write the card of `output_dir` from what the run knows; a card that a person wrote or edited stays.
 
-        transformers' card would replace a written one, and lose its `library_name`, `pipeline_tag` and `base_model`;
-        the card of a repository is written when the repository is (see `hub`).
+        transformers' own would replace it, and knows neither `library_name` nor `pipeline_tag`.
         """
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            summarise(self).save(folder)
+            write_model_card(folder, self.hub_model_id or folder.name, self.model.config._name_or_path or None)
 
     # --- sharding ---------------------------------------------------------------------------------------------------
 

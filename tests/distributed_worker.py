@@ -47,10 +47,7 @@ def main(folder: Path, case: dict) -> None:
     kind = Sharded if case.get("fsdp") else OmniVideoTrainer
     run = training.trainer(folder, samples, tiny.model(), sampler, kind=kind, stage="joint", **case["settings"])
     run.train(resume_from_checkpoint=case.get("resume"))
-    weights = {}
-    for name, parameter in run.trained_parameters().items():
-        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        weights[name] = whole.detach().clone().contiguous()
+    weights = {name: value.detach().clone().contiguous() for name, value in run.gather_trained().items()}
     if run.is_world_process_zero():
         save_file(weights, folder / "weights.safetensors")
         (folder / "log.json").write_text(json.dumps(run.state.log_history))

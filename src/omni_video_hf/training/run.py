@@ -86,16 +86,14 @@ def load_for_stage(
 def save_result(trainer: OmniVideoTrainer, base: Path) -> Path:
     """Write the outcome of a run into its `output_dir`; every process must call."""
     folder = Path(trainer.args.output_dir) / PIPELINE_FOLDER
-    if trainer.is_sharded:
-        trainer.save_model(str(folder.with_name("model")))
-        return folder.with_name("model")
-    if trainer.is_world_process_zero():
-        with trainer.averaged_weights():
+    with trainer.averaged_weights():
+        weights = trainer.gather_trained()
+        if trainer.is_world_process_zero():
             if trainer.args.training_stage.lora:
                 save_lora(trainer.model, folder.with_name(LORA_FOLDER))
                 save_merged(base, folder.with_name(LORA_FOLDER), folder)
             else:
-                save_pipeline(base, trainer.trained_parameters(), folder)
+                save_pipeline(base, weights, folder)
     trainer.accelerator.wait_for_everyone()
     return folder
 

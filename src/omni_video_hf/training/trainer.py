@@ -9,6 +9,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
@@ -112,6 +113,18 @@ class OmniVideoTrainer(Trainer):
         """The parameters that train, by name."""
         parameters = dict(self.accelerator.unwrap_model(self.model).named_parameters())
         return {name: parameters[name] for name in self.trained_names}
+
+    def gather_trained(self) -> dict[str, torch.Tensor]:
+        """
+        Whole tensors of the parameters that train, by name, also where they are sharded.
+
+        Every process must call; with DeepSpeed only the main process gets them.
+        """
+        parameters = self.trained_parameters()
+        if not self.is_deepspeed_enabled:
+            return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in parameters.items()}
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        return {name: state[name] for name in self.trained_names} if self.is_world_process_zero() else {}
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -425,6 +438,8 @@ class OmniVideoTrainer(Trainer):
                     f"`{name}` needs whole weights on a process, which FSDP and DeepSpeed do not have: set it to 0, "
                     "or train with DDP."
                 )
+        if args.training_stage.lora:
+            raise ValueError("The `lora` stage trains too little to shard: use DDP instead of FSDP and DeepSpeed.")
         if args.frozen_dtype != "float32":
             raise ValueError(
                 "`frozen_dtype` must be float32 with FSDP and DeepSpeed, which shard one format at a time."

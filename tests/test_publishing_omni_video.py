@@ -14,7 +14,7 @@ from strangers import WITHOUT_PACKAGE, expected_outputs, last_json, open_doors
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline, collect_lora_layers
 from omni_video_hf.model_card_omni_video import TrainingSummary, is_generated, render_model_card, write_model_card
-from omni_video_hf.publishing_omni_video import check_complete, repository_files
+from omni_video_hf.publishing_omni_video import LORA_NAME, check_complete, repository_files
 from omni_video_hf.repository_omni_video import complete_repository, missing_parts
 
 NAME, BASE = "lab/fine-tune", "lab/omni-video-tiny"
@@ -60,7 +60,6 @@ def test_a_fine_tune_is_pushed_whole_and_opens_both_doors(repository, hub_server
     hub_server.add_repo(BASE, repository)
     code = f"""
 import torch
-import training
 from omni_video_hf import OmniVideoForConditionalGeneration
 model = OmniVideoForConditionalGeneration.from_pretrained({BASE!r})
 with torch.no_grad():
@@ -458,7 +457,7 @@ sys.path.insert(0, {tests!r})
 import torch, training
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline
 model = OmniVideoForConditionalGeneration.from_pretrained({base!r}{options})
-pipe = {pipe}
+{prepare}
 trainer = training.trainer(
     {output!r}, [training.{sample}(task, i) for i in range(4) for task in {tasks!r}], model=model,
     sampler=training.BatchesInOrder([[i] for i in range(4)]),
@@ -469,9 +468,9 @@ print(trainer.push_to_hub(dataset="lab/foxes").commit_url)
 """
 
 
-def trainer_code(output, stage="decoder", options="", sample="sample", settings="", pipe=None, tasks=("t2v",)):
+def trainer_code(output, stage="decoder", options="", sample="sample", settings="", prepare="", tasks=("t2v",)):
     values = {"output": str(output), "stage": stage, "options": options, "sample": sample, "settings": settings}
-    values |= {"tests": str(Path(__file__).parent), "base": BASE, "name": NAME, "pipe": pipe, "tasks": tasks}
+    values |= {"tests": str(Path(__file__).parent), "base": BASE, "name": NAME, "prepare": prepare, "tasks": tasks}
     return TRAINER.format(**values)
 
 
@@ -482,23 +481,25 @@ def test_a_trainers_push_is_a_complete_repository_with_its_card(repository, hub_
     run_client(trainer_code(tmp_path / "run", options=options), hub_server, timeout=300)
     files, base = served(hub_server, NAME), served(hub_server, BASE)
     card = files["README.md"].decode()
-    assert card == (tmp_path / "run" / "README.md").read_text()
+    summary = (tmp_path / "run" / "training_summary.json").read_bytes()
+    assert files["training_summary.json"] == summary
+    assert ModelCard(card).data.to_dict() == ModelCard.load(tmp_path / "run" / "README.md").data.to_dict()
     assert card_problems(card) == ([], [])
     data = ModelCard(card).data
     assert (data.base_model, data.base_model_relation, data.datasets) == (BASE, "finetune", ["lab/foxes"])
     assert "| stage | decoder |" in card
     assert "flow_matching_loss" in card
     assert files.keys() >= base.keys() - {"mllm/model.safetensors"}
-    changed = {name for name in base.keys() & files.keys() if base[name] != files[name] and name.endswith(".safetensors")}
-    assert changed >= {"transformer/diffusion_pytorch_model.safetensors"}
+    decoder = "transformer/diffusion_pytorch_model.safetensors"
+    assert files[decoder] != base[decoder]
+    assert files["vae/diffusion_pytorch_model.safetensors"] == base["vae/diffusion_pytorch_model.safetensors"]
     assert not [name for name in files if name.startswith(("checkpoint-", "runs")) or name.endswith((".pt", ".bin"))]
     assert hub_server.token not in hub_server.output
 
     outputs = last_json(run_client(open_doors(NAME), hub_server))
-    model = OmniVideoForConditionalGeneration.from_pretrained(tmp_path / "run", **({"enable_mllm": True} if 0 else {}))
+    model = OmniVideoForConditionalGeneration.from_pretrained(tmp_path / "run")
     whole = OmniVideoForConditionalGeneration.from_pretrained(repository)
-    state = {name: tensor for name, tensor in model.state_dict().items()}
-    whole.load_state_dict(whole.state_dict() | state)
+    whole.load_state_dict(whole.state_dict() | model.state_dict())
     pipe = OmniVideoPipeline.from_pretrained(repository, **whole.pipeline_components())
     assert outputs == expected_outputs(pipe, whole, pipe.processor)
 
@@ -506,12 +507,34 @@ def test_a_trainers_push_is_a_complete_repository_with_its_card(repository, hub_
 def test_the_push_of_the_stage_without_adapter_and_decoder(repository, hub_server, tmp_path):
     hub_server.add_repo(BASE, repository)
     options = ", adapter_config=None, decoder_config=None"
-    run_client(trainer_code(tmp_path / "run", "align", options, "sample", tasks=("t2v",)), hub_server, timeout=300)
+    run_client(trainer_code(tmp_path / "run", "align", options), hub_server, timeout=300)
     files, base = served(hub_server, NAME), served(hub_server, BASE)
     assert files["mllm/model.safetensors"] != base["mllm/model.safetensors"]
-    assert files["transformer/diffusion_pytorch_model.safetensors"] == base["transformer/diffusion_pytorch_model.safetensors"]
+    decoder = "transformer/diffusion_pytorch_model.safetensors"
+    assert files[decoder] == base[decoder]
     outputs = last_json(run_client(open_doors(NAME), hub_server))
     assert outputs["AutoModel"]["velocity"]
+
+
+def test_the_push_of_the_lora_stage_is_a_lora_with_its_card(repository, hub_server, tmp_path):
+    hub_server.add_repo(BASE, repository)
+    prepare = "from omni_video_hf.training.lora import add_lora; add_lora(model, {'r': 2})"
+    code = trainer_code(tmp_path / "run", "lora", sample="instructed", tasks=("v2v",), prepare=prepare)
+    run_client(code, hub_server, timeout=300)
+    files = served(hub_server, NAME)
+    assert files.keys() == {".gitattributes", LORA_NAME, "README.md", "training_summary.json"}
+    card = ModelCard(files["README.md"].decode())
+    assert card_problems(card.content) == ([], [])
+    assert (card.data.base_model, card.data.base_model_relation) == (BASE, "adapter")
+    check = f"""
+import json
+from omni_video_hf import OmniVideoPipeline
+pipe = OmniVideoPipeline.from_pretrained({BASE!r})
+pipe.load_lora_weights({NAME!r})
+print(json.dumps(pipe.get_list_adapters()))
+"""
+    adapters = last_json(run_client(check, hub_server))
+    assert adapters.keys() == {"mllm", "adapter", "transformer"}
 
 
 def test_checkpoints_are_not_pushed(tmp_path):

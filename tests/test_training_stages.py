@@ -74,6 +74,8 @@ def test_a_part_that_is_not_there_and_an_empty_stage_are_refused():
         ({"condition_dropout": 0.7, "prompt_dropout": 0.4}, "add up to 1 at most"),
         ({"ema_decay": 1.0}, "`ema_decay` must be 0"),
         ({"preview_steps": 2}, "`previews` names nothing"),
+        ({"frozen_dtype": "bfloat16"}, "needs `bf16: true`"),
+        ({"frozen_dtype": "float61"}, "unknown 'float61'"),
         ({"lora": {"r": 4}}, "use `stage: lora`"),
     ],
 )

@@ -53,15 +53,17 @@ class Samples(Dataset):
 
 
 class BatchesInOrder:
-    """A batch sampler whose order is a function of seed and epoch: batches of one task each."""
+    """A batch sampler whose order is a function of seed and epoch, or as given without seed."""
 
-    def __init__(self, batches: list[list[int]], seed: int = 0) -> None:
+    def __init__(self, batches: list[list[int]], seed: int | None = None) -> None:
         self.batches, self.seed, self.epoch = batches, seed, 0
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self):
+        if self.seed is None:
+            return iter(self.batches)
         generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
         return iter([self.batches[i] for i in torch.randperm(len(self.batches), generator=generator)])
 
@@ -84,10 +86,12 @@ def arguments(folder: Path, **settings: object) -> OmniVideoTrainingArguments:
     return OmniVideoTrainingArguments(output_dir=str(folder), **(QUIET | defaults | settings))
 
 
-def trainer(folder: Path, samples: list[dict], model=None, sampler=None, **settings: object) -> OmniVideoTrainer:
+def trainer(
+    folder: Path, samples: list[dict], model=None, sampler=None, kind=OmniVideoTrainer, **settings: object
+) -> OmniVideoTrainer:
     """A trainer over `samples`, by default in the `decoder` stage."""
     extra = {name: settings.pop(name) for name in ("preview_pipeline", "eval_dataset") if name in settings}
-    return OmniVideoTrainer(
+    return kind(
         model or tiny.model(enable_mllm=False),
         arguments(folder, **settings),
         train_dataset=Samples(samples),

@@ -22,6 +22,7 @@ from .model_card_omni_video import write_model_card
 from .pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
 from .publishing_omni_video import push_completed, push_repository, repository_files
 from .repository_omni_video import missing_parts
+from .training import cli as training_cli
 
 app = typer.Typer(
     help="Generate, edit and understand videos and images with Omni-Video.",
@@ -195,6 +196,21 @@ def info(
             out.print_json(json.dumps([part.to_dict() for part in parts]))
         else:
             out.print(repository_table(parts, title=model))
+
+
+@app.command(context_settings=training_cli.CONTEXT)
+def train(
+    context: typer.Context, config: training_cli.Config, resume: training_cli.Resume = False, verbose: Verbose = False
+) -> None:
+    """
+    Train from a recipe. Any setting can be overridden: --learning_rate 1e-5 --losses.alignment squared_l2.
+
+    Run it under `accelerate launch` for several GPUs; see docs/training.md.
+    """
+    with _one_line_errors(verbose):
+        folder = training_cli.train(config, [*context.args, *(["--resume"] if resume else [])])
+        if folder is not None:
+            print(folder)  # noqa: T201
 
 
 @app.command()

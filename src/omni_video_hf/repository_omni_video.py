@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from .configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig
 from .remote_code_omni_video import CODE_FILE, write_remote_code
@@ -96,6 +97,7 @@ def write_root_index(directory: str | Path, variant: str | None = None) -> None:
         vision_head_config=config.vision_head_config,
         adapter_config=adapter and {key: value for key, value in adapter.items() if key in fields},
         decoder_config=decoder and {key: value for key, value in decoder.items() if not key.startswith("_")},
+        enable_mllm=config.enable_mllm,
         image_generation_token_id=config.image_generation_token_id,
         video_generation_token_id=config.video_generation_token_id,
         architectures=["OmniVideoForConditionalGeneration"],
@@ -111,7 +113,7 @@ def _write_generation_config(directory: Path) -> None:
 
     diffusers downloads no `generation_config.json` of a component; transformers then takes them from `config.json`.
     """
-    path, component = directory / "mllm" / "generation_config.json", directory / "mllm" / "config.json"
+    path, component = directory / "mllm" / GENERATION_CONFIG_NAME, directory / "mllm" / "config.json"
     settings = _read_json(path)
     if settings is None:
         return
@@ -228,7 +230,10 @@ def complete_repository(
     directory = Path(directory)
     source = Path(base)
     if not source.is_dir():
-        unneeded = ["*.py", "README.md", *(f"{name}/*" for name in MODEL_FOLDERS if (directory / name).is_dir())]
+        kept = [name for name in MODEL_FOLDERS if (directory / name).is_dir()]
+        if _lacks_mllm(directory / "mllm"):
+            kept.remove("mllm")
+        unneeded = ["*.py", "README.md", *(f"{name}/*" for name in kept)]
         source = Path(snapshot_download(str(base), revision=revision, token=token, ignore_patterns=unneeded))
     index = _read_json(source / PIPELINE_INDEX_NAME)
     if index is None:
@@ -262,8 +267,7 @@ def _add_left_out_mllm(directory: Path, source: Path, copy: Callable[[Path, Path
     Its folder holds the vision head alone; files of the base that hold another one are written without it.
     """
     folder, base = directory / "mllm", source / "mllm"
-    config = _read_json(folder / "config.json")
-    if config is None or config.get("enable_mllm", True):
+    if not _lacks_mllm(folder):
         return
     heads = {f"model-vision-head-{i:05d}.safetensors": file for i, file in enumerate(weight_files(folder), 1)}
     with tempfile.TemporaryDirectory(prefix=".complete.", dir=directory) as name:
@@ -285,12 +289,18 @@ def _add_left_out_mllm(directory: Path, source: Path, copy: Callable[[Path, Path
             copy(file, staging / file_name)
         content = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(staging / INDEX_NAME, content)
-        _write_json(staging / "config.json", config | {"enable_mllm": True}, sort_keys=True)
-        copy(base / "generation_config.json", staging / "generation_config.json")
+        config = _read_json(folder / "config.json") | {"enable_mllm": True}
+        _write_json(staging / "config.json", config, sort_keys=True)
+        if (base / GENERATION_CONFIG_NAME).is_file():
+            copy(base / GENERATION_CONFIG_NAME, staging / GENERATION_CONFIG_NAME)
         for file in heads.values():
             file.unlink()
         for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(folder / file.name)
+
+
+def _lacks_mllm(folder: Path) -> bool:
+    return not (_read_json(folder / "config.json") or {}).get("enable_mllm", True)
 
 
 def link_weights(source: str | Path, target: str | Path) -> None:

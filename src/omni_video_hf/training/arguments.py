@@ -31,6 +31,8 @@ class OmniVideoTrainingArguments(TrainingArguments):
             `save_model` and previews show.
         preview_steps: draw the previews every so many steps, 0 for never.
         previews: arguments of the pipeline's call, one mapping per preview, e.g. `{"prompt": "a fox", "task": "t2i"}`.
+        frozen_dtype: `float32`, or `bfloat16` to keep what does not train in half the memory (with `bf16`).
+        hub_strategy: `end`, or `every_save` to push the whole repository at every checkpoint.
         lora: settings of peft's `LoraConfig` for the `lora` stage; `parts` names the parts that get matrices.
 
     Raises:
@@ -48,6 +50,10 @@ class OmniVideoTrainingArguments(TrainingArguments):
     ema_decay: float = field(default=0.0, metadata={"help": "Decay of the moving average of weights, 0 for none."})
     preview_steps: int = field(default=0, metadata={"help": "Draw previews every so many steps, 0 for never."})
     previews: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Arguments of pipeline calls."})
+    frozen_dtype: str = field(default="float32", metadata={"help": "Format of what does not train."})
+    hub_strategy: HubStrategy | str = field(
+        default="end", metadata={"help": "`end`, or `every_save`: a push of the whole repository at every checkpoint."}
+    )
     lora: dict[str, Any] | str | None = field(default=None, metadata={"help": "Settings of peft's LoraConfig."})
 
     # Batches hold latents and features, which are no arguments of a dataset's columns alone.
@@ -83,6 +89,9 @@ class OmniVideoTrainingArguments(TrainingArguments):
                 f"`hub_strategy` {self.hub_strategy.value!r} would push optimiser states: use 'end' or 'every_save', "
                 "which push the repository."
             )
+        check_known("frozen_dtype", [self.frozen_dtype], ["float32", "bfloat16"])
+        if self.frozen_dtype == "bfloat16" and not self.bf16:
+            raise ValueError("`frozen_dtype: bfloat16` needs `bf16: true`, which lets float32 parts work beside it.")
         if self.lora is not None and not self.training_stage.lora:
             raise ValueError(f"`lora` is set but `stage` is {self.stage!r}: use `stage: lora`.")
 

@@ -29,6 +29,23 @@ class CloseLogAtCheckpoint(TrainerCallback):
         control.should_log |= control.should_save
 
 
+class EpochOfSampler(TrainerCallback):
+    """
+    Tell the batch sampler its epoch.
+
+    transformers reaches samplers that accelerate wrapped once, but not those of a resumed epoch, wrapped twice.
+    """
+
+    def __init__(self, trainer: "OmniVideoTrainer") -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Before the first batch is drawn; `state.epoch` is whole or lies within the epoch that is resumed."""
+        self.trainer.train_batch_sampler.set_epoch(int(state.epoch or 0))
+
+
 class MovingAverage(TrainerCallback):
     """Step the trainer's moving average behind every step of the optimiser."""
 

@@ -1,13 +1,15 @@
-"""What a run knows about its result, for the model card, and pushing it as a complete repository."""
+"""What a run knows about its result, for the model card, and pushing the result as a complete repository."""
 
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import CommitInfo
 
 from ..losses_omni_video import LOSS_NAMES
 from ..model_card_omni_video import TrainingSummary, write_model_card
+from ..publishing_omni_video import push_completed, push_repository
 
 if TYPE_CHECKING:
     from .trainer import OmniVideoTrainer
@@ -17,31 +19,30 @@ _PREVIEW = re.compile(r"step-(\d+)-(\d+)\.mp4")
 
 def summarize(trainer: "OmniVideoTrainer", datasets: list[str] | None = None) -> TrainingSummary:
     """
-    The facts of a run.
+    Summary of a run as far as it has come.
 
     Args:
-        trainer: during or after training.
-        datasets: names of the data; only the caller knows them.
+        datasets: Hub names or descriptions of the data, which only the caller knows.
     """
-    args, state = trainer.args, trainer.state
-    names = {f"{name}_loss{suffix}" for name in LOSS_NAMES for suffix in ("", *_TASK_SUFFIXES)}
-    logged: dict[str, Any] = {name: value for entry in state.log_history for name, value in entry.items()}
-    losses = {name: value for name, value in logged.items() if name.removeprefix("eval_") in names}
-    dataset = trainer.train_dataset
+    args, history, data = trainer.args, trainer.state.log_history, trainer.train_dataset
+    logged: dict[str, Any] = {name: value for entry in history for name, value in entry.items()}
+    is_cuda = args.device.type == "cuda"
+    device = torch.cuda.get_device_name(args.device) if is_cuda else "CPU"
+    rates = {"others": args.learning_rate} | args.part_learning_rates
     return TrainingSummary(
         stage=args.stage,
+        description=args.training_stage.about,
         base_model=trainer.model.config._name_or_path or None,
         datasets=datasets or [],
-        num_samples=len(dataset) if hasattr(dataset, "__len__") else None,
-        steps=state.global_step,
-        batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        learning_rate=({"others": args.learning_rate} | args.part_learning_rates)
-        if args.part_learning_rates
-        else args.learning_rate,
-        losses=losses or ({"loss": logged["loss"]} if "loss" in logged else {}),
-        dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else str(trainer.model.dtype).removeprefix("torch."),
-        hardware=_hardware(args.world_size),
-        peak_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        num_samples=len(data) if hasattr(data, "__len__") else None,
+        steps=trainer.state.global_step,
+        batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        learning_rate=rates if args.part_learning_rates else args.learning_rate,
+        losses={name: value for name, value in logged.items() if name == "loss" or name in _loss_names()},
+        scores={name: value for name, value in logged.items() if name.startswith("eval_") and "loss" in name},
+        dtype="bfloat16 over float32" if args.bf16 else "float16 over float32" if args.fp16 else "float32",
+        hardware=f"{args.world_size} x {device}",
+        peak_memory=torch.cuda.max_memory_allocated(args.device) if is_cuda else None,
         seconds=logged.get("train_runtime"),
         seed=args.seed,
         samples=_last_previews(Path(args.output_dir), args.previews or []),
@@ -49,20 +50,31 @@ def summarize(trainer: "OmniVideoTrainer", datasets: list[str] | None = None) ->
 
 
 def write_card(trainer: "OmniVideoTrainer", datasets: list[str] | None = None) -> None:
-    """Leave the summary and the card in the output folder; a card that a person edited stays."""
-    summary, folder = summarize(trainer, datasets), Path(trainer.args.output_dir)
-    summary.save(folder)
-    name = trainer.hub_model_id if getattr(trainer, "hub_model_id", None) else folder.absolute().name
-    write_model_card(folder, name)
+    """Leave the summary and the card in `output_dir`; a card that a person wrote or edited stays."""
+    folder = Path(trainer.args.output_dir)
+    summarize(trainer, datasets).save(folder)
+    write_model_card(folder, trainer.hub_model_id or folder.absolute().name)
 
 
-_TASK_SUFFIXES = tuple(f"_{task}" for task in ("t2i", "t2v", "i2i", "v2v", "i2v", "understand"))
+def push(trainer: "OmniVideoTrainer", folder: Path, base: str | Path | None = None, **settings: Any) -> CommitInfo:
+    """
+    Push what a run wrote to `args.hub_model_id`: one commit, a complete repository or a LoRA.
+
+    Args:
+        folder: a LoRA, a model, or a repository that is complete already.
+        base: has what a model lacks, by default what the run began with.
+        settings: of [`push_repository`], in place of the `hub_...` arguments of the run.
+    """
+    args, base = trainer.args, base or trainer.model.config._name_or_path
+    settings = {name: value for name, value in settings.items() if value is not None}
+    defaults = {"token": args.hub_token, "private": args.hub_private_repo, "revision": args.hub_revision}
+    if args.training_stage.lora:
+        return push_repository(folder, trainer.hub_model_id, base_model=base, **(defaults | settings))
+    return push_completed(folder, trainer.hub_model_id, base, **(defaults | settings))
 
 
-def _hardware(world_size: int) -> str:
-    if torch.cuda.is_available():
-        return f"{world_size} x {torch.cuda.get_device_name()}"
-    return f"{world_size} x CPU"
+def _loss_names() -> list[str]:
+    return [f"{name}_loss" for name in LOSS_NAMES]
 
 
 def _last_previews(folder: Path, previews: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..configuration_omni_video import OmniVideoConfig
@@ -136,6 +137,19 @@ def freeze_all_but(model: OmniVideoForConditionalGeneration, stage: Stage, losse
             + ("add low-rank matrices first (`add_lora`)." if stage.lora else "the weights of all its losses are 0.")
         )
     return trained
+
+
+def cast_frozen(model: OmniVideoForConditionalGeneration, dtype: torch.dtype) -> None:
+    """
+    Keep what does not train in another format, but for the modules that the decoder wants in float32.
+
+    What trains stays in float32: steps as small as a learning rate of 3e-6 would be lost in bf16.
+    """
+    kept = () if model.decoder is None else tuple(model.decoder._keep_in_fp32_modules)
+    for name, parameter in model.named_parameters():
+        is_kept = name.startswith("decoder.") and any(part in name for part in kept)
+        if not parameter.requires_grad and not is_kept:
+            parameter.data = parameter.data.to(dtype)
 
 
 def part_of(name: str) -> str:

@@ -10,6 +10,7 @@ from accelerate.data_loader import prepare_data_loader
 from diffusers.training_utils import EMAModel
 from huggingface_hub import CommitInfo
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
@@ -17,16 +18,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Hu
 
 from ..modeling_omni_video import OmniVideoForConditionalGeneration, OmniVideoOutput
 from ..pipeline_omni_video import OmniVideoPipeline
-from ..publishing_omni_video import push_completed
-from . import checkpoints
+from . import checkpoints, publishing
 from .arguments import OmniVideoTrainingArguments
-from .callbacks import CloseLogAtCheckpoint, MovingAverage, Previews
+from .callbacks import CloseLogAtCheckpoint, EpochOfSampler, MovingAverage, Previews
+from .lora import save_lora
 from .meter import TASKS, LossMeter
 from .names import check_known
 from .previews import bind_pipeline, draw_previews
-from .publishing import write_card
 from .randomness import derive_seed, draw_dropouts, sample_generators
-from .stages import freeze_all_but, part_of
+from .stages import cast_frozen, freeze_all_but, part_of
 
 # Inputs that decide which parts of the model run.
 ROUTE = ("input_ids", "pixel_values", "latents", "source_latents", "reference_latents", "prompt_embeds", "labels")
@@ -53,10 +53,6 @@ class RoundsOfBatches:
     def __iter__(self) -> Iterator[list[int]]:
         for _, batch in zip(range(len(self)), self.batches, strict=False):
             yield batch
-
-    def set_epoch(self, epoch: int) -> None:
-        """The order is a function of seed and epoch."""
-        self.batches.set_epoch(epoch)
 
 
 class OmniVideoTrainer(Trainer):
@@ -87,6 +83,8 @@ class OmniVideoTrainer(Trainer):
         **trainer_arguments: Any,
     ) -> None:
         self.trained_names = freeze_all_but(model, args.training_stage, args.loss_config)
+        if args.frozen_dtype != "float32":
+            cast_frozen(model, getattr(torch, args.frozen_dtype))
         self.train_batch_sampler = train_batch_sampler
         self.preview_pipeline = preview_pipeline
         self.ema: EMAModel | None = None
@@ -96,11 +94,13 @@ class OmniVideoTrainer(Trainer):
         super().__init__(model=model, args=args, **trainer_arguments)
         self.loss_is_scaled_for_ga = False  # the model's loss is a mean over samples
         self.meters = {mode: LossMeter(args.device) for mode in (True, False)}
-        self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self.is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self._refuse_what_sharding_cannot(args)
         if self.is_fsdp_enabled:
             self._name_fsdp_blocks(model)
         self.add_callback(CloseLogAtCheckpoint())
+        if train_batch_sampler is not None:
+            self.add_callback(EpochOfSampler(self))
         if args.ema_decay > 0:
             self.add_callback(MovingAverage(self))
         if args.preview_steps > 0:
@@ -113,6 +113,18 @@ class OmniVideoTrainer(Trainer):
         """The parameters that train, by name."""
         parameters = dict(self.accelerator.unwrap_model(self.model).named_parameters())
         return {name: parameters[name] for name in self.trained_names}
+
+    def gather_trained(self) -> dict[str, torch.Tensor]:
+        """
+        Whole tensors of the parameters that train, by name, also where they are sharded.
+
+        Every process must call; with DeepSpeed only the main process gets them.
+        """
+        parameters = self.trained_parameters()
+        if not self.is_deepspeed_enabled:
+            return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in parameters.items()}
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        return {name: state[name] for name in self.trained_names} if self.is_world_process_zero() else {}
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -144,6 +156,13 @@ class OmniVideoTrainer(Trainer):
             put_on_device=True,
             even_batches=False,
         )
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        """A run that is resumed at its end has nothing left to do; transformers would take one more step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**arguments)
 
     # --- losses -----------------------------------------------------------------------------------------------------
 
@@ -244,7 +263,7 @@ class OmniVideoTrainer(Trainer):
         if inputs.get("input_ids") is None and inputs.get("mllm_hidden_states") is None:
             # The model would take the empty instruction's states, and train on that unseen.
             raise ValueError(f"A batch must bring `input_ids` or `mllm_hidden_states`, got {sorted(inputs)}.")
-        if self._is_sharded and self.accelerator.num_processes > 1:
+        if self.is_sharded and self.accelerator.num_processes > 1:
             route = sum(2**i for i, name in enumerate(ROUTE) if inputs.get(name) is not None)
             routes = self.accelerator.gather(torch.tensor([route], device=self.accelerator.device)).tolist()
             if len(set(routes)) > 1:
@@ -324,12 +343,15 @@ class OmniVideoTrainer(Trainer):
         """
         Save every part of the model that is loaded, the moving average in place of the weights where there is one.
 
-        A checkpoint holds what trains instead.
+        Of the `lora` stage it is the matrices alone. A checkpoint holds what trains instead.
         """
         if not self._writing:
             with self.averaged_weights():
-                super().save_model(output_dir, _internal_call)
-        elif self._is_sharded:
+                if not self.args.training_stage.lora:
+                    super().save_model(output_dir, _internal_call)
+                elif self.args.should_save:
+                    save_lora(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir))
+        elif self.is_sharded:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             folder = Path(output_dir)
@@ -381,14 +403,14 @@ class OmniVideoTrainer(Trainer):
             checkpoints.load_ema(Path(checkpoint) / checkpoints.EMA_NAME, self.ema, self.trained_names)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._is_sharded:
+        if self.is_sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             path = Path(resume_from_checkpoint) / checkpoints.TRAINED_NAME
             checkpoints.load_trained(path, self.trained_parameters(), self.args.stage)
 
     def _load_best_model(self) -> None:
-        if self._is_sharded:
+        if self.is_sharded:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -397,15 +419,15 @@ class OmniVideoTrainer(Trainer):
 
     def create_model_card(self, dataset: str | list[str] | None = None, **_: Any) -> None:
         """
-        Write the card of this project, from what the run knows.
+        Write the card of `output_dir` from what the run knows; a card that a person wrote or edited stays.
 
-        transformers' card would replace a written one, and lose its `library_name`, `pipeline_tag` and `base_model`.
+        transformers' own would replace it, and knows neither `library_name` nor `pipeline_tag` nor `base_model`.
 
         Args:
             dataset: names of the data.
         """
         if self.is_world_process_zero():
-            write_card(self, [dataset] if isinstance(dataset, str) else dataset)
+            publishing.write_card(self, [dataset] if isinstance(dataset, str) else dataset)
 
     def push_to_hub(
         self,
@@ -413,19 +435,17 @@ class OmniVideoTrainer(Trainer):
         blocking: bool = True,  # noqa: ARG002 - one commit, which is worth waiting for
         token: str | None = None,
         revision: str | None = None,
-        private: bool | None = None,
         dataset: str | list[str] | None = None,
         base: str | Path | None = None,
         **_: Any,
     ) -> CommitInfo | None:
         """
-        Push the result as a complete repository, in one commit, with its card.
+        Push the result with its card, in one commit: a complete repository, or the LoRA of the `lora` stage.
 
         Args:
             commit_message: title of the commit.
             token: `args.hub_token` by default.
             revision: branch; `args.hub_revision` by default.
-            private: whether a new repository is private; `args.hub_private_repo` by default.
             dataset: names of the data, for the card.
             base: folder or Hub repository to take from what the model does not have, such as the VAE; by default the
                 one that training began with.
@@ -433,22 +453,14 @@ class OmniVideoTrainer(Trainer):
         Returns:
             The commit on the main process, `None` on the others.
         """
-        token = token if token is not None else self.args.hub_token
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         self.create_model_card(dataset=dataset)
-        return push_completed(
-            self.args.output_dir,
-            self.hub_model_id,
-            base or self.model.config._name_or_path,
-            commit_message=commit_message,
-            token=token,
-            private=self.args.hub_private_repo if private is None else private,
-            revision=revision or self.args.hub_revision,
-        )
+        settings = {"commit_message": commit_message, "token": token, "revision": revision}
+        return publishing.push(self, Path(self.args.output_dir), base, **settings)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:  # noqa: ARG002 - the model in memory is the same
         if not self._writing and self.args.hub_strategy != HubStrategy.END:
@@ -457,7 +469,7 @@ class OmniVideoTrainer(Trainer):
     # --- sharding ---------------------------------------------------------------------------------------------------
 
     def _refuse_what_sharding_cannot(self, args: OmniVideoTrainingArguments) -> None:
-        if not self._is_sharded:
+        if not self.is_sharded:
             return
         for name, wanted in (("ema_decay", args.ema_decay), ("preview_steps", args.preview_steps)):
             if wanted:
@@ -465,6 +477,12 @@ class OmniVideoTrainer(Trainer):
                     f"`{name}` needs whole weights on a process, which FSDP and DeepSpeed do not have: set it to 0, "
                     "or train with DDP."
                 )
+        if args.training_stage.lora:
+            raise ValueError("The `lora` stage trains too little to shard: use DDP instead of FSDP and DeepSpeed.")
+        if args.frozen_dtype != "float32":
+            raise ValueError(
+                "`frozen_dtype` must be float32 with FSDP and DeepSpeed, which shard one format at a time."
+            )
 
     def _name_fsdp_blocks(self, model: nn.Module) -> None:
         """Shard by the blocks this model has: it names also those of parts that the stage left out."""

@@ -269,31 +269,29 @@ def _add_left_out_mllm(directory: Path, source: Path, copy: Callable[[Path, Path
     folder, base = directory / "mllm", source / "mllm"
     if not _lacks_mllm(folder):
         return
-    heads = {f"model-vision-head-{i:05d}.safetensors": file for i, file in enumerate(weight_files(folder), 1)}
+    heads = weight_files(folder)
+    sources = [(file, "mllm.") for file in weight_files(base)] + [(file, "vision_head.") for file in heads]
+    sources = [(file, prefix) for file, prefix in sources if any(key.startswith(prefix) for key in read_header(file))]
     with tempfile.TemporaryDirectory(prefix=".complete.", dir=directory) as name:
         staging, weight_map, total_size = Path(name), {}, 0
-        for file in weight_files(base):
+        for number, (file, prefix) in enumerate(sources, 1):
             header = read_header(file)
-            kept = [key for key in header if key.startswith("mllm.")]
+            kept = [key for key in header if key.startswith(prefix)]
+            shard = f"model-{number:05d}-of-{len(sources):05d}.safetensors"
             if len(kept) == len(header):
-                copy(file, staging / file.name)
-            elif kept:
+                copy(file, staging / shard)
+            else:
                 with safe_open(file, "pt") as handle:
-                    save_file({key: handle.get_tensor(key) for key in kept}, staging / file.name, {"format": "pt"})
-            weight_map |= dict.fromkeys(kept, file.name)
+                    save_file({key: handle.get_tensor(key) for key in kept}, staging / shard, {"format": "pt"})
+            weight_map |= dict.fromkeys(kept, shard)
             total_size += sum(header[key][2] for key in kept)
-        for file_name, file in heads.items():
-            header = read_header(file)
-            weight_map |= dict.fromkeys(header, file_name)
-            total_size += sum(num_bytes for _, _, num_bytes in header.values())
-            copy(file, staging / file_name)
         content = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(staging / INDEX_NAME, content)
         config = _read_json(folder / "config.json") | {"enable_mllm": True}
         _write_json(staging / "config.json", config, sort_keys=True)
         if (base / GENERATION_CONFIG_NAME).is_file():
             copy(base / GENERATION_CONFIG_NAME, staging / GENERATION_CONFIG_NAME)
-        for file in heads.values():
+        for file in heads:
             file.unlink()
         for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(folder / file.name)

@@ -28,7 +28,7 @@ def summarize(trainer: "OmniVideoTrainer", datasets: list[str] | None = None) ->
     logged: dict[str, Any] = {name: value for entry in history for name, value in entry.items()}
     is_cuda = args.device.type == "cuda"
     device = torch.cuda.get_device_name(args.device) if is_cuda else "CPU"
-    rates = {"others": args.learning_rate} | args.part_learning_rates
+    rates = {"others": args.learning_rate} | (args.part_learning_rates or {})
     return TrainingSummary(
         stage=args.stage,
         description=args.training_stage.about,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -105,6 +105,7 @@ def encode_conversation(
     answer: str | None = None,
     image: Any = None,
     video: Any = None,
+    mllm_frames: Literal["first", "all"] = "first",
 ) -> dict[str, torch.Tensor]:
     """
     Ids of an instruction or question and its answer, and labels by which only the answer is learned.
@@ -115,7 +116,8 @@ def encode_conversation(
         prompt: instruction or question.
         answer: what to learn to say. Its end token is learned too.
         image: shown to the MLLM; path, PIL image or array.
-        video: likewise, see [`OmniVideoProcessor.apply_task_template`].
+        video: likewise.
+        mllm_frames: see [`OmniVideoProcessor.apply_task_template`].
 
     Returns:
         `input_ids`, `attention_mask`, `labels` `[length]` and, where something is shown, `pixel_values`
@@ -134,6 +136,7 @@ def encode_conversation(
         prompt,
         images=None if image is None else [image],
         videos=None if video is None else [video],
+        mllm_frames=mllm_frames,
         return_tensors="pt",
     )
     ids = inputs["input_ids"][0]

@@ -29,7 +29,8 @@ class Bucket(NamedTuple):
 
     def __str__(self) -> str:
         sizes = [f"{name} {'x'.join(map(str, shape))}" for name, shape in self.shapes if shape]
-        return f"{self.task} ({', '.join(sizes)})" if sizes else self.task
+        pictures = [name for name, _ in self.shapes if name == "pixel_values"]
+        return f"{self.task} ({', '.join(sizes + pictures)})" if sizes + pictures else self.task
 
 
 class OmniVideoBatchSampler:

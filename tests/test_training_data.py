@@ -4,9 +4,13 @@ import tiny
 import torch
 import training
 from golden import DATA
+from raw_data import datasets_cache, make_clip, make_image, write_jsonl  # noqa: F401 - a fixture
 
+from omni_video_hf.training.bad_data import BadDataError
+from omni_video_hf.training.conversations import ConversationDataset
 from omni_video_hf.training.data import MixedDataset, OmniVideoDataCollator, bucket_of, encode_conversation
 from omni_video_hf.training.sampling import Bucket, OmniVideoBatchSampler
+from omni_video_hf.training.tables import load_media_table
 
 CLIP = DATA / "bigbuckbunny.mp4"
 
@@ -167,3 +171,35 @@ def test_buckets_tell_shapes_and_inputs_apart():
     assert base != bucket_of("t2v", {"latents": (16, 5, 8, 4), "prompt_embeds": (5, 32)})
     assert str(base) == "t2v (latents 16x2x8x4)"
     assert isinstance(base, Bucket)
+
+
+def test_questions_straight_from_raw_data(tmp_path):
+    make_clip(tmp_path / "a.mp4", frames=3)
+    make_image(tmp_path / "a.png")
+    rows = [
+        {"task": "t2v", "prompt": "left to precompute", "media": "nowhere.mp4"},
+        {"task": "understand", "question": "what is it?", "answer": "noise", "media": "a.mp4"},
+        {"task": "understand", "question": "and this?", "answer": "red", "media": "a.png"},
+        {"task": "understand", "question": "one and one?", "answer": "two"},
+    ]
+    processor = tiny.processor()
+    data = ConversationDataset(load_media_table(write_jsonl(tmp_path / "a.jsonl", *rows)), processor, progress=False)
+    assert len(data) == 3
+    assert [len(data[number].get("pixel_values", ())) for number in range(3)] == [3, 1, 0]
+    for number, bucket in enumerate(data.buckets):
+        sample = dict(data[number])
+        assert bucket == bucket_of(sample.pop("task"), {name: tensor.shape for name, tensor in sample.items()})
+    sampler = OmniVideoBatchSampler(data.buckets, 2)
+    batches = [OmniVideoDataCollator()([data[index] for index in indices]) for indices in sampler]
+    assert sorted(len(batch.get("pixel_values", ())) for batch in batches) == [0, 4]
+
+    rows += [
+        {"task": "understand", "question": "", "answer": "noise"},
+        {"task": "understand", "question": "gone?", "answer": "yes", "media": "gone.mp4"},
+    ]
+    table = load_media_table(write_jsonl(tmp_path / "b.jsonl", *rows))
+    with pytest.raises(BadDataError, match="2 problems in 5 samples"):
+        ConversationDataset(table, processor, progress=False)
+    assert len(ConversationDataset(table, processor, on_bad_data="skip", progress=False)) == 3
+    with pytest.raises(ValueError, match="has no row of the task 'understand'"):
+        ConversationDataset(load_media_table(write_jsonl(tmp_path / "c.jsonl", rows[0])), processor, progress=False)

@@ -1,10 +1,12 @@
 """What the commands that make feature caches do, and how they report it."""
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -19,6 +21,8 @@ from .precompute import precompute
 from .tables import MediaTable, load_media_table
 
 console = Console(stderr=True)
+
+LONGEST_WAIT = timedelta(days=7)  # for the others at the end: one process may have had the long clips
 
 
 def compute(
@@ -35,6 +39,7 @@ def compute(
     shard_entries: int = 64,
 ) -> Path:
     """Load what encodes, bring the cache up to date and say what was done; see [`precompute`]."""
+    start_processes()
     weights = None if dtype is None else getattr(torch, dtype)
     pipeline = load_encoders(model, weights, revision=revision, token=token)
     encoder = FeatureEncoder(pipeline, settings, target_encoder)
@@ -65,19 +70,27 @@ def read_table(data: Path, data_format: str | None, task: str | None, columns: S
     return load_media_table(data, data_format=data_format, task=task, columns=names)
 
 
+def start_processes() -> PartialState:
+    """Join the processes that a launcher has started, on CPUs too, which accelerate wants to be told."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu, timeout=LONGEST_WAIT)
+
+
 def _reported(work: Callable[[], BuildReport], output: Path) -> Path:
     """Do the work; show all bad samples as a table, so that what is left to say fits one line."""
-    is_main = PartialState().is_main_process
+    state = start_processes()
     try:
         report = work()
     except BadDataError as error:
-        if is_main:
+        if state.is_main_process:
             console.print(offenders_table(error.offenders, error.total))
         raise ValueError(
             f"{len(error.offenders)} problems in {error.total} samples: repair or remove them, or pass "
             "`--on-bad-data skip`."
         ) from error
-    if is_main:
+    finally:
+        state.destroy_process_group()  # a process that leaves its group open can die at its exit
+    if state.is_main_process:
         _show(report, output)
     return output
 

@@ -169,7 +169,9 @@ class MediaTable:
         values = self.rows[number]
         row = {name: values[column] if column else None for name, column in self.columns.items()}
         task = row["task"] if row["task"] is not None else self.task
-        reads = {"question", "answer", "media"} if task == "understand" else {"prompt", "media", "source"}
+        reads = {"question", "answer", "media"} if task == "understand" else {"prompt", "media"}
+        if task not in TASKS or TASKS[task].source is not None:
+            reads.add("source")
         misplaced = tuple(name for name in COLUMNS if name not in {"id", "task"} | reads and row[name] is not None)
         return Row(
             id=self.ids[number],

@@ -449,3 +449,9 @@ def test_what_encodes_is_loaded_without_the_decoder(repository, pipeline):
     for name in ("vae", "text_encoder", "mllm"):
         expected = getattr(pipeline, name).state_dict()
         assert all(torch.equal(value, expected[key]) for key, value in getattr(loaded, name).state_dict().items())
+
+
+def test_the_vae_stays_in_float32(repository):
+    loaded = load_encoders(repository, torch.bfloat16)
+    dtypes = {name: getattr(loaded, name).dtype for name in ("vae", "text_encoder", "mllm")}
+    assert dtypes == {"vae": torch.float32, "text_encoder": torch.bfloat16, "mllm": torch.bfloat16}

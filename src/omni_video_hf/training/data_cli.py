@@ -3,6 +3,7 @@
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -75,7 +76,9 @@ def precompute_command(
     ] = None,
     on_bad_data: BadData = OnBadData.stop,
     shard_entries: Annotated[int, typer.Option(min=1, help="Most samples of a shard: what a kill costs.")] = 64,
-    dtype: Annotated[Dtype | None, typer.Option(help="As stored by default.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of MLLM and text encoder, as stored by default; the VAE stays in float32.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")] = None,
     token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", show_envvar=False, help="Hub token.")] = None,
     verbose: Verbose = False,
@@ -87,7 +90,7 @@ def precompute_command(
     launch -m omni_video_hf.cli precompute ...` several processes or GPUs share the work.
     """
     with _one_line_errors(verbose):
-        work = import_module(".data_commands", __package__)
+        work = _work()
         folder = work.compute(
             work.read_table(data, data_format, task, column or ()),
             model,
@@ -112,7 +115,15 @@ def import_features_command(
 ) -> None:
     """Bring upstream's feature pickles into a cache. Nothing that is in them is run."""
     with _one_line_errors(verbose):
-        print(import_module(".data_commands", __package__).bring_in(sources, output, task, on_bad_data))  # noqa: T201
+        print(_work().bring_in(sources, output, task, on_bad_data))  # noqa: T201
+
+
+def _work() -> ModuleType:
+    """What the commands do, with the packages that it needs."""
+    try:
+        return import_module(".data_commands", __package__)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"Preparing data needs {error.name}: `pip install 'omni-video-hf[train]'`.") from error
 
 
 def _one_line_errors(verbose: bool) -> Any:

@@ -1,5 +1,6 @@
 """What the commands that make feature caches do, and how they report it."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -109,8 +110,8 @@ def _show(report: BuildReport, output: Path) -> None:
         console.print(offenders_table(report.skipped, report.total))
     buckets = FeatureCache(output).buckets
     table = Table("bucket", "samples", title=str(output), title_justify="left")
-    for bucket in sorted(set(buckets), key=lambda bucket: -buckets.count(bucket)):
-        table.add_row(escape(str(bucket)), str(buckets.count(bucket)))
+    for bucket, number in sorted(Counter(buckets).items(), key=lambda entry: (-entry[1], str(entry[0]))):
+        table.add_row(escape(str(bucket)), str(number))
     console.print(table)
     skipped = len({offender.sample for offender in report.skipped})
     console.print(

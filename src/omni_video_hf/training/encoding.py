@@ -206,7 +206,7 @@ def load_encoders(
 
     Args:
         model: folder or Hub repository.
-        dtype: of the weights; as stored by default.
+        dtype: of MLLM and text encoder; as stored by default. The VAE stays in float32: its errors would be learned.
         device: this process's own by default.
         revision: branch, tag or commit.
         token: for the Hub.
@@ -220,7 +220,7 @@ def load_encoders(
         transformer=WanTransformer3DModel.from_config(transformer, num_layers=0),
         adapter=OmniVideoAdapter.from_config(adapter, num_encoder_layers=0, num_decoder_layers=0),
         **origin,
-        **({} if dtype is None else {"dtype": dtype}),
+        **({} if dtype is None else {"dtype": {"default": dtype, "vae": torch.float32}}),
     )
     return pipeline.to(device or PartialState().device)
 

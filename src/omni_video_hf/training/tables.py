@@ -2,6 +2,7 @@
 
 import hashlib
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -207,14 +208,13 @@ class MediaTable:
                 raise ValueError(f"`{self.columns['id']}` must be unique, but these come twice: {', '.join(twice)}.")
             return names
         chosen = [column for column in (self.columns["task"], self.columns["media"]) if column]
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         names = []
-        for number in range(len(self.rows)):
-            values = self.rows.select_columns(chosen)[number] if chosen else {}
+        for values in self.rows.select_columns(chosen) if chosen else [{}] * len(self.rows):
             task = (values.get(self.columns["task"]) if self.columns["task"] else None) or self.task
             media = self._media(values.get(self.columns["media"]))
             name = f"{task}:{self._relative(media.name) if media else '-'}"
-            counts[name] = counts.get(name, 0) + 1
+            counts[name] += 1
             names.append(name if counts[name] == 1 else f"{name}#{counts[name]}")
         return names
 

@@ -304,3 +304,28 @@ def test_import_command(pickles, tmp_path):
     )
     assert run.exit_code == 0, run.output
     assert "1 skipped" in run.stderr
+
+
+def test_a_resumed_run_sees_the_samples_it_would_have_seen(cache, tmp_path):
+    """Into the second epoch, with buckets of several sizes: parameters bit by bit."""
+
+    def run(folder, resume=None, **settings):
+        data = FeatureCache(cache)
+        sampler = OmniVideoBatchSampler(data.buckets, 1, seed=3)
+        model = tiny.model(enable_mllm=False)
+        trainer = training.trainer(tmp_path / folder, [], model, sampler, max_steps=13, **settings)
+        seen = []
+
+        def collate(samples):
+            seen.append(samples[0]["latents"])
+            return OmniVideoDataCollator()(samples)
+
+        trainer.train_dataset, trainer.data_collator = data, collate
+        trainer.train(resume_from_checkpoint=resume)
+        return seen, dict(model.named_parameters())
+
+    seen, parameters = run("whole", save_strategy="steps", save_steps=11)
+    seen_again, resumed = run("resumed", resume=str(tmp_path / "whole" / "checkpoint-11"))
+    assert len(seen_again) == len(seen[11:]) >= 2
+    assert all(torch.equal(a, b) for a, b in zip(seen[11:], seen_again, strict=True))
+    assert all(torch.equal(value, resumed[name]) for name, value in parameters.items())

@@ -164,6 +164,10 @@ def test_target_features_are_the_mean_of_pooled_frames(data, pipeline, tmp_path)
     torch.testing.assert_close(by_task(cache)["t2v"]["target_features"], pooled.mean(dim=0))
     assert cache.records[0]["target_encoder"] == built.provenance["target_encoder"]
     assert all(record["target_encoder"] is None for record in cache.records if record["task"] == "understand")
+    built.target_processor.do_normalize = False
+    assert precompute(load_media_table(data), built, tmp_path / "cache").changed == {
+        record["key"]: ["template"] for record in cache.records if record["task"] != "understand"
+    }
 
 
 def test_training_runs_on_precomputed_clips(data, pipeline, tmp_path):

@@ -109,12 +109,11 @@ class FeatureEncoder:
         """Hash of all that makes ids and pixels out of a prompt and its pictures, and of the text encoder's ids."""
         processor = self.pipeline.processor
         tokenizers = [processor.tokenizer] + ([self.pipeline.tokenizer] if task != "understand" else [])
-        parts = [
-            repr(TASKS[task]),
-            processor.chat_template,
-            json.dumps(processor.image_processor.to_dict(), default=str),
-        ]
+        parts = [repr(TASKS[task]), processor.chat_template]
         parts += [f"{processor.num_image_tokens} {processor.image_aspect_ratio} {processor.num_frames}"]
+        targets = [self.target_processor] if self.target_processor is not None and task != "understand" else []
+        for image_processor in (processor.image_processor, *targets):
+            parts.append(json.dumps(image_processor.to_dict(), sort_keys=True, default=str))
         for tokenizer in tokenizers:
             # Padding and truncation are settings of the last call.
             backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}

@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate.utils import tqdm
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
@@ -135,8 +136,6 @@ class FeatureCache(Dataset):
         Raises:
             BadDataError: with all bad entries.
         """
-        from accelerate.utils import tqdm  # noqa: PLC0415 - readers alone do without it
-
         offenders = list(unequal_widths(self.records))
         for index, record in enumerate(tqdm(self.records, desc="Checking features", disable=not progress)):
             try:

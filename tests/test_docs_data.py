@@ -54,7 +54,7 @@ def test_every_snippet_runs(folder):
 
     assert "7 computed, 0 computed again, 0 kept, 0 skipped" in outputs[0]
     assert "0 computed, 1 computed again, 6 kept, 0 skipped" in outputs[2]
-    assert "1 entries had changed and were computed again" in outputs[2]
+    assert "Changed and computed again: 1" in outputs[2]
     assert re.search(r"t2i:images/barn.png │ text", outputs[2])
     assert names["trainer"].state.global_step == 2
     sample = FeatureCache("cache-joint")[0]

@@ -170,7 +170,7 @@ def test_all_bad_files_are_listed_at_once(pickles, tmp_path, monkeypatch):
 
 def test_nothing_is_left_of_bad_data_alone(tmp_path):
     write_pickle(tmp_path / "a.pkl", prompt="")
-    with pytest.raises(BadDataError, match="1 problems in 1 samples"):
+    with pytest.raises(BadDataError, match="1 problem in 1 sample"):
         import_features([tmp_path / "a.pkl"], tmp_path / "cache", on_bad_data="skip")
 
 
@@ -298,7 +298,7 @@ def test_import_command(pickles, tmp_path):
     run = CliRunner().invoke(app, ["import-features", str(pickles), "-o", str(tmp_path / "cache")])
     assert run.exit_code == 2
     assert "`prompt` is empty" in run.stderr
-    assert "error: 1 problems in 8 samples: repair or remove them, or pass `--on-bad-data skip`." in run.stderr
+    assert "error: 1 problem in 8 samples: repair or remove them, or pass `--on-bad-data skip`." in run.stderr
     run = CliRunner().invoke(
         app, ["import-features", str(pickles), "-o", str(tmp_path / "cache"), "--on-bad-data", "skip"]
     )

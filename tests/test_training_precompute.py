@@ -413,7 +413,7 @@ def test_the_command_names_what_differs(data, repository, tmp_path):
     assert "7 computed, 0 computed again, 0 kept, 0 skipped" in result.stderr
     data.write_text(data.read_text().replace("more red", "less red"))
     result = run()
-    assert "1 entries had changed and were computed again" in " ".join(result.stderr.split())
+    assert "Changed and computed again: 1" in " ".join(result.stderr.split())
     assert any("i2i:a.png" in line and "text" in line for line in result.stderr.splitlines())
     for arguments, message in (
         (("--size", "64"), "must be WIDTHxHEIGHT"),

@@ -1,5 +1,6 @@
 import io
 import json
+import logging
 import shutil
 import tarfile
 
@@ -9,6 +10,7 @@ import tiny
 from datasets import Dataset
 from golden import DATA
 from raw_data import datasets_cache, make_clip, make_image, write_jsonl  # noqa: F401 - a fixture
+from rich.console import Console
 
 from omni_video_hf.media_omni_video import load_video
 from omni_video_hf.training.bad_data import SHOWN, BadDataError, Offender, offenders_table, stop_or_count
@@ -183,12 +185,17 @@ def test_the_list_is_capped_with_a_count():
     assert f"sample {SHOWN}:" not in text
     assert text.endswith("and 7 more")
     assert offenders_table(offenders, 100).row_count == SHOWN + 1
+    console = Console(file=io.StringIO(), width=80)
+    console.print(offenders_table([Offender("[bold].mp4", "[red] is bad")], 1))
+    assert "[bold].mp4" in console.file.getvalue()
+    assert "[red] is bad" in console.file.getvalue()
     with pytest.raises(ValueError, match=r"unknown 'skp' \(did you mean 'skip'\?\)"):
         stop_or_count([], 1, "skp")
 
 
 def test_what_is_skipped_is_counted(caplog):
     offenders = [Offender("a", "is bad"), Offender("a", "is worse"), Offender("b", "is bad")]
+    caplog.set_level(logging.WARNING, "omni_video_hf")  # the command line turns it up for the whole process
     assert stop_or_count(offenders, 5, "skip") == {"a", "b"}
     assert "Left out 2 of 5 samples" in caplog.text
     with pytest.raises(BadDataError):

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.markup import escape
 from rich.table import Table
 
 from .names import check_known
@@ -43,7 +44,7 @@ class BadDataError(ValueError):
         if len(self.offenders) > SHOWN:
             lines.append(f"and {len(self.offenders) - SHOWN} more")
         super().__init__(
-            f"{len(self.offenders)} problems in {total} samples. Repair or remove them, or pass "
+            f"{count_problems(self.offenders, total)}. Repair or remove them, or pass "
             f"`on_bad_data='skip'` to go on without.\n" + "\n".join(lines)
         )
 
@@ -76,16 +77,22 @@ def stop_or_count(offenders: Sequence[Offender], total: int, on_bad_data: str) -
     return names
 
 
+def count_problems(offenders: Sequence[Offender], total: int) -> str:
+    """How many problems there are in how many samples, in words."""
+    problems = f"{len(offenders)} problem{'' if len(offenders) == 1 else 's'}"
+    return f"{problems} in {total} sample{'' if total == 1 else 's'}"
+
+
 def offenders_table(offenders: Sequence[Offender], total: int) -> Table:
     """The first 50 offenders for the terminal, and how many there are."""
-    table = Table(title=f"{len(offenders)} problems in {total} samples", title_justify="left", show_lines=False)
+    table = Table(title=count_problems(offenders, total), title_justify="left", show_lines=False)
     table.add_column("sample", overflow="fold")
     table.add_column("problem", overflow="fold")
     for entry in offenders[:SHOWN]:
-        table.add_row(entry.sample, entry.problem)
+        table.add_row(escape(entry.sample), escape(entry.problem))
     if len(offenders) > SHOWN:
         table.add_row("...", f"and {len(offenders) - SHOWN} more")
     return table
 
 
-__all__ = ["ON_BAD_DATA", "BadDataError", "Offender", "offenders_table", "stop_or_count"]
+__all__ = ["ON_BAD_DATA", "BadDataError", "Offender", "count_problems", "offenders_table", "stop_or_count"]

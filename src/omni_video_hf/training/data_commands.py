@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .bad_data import SHOWN, BadDataError, offenders_table
+from .bad_data import SHOWN, BadDataError, count_problems, offenders_table
 from .cache_building import BuildReport
 from .encoding import FeatureEncoder, PrecomputeSettings, load_encoders
 from .features import FeatureCache
@@ -86,8 +86,7 @@ def _reported(work: Callable[[], BuildReport], output: Path) -> Path:
         if state.is_main_process:
             console.print(offenders_table(error.offenders, error.total))
         raise ValueError(
-            f"{len(error.offenders)} problems in {error.total} samples: repair or remove them, or pass "
-            "`--on-bad-data skip`."
+            f"{count_problems(error.offenders, error.total)}: repair or remove them, or pass `--on-bad-data skip`."
         ) from error
     finally:
         state.destroy_process_group()  # a process that leaves its group open can die at its exit
@@ -99,7 +98,7 @@ def _reported(work: Callable[[], BuildReport], output: Path) -> Path:
 def _show(report: BuildReport, output: Path) -> None:
     """What had changed, what was left out, and what there is now."""
     if report.changed:
-        title = f"{len(report.changed)} entries had changed and were computed again"
+        title = f"Changed and computed again: {len(report.changed)}"
         table = Table("sample", "what differs", title=title, title_justify="left")
         for key, names in list(report.changed.items())[:SHOWN]:
             table.add_row(escape(key), ", ".join(names))

@@ -5,13 +5,12 @@ import tiny
 import torch
 import training
 import yaml
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from omni_video_hf import OmniVideoPipeline
 from omni_video_hf.cli import app
 from omni_video_hf.model_card_omni_video import TrainingSummary
-from omni_video_hf.training.feature_folder import FeatureFolder, SameShapeBatches, stack_samples
+from omni_video_hf.training.features import ShardWriter, commit, read_records
 from omni_video_hf.training.recipe import RECIPES, read_recipe, shipped_recipes
 from omni_video_hf.training.stages import STAGES
 
@@ -19,12 +18,23 @@ NEEDED = ["--model", "m", "--data", "d", "--output_dir", "o", "--use_cpu", "--bf
 
 
 def write_samples(folder, samples):
-    folder.mkdir(parents=True, exist_ok=True)
+    """A feature cache of these samples."""
+    writer = ShardWriter(folder, 0, 0)
     for number, sample in enumerate(samples):
         tensors = {key: value.contiguous() for key, value in sample.items() if key != "task"}
         if "pixel_values" in tensors:
             tensors["pixel_values"] = tensors["pixel_values"][None]
-        save_file(tensors, folder / f"{number:03d}.safetensors", {"task": sample["task"]})
+        instruction = "states" if "mllm_hidden_states" in tensors else "tokens"
+        writer.add(str(number), {"task": sample["task"], "instruction": instruction}, tensors)
+    writer.flush()
+    commit(folder, list(read_records(folder).values()), {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "base"
+    tiny.pipeline().save_pretrained(folder)
     return folder
 
 
@@ -97,64 +107,38 @@ def test_wrong_recipes_are_refused(tmp_path):
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
-def test_batches_are_of_one_shape_and_order_is_of_seed_and_epoch(data):
-    folder = FeatureFolder(data)
-    assert folder.is_precomputed
-    sampler = SameShapeBatches(folder, 2, seed=1)
-    orders = []
-    for epoch in (0, 1, 0):
-        sampler.set_epoch(epoch)
-        orders.append(list(sampler))
-        assert len(orders[-1]) == len(sampler) == 6
-        assert sorted(index for batch in orders[-1] for index in batch) == list(range(9))
-    assert orders[0] == orders[2] != orders[1]
-    for batch in orders[0]:
-        stacked = stack_samples([folder[index] for index in batch])
-        assert stacked["latents"].shape[0] == len(batch)
-        assert {folder.tasks[index] for index in batch} == {stacked["task"]}
+def refused(base, data, output, words, *options):
+    result = command(base, data, output, "decoder", *options)
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.split()), result.output
+    assert not list(output.glob("checkpoint-*"))
 
 
-def test_rounds_are_of_one_shape_for_all_processes(tmp_path):
-    samples = [training.sample(task, number) for task, count in (("t2i", 7), ("v2v", 5)) for number in range(count)]
-    folder = FeatureFolder(write_samples(tmp_path, samples))
-    sampler = SameShapeBatches(folder, 2, seed=0, num_processes=2)
-    batches = list(sampler)
-    assert len(batches) == len(sampler) == 6
-    for first, second in zip(batches[::2], batches[1::2], strict=True):
-        assert len({folder.tasks[index] for index in first + second}) == 1
-    # Seven make two rounds, the last of two and one; of five one is left over.
-    assert sorted(map(len, batches)) == [1, 2, 2, 2, 2, 2]
-    assert len({index for batch in batches for index in batch}) == 11
-    with pytest.raises(ValueError, match=r"5 samples of v2v have the shapes .* fewer than the 6 processes"):
-        SameShapeBatches(folder, 2, seed=0, num_processes=6)
+def test_all_bad_samples_are_named_before_anything_trains(base, tmp_path):
+    good = [training.sample("t2v", number) for number in range(3)]
+    nan = good[0]["latents"].clone()
+    nan[0, 0, 0, 0] = torch.nan
+    bad = [good[0] | {"latents": nan}, good[1] | {"prompt_embeds": torch.zeros(0, 32)}]
+    data = write_samples(tmp_path / "data", [*good, *bad])
+    refused(
+        base, data, tmp_path / "run", "2 problems in 5 samples: repair or remove them, or pass `--on_bad_data skip`"
+    )
+    refused(base, data, tmp_path / "run", "`latents` holds 1 values that are NaN or infinite")
+    refused(base, data, tmp_path / "run", "`prompt_embeds` must have 2 dimensions, none of them 0, got [0, 32]")
+    skipped = command(base, data, tmp_path / "run", "decoder", "--on_bad_data", "skip", "--learning_rate", "1e-2")
+    assert skipped.exit_code == 0, skipped.output
+    assert TrainingSummary.read(tmp_path / "run" / "pipeline").num_samples == 3
 
 
-def test_samples_that_do_not_stack_are_refused():
-    with pytest.raises(ValueError, match=r"one task and size, got .*t2i.*t2v.* Use a batch sampler"):
-        stack_samples([training.sample("t2i"), training.sample("t2v")])
-
-
-def test_all_bad_files_are_named_at_the_start(tmp_path):
-    good = training.sample("t2v")
-    write_samples(tmp_path, [good, good | {"task": "t2x"}, {"task": "t2v", "latents": good["latents"]}])
-    save_file({"latent": torch.zeros(1)}, tmp_path / "x.safetensors", {"task": "t2v"})
-    save_file({"latents": torch.zeros(1, 2)}, tmp_path / "y.safetensors", {"task": "t2v"})
-    (tmp_path / "z.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="5 of 6 files are no samples") as error:
-        FeatureFolder(tmp_path)
-    for words in (
-        "001.safetensors: the task is 't2x'",
-        "002.safetensors: neither `input_ids` nor `mllm_hidden_states`",
-        "x.safetensors: unknown tensor 'latent'",
-        "y.safetensors: `latents` is (1, 2), not 4 dimensions",
-        "z.safetensors",
-    ):
-        assert words in str(error.value)
-    with pytest.raises(ValueError, match=r"no \*.safetensors files"):
-        FeatureFolder(tmp_path / "none")
-    write_samples(tmp_path / "nan", [good | {"latents": good["latents"] / 0}])
-    with pytest.raises(ValueError, match="`latents` holds numbers that are not finite"):
-        FeatureFolder(tmp_path / "nan")[0]
+def test_data_that_do_not_fit_the_stage_are_refused(base, data, tmp_path):
+    refused(base, tmp_path / "none", tmp_path / "run", "holds no manifest.json, so it is no feature cache")
+    questions = write_samples(tmp_path / "data", [training.sample("understand"), training.sample("t2v")])
+    refused(base, questions, tmp_path / "run", "1 samples of the task 'understand', but `losses.answer_weight` is 0")
+    weights = "{t2v: 1, understand: 0}"
+    result = command(base, questions, tmp_path / "run", "decoder", "--task_weights", weights)
+    assert result.exit_code == 0, result.output
+    refused(base, data, tmp_path / "b", "`weights` has no entry for t2v, v2v", "--task_weights", "{t2i: 1}")
+    refused(base, data, tmp_path / "b", "`task_weights`: unknown 't2x'", "--task_weights", "{t2x: 1}")
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -172,9 +156,7 @@ def picture(pipeline):
     return pipeline(**arguments, generator=generator, output_type="latent").frames
 
 
-def test_a_run_from_recipe_to_pipeline_and_its_resumption(data, tmp_path):
-    base = tmp_path / "base"
-    tiny.pipeline().save_pretrained(base)
+def test_a_run_from_recipe_to_pipeline_and_its_resumption(base, data, tmp_path):
     output = tmp_path / "run"
     evaluation = ["--eval_data", data, "--eval_strategy", "steps", "--eval_steps", "4"]
     result = command(
@@ -213,9 +195,8 @@ def test_a_run_from_recipe_to_pipeline_and_its_resumption(data, tmp_path):
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_every_shipped_recipe_runs(name, data, tmp_path):
-    base, output = tmp_path / "base", tmp_path / "run"
-    tiny.pipeline().save_pretrained(base)
+def test_every_shipped_recipe_runs(name, base, data, tmp_path):
+    output = tmp_path / "run"
     if name in ("align", "joint"):
         data = write_samples(
             tmp_path / "data",

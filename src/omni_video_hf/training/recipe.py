@@ -7,8 +7,11 @@ from typing import Any
 
 import yaml
 
+from ..processing_omni_video import TASKS
 from .arguments import OmniVideoTrainingArguments
+from .bad_data import ON_BAD_DATA
 from .names import check_known
+from .sampling import STOPPING_STRATEGIES
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -20,15 +23,25 @@ class RunArguments:
 
     Args:
         model: folder or Hub repository to start from.
-        data: folder of samples (see `feature_folder`).
-        eval_data: likewise, for evaluation.
+        data: feature cache, or several (see `features`), of `omni-video precompute` or `import-features`.
+        questions: table with questions and answers (see `tables`), read as they are; those in a cache count as well.
+        eval_data: feature cache, or several, for evaluation.
+        task_weights: share of the batches by task, e.g. `{t2v: 2, understand: 1}`; by default every sample once.
+        stopping_strategy: with weights, what ends an epoch: `first_exhausted` or `all_exhausted`.
+        check_data: read every tensor before training; may be off for data that were checked before.
+        on_bad_data: `stop` with a list of all samples that cannot be used, or `skip` to leave them out and count them.
         revision: of the Hub repository.
         resume: go on from the last complete checkpoint of `output_dir`, if there is one.
     """
 
     model: str | None = None
-    data: str | None = None
-    eval_data: str | None = None
+    data: str | list[str] | None = None
+    questions: str | None = None
+    eval_data: str | list[str] | None = None
+    task_weights: dict[str, float] | None = None
+    stopping_strategy: str = "first_exhausted"
+    check_data: bool = True
+    on_bad_data: str = "stop"
     revision: str | None = None
     resume: bool = False
 
@@ -36,6 +49,10 @@ class RunArguments:
         for name in ("model", "data"):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` is missing: name it in the recipe, or pass `--{name} ...`.")
+        check_known("on_bad_data", [self.on_bad_data], ON_BAD_DATA)
+        check_known("stopping_strategy", [self.stopping_strategy], STOPPING_STRATEGIES)
+        if self.task_weights is not None:
+            check_known("task_weights", self.task_weights, TASKS)
 
 
 def shipped_recipes() -> list[str]:

@@ -12,12 +12,14 @@ from transformers import set_seed
 from ..configuration_omni_video import OmniVideoConfig
 from ..modeling_omni_video import OmniVideoForConditionalGeneration
 from ..pipeline_omni_video import OmniVideoPipeline
+from ..processing_omni_video import OmniVideoProcessor
 from . import checkpoints
 from .arguments import OmniVideoTrainingArguments
-from .feature_folder import FeatureFolder, SameShapeBatches, stack_samples
+from .data import OmniVideoDataCollator
 from .lora import add_lora, save_lora
 from .publishing import push, summarize
 from .recipe import RunArguments
+from .run_data import is_precomputed, load_evaluation_data, load_training_data, make_sampler, names_of_data
 from .stages import part_of, stage_config
 from .trainer import OmniVideoTrainer
 
@@ -38,20 +40,22 @@ def train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console 
     """
     console = console or Console(stderr=True)
     checkpoint = _checkpoint_to_resume(run, args)
-    data = FeatureFolder(run.data)
-    eval_data = None if run.eval_data is None else FeatureFolder(run.eval_data)
     folder = Path(run.model if Path(run.model).is_dir() else snapshot_download(run.model, revision=run.revision))
+    processor = OmniVideoProcessor.from_pretrained(folder)
+    data = load_training_data(run, processor, console)
+    eval_data = load_evaluation_data(run, processor, console)
     data_seed = args.seed if args.data_seed is None else args.data_seed
-    sampler = SameShapeBatches(data, args.per_device_train_batch_size, data_seed, args.world_size)
+    batch_size = args.per_device_train_batch_size
+    sampler = make_sampler(data, run, args.loss_config, batch_size, args.world_size, data_seed)
     set_seed(args.seed)
-    model = load_for_stage(folder, args, data.is_precomputed)
+    model = load_for_stage(folder, args, is_precomputed(data))
     model.config._name_or_path = run.model  # not where it lies in a cache, which means nothing to others
     trainer = OmniVideoTrainer(
         model,
         args,
         train_dataset=data,
         eval_dataset=eval_data,
-        data_collator=stack_samples,
+        data_collator=OmniVideoDataCollator(processor.tokenizer.pad_token_id),
         train_batch_sampler=sampler,
         preview_pipeline=OmniVideoPipeline.from_pretrained(folder) if args.preview_steps > 0 else None,
     )
@@ -62,7 +66,7 @@ def train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console 
     if trainer.is_world_process_zero():
         for written in (result, result.with_name(LORA_FOLDER)):
             if written.is_dir():
-                summarize(trainer, [Path(run.data).name]).save(written)
+                summarize(trainer, names_of_data(run)).save(written)
         if args.push_to_hub:
             push(trainer, result.with_name(LORA_FOLDER) if args.training_stage.lora else result)
     trainer.accelerator.end_training()  # a process that leaves its group open can die at its exit

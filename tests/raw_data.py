@@ -1,10 +1,12 @@
 """Small videos, images and tables of them, as users have them before training."""
 
 import json
+import pickle
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from omni_video_hf.media_omni_video import save_video
@@ -36,3 +38,28 @@ def make_image(path, size=(64, 48)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (200, 10, 10)).save(path)
     return path
+
+
+def write_pickle(path, number=0, frames=2, source=False, **changes):
+    """A file laid out as upstream's: own numbers, own file."""
+    generator = torch.Generator().manual_seed(number)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    content = {
+        "prompt": f"sample {number}",
+        "latent_feature_tgt": draw(16, frames, 8, 4),
+        "t5_emb": [draw(5 + number, 32).bfloat16()],
+        "frame_num": 4 * (frames - 1) + 1,
+        "vlm_last_hidden_states": draw(1, 7 + number, 48).half(),
+        "siglip2_img_pooled_output_tgt": draw(1, 24),
+    }
+    if source:
+        content["latent_feature"] = draw(16, frames, 8, 4)
+    content |= changes
+    content = {name: value for name, value in content.items() if value is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        pickle.dump(content, file)
+    return content

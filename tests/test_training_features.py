@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import training
+from raw_data import write_pickle
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
@@ -18,31 +19,6 @@ from omni_video_hf.training.data import OmniVideoDataCollator
 from omni_video_hf.training.features import FeatureCache, complete_or_absent
 from omni_video_hf.training.import_features import import_features
 from omni_video_hf.training.sampling import OmniVideoBatchSampler
-
-
-def write_pickle(path, number=0, frames=2, source=False, **changes):
-    """A file laid out as upstream's: own numbers, own file."""
-    generator = torch.Generator().manual_seed(number)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    content = {
-        "prompt": f"sample {number}",
-        "latent_feature_tgt": draw(16, frames, 8, 4),
-        "t5_emb": [draw(5 + number, 32).bfloat16()],
-        "frame_num": 4 * (frames - 1) + 1,
-        "vlm_last_hidden_states": draw(1, 7 + number, 48).half(),
-        "siglip2_img_pooled_output_tgt": draw(1, 24),
-    }
-    if source:
-        content["latent_feature"] = draw(16, frames, 8, 4)
-    content |= changes
-    content = {name: value for name, value in content.items() if value is not None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        pickle.dump(content, file)
-    return content
 
 
 @pytest.fixture

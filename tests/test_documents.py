@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import yaml
 from golden import DATA
 from hub_cards import card_problems
 from hub_server import hub_server_fixture, run_client  # noqa: F401
@@ -15,9 +16,11 @@ from strangers import WITHOUT_PACKAGE
 
 from omni_video_hf import OmniVideoPipeline
 from omni_video_hf.settings_omni_video import PRESETS
+from omni_video_hf.training.recipe import read_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+TRAINING = (ROOT / "docs" / "training.md").read_text()
 CARD = (ROOT / "model_cards" / "omni-video-11b.md").read_text()
 OWNER, MODEL = "lab", "omni-video-11b"
 NOT_HERE = ("make demo", "pip install -e .")
@@ -102,3 +105,35 @@ def test_the_cards_settings_are_the_presets():
         numbers = [preset[name] for name in ("num_inference_steps", "guidance_scale", "flow_shift")]
         row = f"| {task} | {size} | {preset['num_frames']} | {fps}| {' | '.join(map(str, numbers))} |"
         assert row in CARD
+
+
+def test_the_training_pages_settings_and_commands_are_read(tmp_path):
+    """Running them is test_training_recipe's work."""
+    needed = [
+        "--model",
+        "m",
+        "--data",
+        "d",
+        "--output_dir",
+        "o",
+        "--use_cpu",
+        "--bf16",
+        "false",
+        "--report_to",
+        "none",
+    ]
+    settings = {name: value for block in snippets(TRAINING, "yaml") for name, value in yaml.safe_load(block).items()}
+    assert {"data", "previews", "task_weights"} <= settings.keys()
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"stage": "joint", "preview_steps": 500} | settings))
+    run, arguments = read_recipe(tmp_path / "mine.yaml", needed)
+    assert (run.task_weights, len(arguments.previews)) == (settings["task_weights"], 3)
+    for line in commands(TRAINING):
+        words = shlex.split(line.partition(" train ")[2].replace("...", ""))
+        assert words[0] == "--config"
+        read_recipe(words[1], [*needed, *words[2:]])
+    (python,) = snippets(TRAINING, "python")
+    names = dict.fromkeys(["data", "collate", "sampler"]) | {"model": tiny.model(enable_mllm=False)}
+    (tmp_path / "run").mkdir()
+    code = python.replace('"run"', repr(str(tmp_path / "run"))).replace("trainer.train()", "")
+    exec(compile(code, "docs/training.md", "exec"), names)  # noqa: S102 - the page's own
+    assert names["trainer"].args.max_steps == 1000

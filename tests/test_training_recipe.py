@@ -99,6 +99,8 @@ def test_wrong_recipes_are_refused(tmp_path):
     refused("stage: decoder\n", "`model` is missing", [])
     refused("stage: decoder\n", "`output_dir` is missing", NEEDED[:4])
     refused("stage: decoder\n", r"`command line`: unknown 'stge' \(did you mean 'stage'\?\)", [*NEEDED, "--stge", "x"])
+    question = ["--previews", "[{prompt: what is it?, task: understand}]"]
+    refused("stage: decoder\n", r"`--previews \[\{prompt: what is it\?, .*not YAML .*in quotes", [*NEEDED, *question])
     refused("stage: decoder\n", "settings are given as `--key value`", ["stage"])
     with pytest.raises(ValueError, match=r"no recipe of the package \(align, connect, connect_text"):
         read_recipe("jont", NEEDED)

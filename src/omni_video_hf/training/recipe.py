@@ -106,7 +106,13 @@ def _overridden(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, An
         if not given:
             text = words.pop(0) if words and not words[0].startswith("--") else "true"
         outer, _, inner = key.replace("-", "_").partition(".")
-        value = yaml.safe_load(text)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", None) or str(error)
+            raise ValueError(
+                f"`--{key} {text}`: not YAML ({problem}): put texts with `:`, `?`, `,` or brackets in quotes."
+            ) from error
         if inner:
             if not isinstance(values.get(outer) or {}, dict):
                 raise ValueError(f"`--{key}`: `{outer}` is not a mapping in the recipe.")

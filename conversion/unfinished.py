@@ -21,6 +21,9 @@ class Unfinished:
     The folder that becomes the output, and what is known about the shards in it.
 
     Shards of an earlier run are kept when they come from the same files with the same options.
+
+    Raises:
+        ValueError: on entering, when the folder holds what no conversion left there.
     """
 
     def __init__(self, folder: Path, made_from: str) -> None:
@@ -29,6 +32,11 @@ class Unfinished:
         self.shards: dict[str, int] = {}
 
     def __enter__(self) -> "Unfinished":
+        if self.folder.exists() and not self.state_file.exists() and any(self.folder.iterdir()):
+            raise ValueError(
+                f"{self.folder}: is where the conversion works, but holds files that no conversion left there: move "
+                "them away, or choose another `--output`."
+            )
         try:
             state = json.loads(self.state_file.read_text())
             if state["made_from"] == self.made_from:
@@ -38,6 +46,7 @@ class Unfinished:
         if not self.shards and self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(exist_ok=True)
+        self._record()
         for file in self.folder.rglob("*"):
             # Everything else is made anew; halves of files, safetensors' own among them, must not stay.
             if file.is_file() and file != self.state_file and not self.has(file):
@@ -69,6 +78,9 @@ class Unfinished:
     def _keep(self, written: Path, file: Path) -> None:
         _replace(written, file)
         self.shards[file.relative_to(self.folder).as_posix()] = file.stat().st_size
+        self._record()
+
+    def _record(self) -> None:
         state = self.state_file.with_suffix(".partial")
         state.write_text(json.dumps({"made_from": self.made_from, "shards": self.shards}))
         _replace(state, self.state_file)

@@ -42,6 +42,15 @@ def test_a_damaged_record_means_starting_over(tmp_path, state):
     assert write(folder, "a.safetensors", 2.0)
 
 
+def test_a_folder_of_others_is_left_alone(tmp_path):
+    folder = tmp_path / "x.incomplete"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds files that no conversion left there: move them away"):
+        write(folder, "a.safetensors", 1.0)
+    assert [file.name for file in folder.iterdir()] == ["thesis.txt"]
+
+
 def test_a_shard_that_was_changed_or_not_recorded_is_written_again(tmp_path):
     folder = tmp_path / "x.incomplete"
     write(folder, "a.safetensors", 1.0)

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from .attention_omni_video import ConstantContext, constant_context
 from .flow_matching_omni_video import sampling_sigmas
+from .guidance_omni_video import Guidance
 from .media_omni_video import probe_video
 from .modeling_omni_video import OmniVideoForConditionalGeneration
 from .modeling_omni_video_connectors import ContextOverflow, OmniVideoAdapter
@@ -151,6 +152,8 @@ class OmniVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         fps: float | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        batch_guidance: bool = False,
         flow_shift: float | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -194,6 +197,10 @@ class OmniVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             num_inference_steps (`int`, *optional*): Denoising steps.
             guidance_scale (`float`, *optional*): `uncond + scale * (cond - uncond)`, upstream's scale plus one. At
                 most 1 turns guidance off.
+            guidance_interval (`tuple[float, float]`, *optional*): Fractions of the steps between which guidance is
+                on, e.g. `(0.1, 0.8)`; outside, one branch runs instead of two. All steps by default.
+            batch_guidance (`bool`, defaults to `False`): Run both branches in one pass of twice the batch: the same
+                numbers up to rounding, more memory, faster where a pass leaves the device idle.
             flow_shift (`float`, *optional*): Shift of the scheduler's sigmas towards noise.
             num_videos_per_prompt (`int`, defaults to 1): Samples per prompt.
             generator (`torch.Generator` or list, *optional*): One for all samples, or one per sample. Answers of the
@@ -226,6 +233,7 @@ class OmniVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 context. Nothing is cut, resized or replaced without a note or a warning.
         """
         # 1. Inputs
+        guidance = Guidance(guidance_interval, batch_guidance)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
@@ -313,7 +321,7 @@ class OmniVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         # 7. Denoise
         latents = self.denoise(
             latents, scheduler, context, null_context, attention_kwargs, callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
+            callback_on_step_end_tensor_inputs, guidance,
         )  # fmt: skip
 
         # 8. Pixels
@@ -327,7 +335,8 @@ class OmniVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             task=task,
             fps=settings.fps,
             settings=settings.to_dict()
-            | {"scheduler": type(scheduler).__name__, "negative_prompt": negative_prompt, "prompt": prompt},
+            | {"scheduler": type(scheduler).__name__, "negative_prompt": negative_prompt, "prompt": prompt}
+            | {"guidance_interval": guidance_interval, "batch_guidance": batch_guidance},
             notes=notes,
         )
 
@@ -709,6 +718,7 @@ class OmniVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance: Guidance | None = None,
     ) -> torch.Tensor:
         """
         Integrate from noise to latents.
@@ -718,9 +728,17 @@ class OmniVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             scheduler: with its timesteps set.
             context: `[batch, length, text_dim]`, not padded.
             null_context: likewise, of the null branch; `None` turns guidance off.
+            guidance: when and how the null branch runs; in every step, in a pass of its own by default.
         """
-        contexts = {"cond": context} if null_context is None else {"cond": context, "uncond": null_context}
-        contexts = {branch: states.to(self.transformer.dtype) for branch, states in contexts.items()}
+        guidance = guidance or Guidance()
+
+        def cast_contexts() -> dict[str, torch.Tensor]:
+            contexts = guidance.contexts(context, null_context)
+            return {branch: states.to(self.transformer.dtype) for branch, states in contexts.items()}
+
+        contexts = cast_contexts()
+        if self.transformer.is_cache_enabled:  # a call that broke off may have left something behind
+            self.transformer._reset_stateful_cache()
         scheduler.set_begin_index(0)
         timesteps = scheduler.timesteps
         self._num_timesteps = len(timesteps)
@@ -732,13 +750,14 @@ class OmniVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             for step, timestep in enumerate(timesteps):
                 if self._interrupt:
                     continue
-                velocities = {
-                    branch: self._predict_velocity(branch, latents, timestep, constant, attention_kwargs)
-                    for branch in contexts
-                }
-                velocity = velocities["cond"]
-                if "uncond" in velocities:
-                    velocity = velocities["uncond"] + self._guidance_scale * (velocity - velocities["uncond"])
+                branches = guidance.branches(step, len(timesteps), contexts)
+                constant.begin_step(passes=len(branches))
+                velocities = [
+                    velocity
+                    for branch in branches
+                    for velocity in self._predict_velocities(branch, latents, timestep, constant, attention_kwargs)
+                ]
+                velocity = guidance.combine(velocities, self._guidance_scale)
                 latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
@@ -746,29 +765,34 @@ class OmniVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                     tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, step, timestep, tensors)
                     latents = changed.pop("latents", latents)
-                    for name, branch in (("context", "cond"), ("null_context", "uncond")):
-                        if name in changed and branch in contexts:
-                            constant.set(branch, changed[name].to(self.transformer.dtype))
+                    if "context" in changed or (null_context is not None and "null_context" in changed):
+                        context = changed.get("context", context)
+                        null_context = changed.get("null_context", null_context)
+                        for branch, states in cast_contexts().items():
+                            constant.set(branch, states)
                 progress_bar.update()
         return latents
 
-    def _predict_velocity(
+    def _predict_velocities(
         self,
         branch: str,
         latents: torch.Tensor,
         timestep: torch.Tensor,
         constant: ConstantContext,
         attention_kwargs: dict[str, Any] | None,
-    ) -> torch.Tensor:
-        """The decoder's velocity of one branch, in float32."""
-        with self.transformer.cache_context(branch):
-            return self.transformer(
-                hidden_states=latents.to(self.transformer.dtype),
-                timestep=timestep.expand(latents.shape[0]),
-                encoder_hidden_states=constant.enter(branch),
+    ) -> tuple[torch.Tensor, ...]:
+        """The decoder's velocity of a branch, or of each half of a batched one, in float32."""
+        halves = len(constant.contexts[branch]) // len(latents)
+        states = torch.cat([latents] * halves).to(self.transformer.dtype)
+        with self.transformer.cache_context(branch), constant.enter(branch) as context:
+            velocity = self.transformer(
+                hidden_states=states,
+                timestep=timestep.expand(len(states)),
+                encoder_hidden_states=context,
                 attention_kwargs=attention_kwargs,
                 return_dict=False,
-            )[0].float()
+            )[0]
+        return velocity.float().chunk(halves)
 
     # --- 8. pixels --------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,14 @@
 import pytest
 import tiny
 import torch
-from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+from absent_device import DEVICE, Synchronisations
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    MagCacheConfig,
+    TaylorSeerCacheConfig,
+)
 from golden import relative_error
 
 STEPS = 6
@@ -122,3 +129,42 @@ def test_vae_tiling_and_slicing(pipe):
     pipe.vae.disable_tiling()
     pipe.vae.disable_slicing()
     assert torch.equal(run(pipe, **arguments), exact)
+
+
+SCHEDULERS = {
+    "UniPC": tiny.scheduler(),
+    "Euler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "DPM": DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_host_never_waits_for_the_device_inside_the_loop(pipe, name):
+    pipe.scheduler = SCHEDULERS[name]
+    pipe._guidance_scale, pipe._interrupt = 3.0, False
+    pipe.transformer.to(DEVICE)
+    latents = torch.empty(1, 16, 2, 4, 8, device=DEVICE)
+    contexts = [torch.empty(1, length, 32, device=DEVICE) for length in (9, 5)]
+    per_step = []
+
+    def note(running, step, timestep, tensors):
+        per_step.append(sum(synchronisations.counts.values()))
+        return {}
+
+    with Synchronisations() as synchronisations:
+        # what is copied before the loop comes along once per call
+        pipe.denoise(latents, pipe.prepare_scheduler(6, 5.0, DEVICE), *contexts, callback_on_step_end=note)
+    assert len(per_step) == 6
+    assert set(per_step) == {per_step[0]}
+
+
+def test_synchronisations_are_noticed():
+    there = torch.empty(2, 2, device=DEVICE)
+    with Synchronisations() as synchronisations:
+        torch.linalg.solve(there, there[0])
+        torch.ones(2).to(DEVICE)
+    assert sum(synchronisations.counts.values()) == 2
+    for read in (torch.Tensor.item, torch.Tensor.cpu):
+        with pytest.raises((RuntimeError, NotImplementedError)), Synchronisations():
+            read(there[0, 0])

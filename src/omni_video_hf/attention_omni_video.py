@@ -47,7 +47,8 @@ def fold_padding(context: torch.Tensor, length: int) -> tuple[torch.Tensor, torc
     biases = _biases(missing, context.dtype)
     folded = torch.nn.functional.pad(context, (0, 0, 0, len(biases)))
     logits = folded.new_zeros(folded.shape[1])
-    logits[-len(biases) :] = torch.tensor(biases, dtype=logits.dtype)
+    for place, bias in enumerate(reversed(biases), start=1):
+        logits[-place] = bias
     return folded, logits[None, None, None]
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from .attention_omni_video import ConstantContext, constant_context
-from .flow_matching_omni_video import sampling_sigmas
+from .flow_matching_omni_video import UncheckedSolve, sampling_sigmas
 from .guidance_omni_video import Guidance
 from .media_omni_video import probe_video
 from .modeling_omni_video import OmniVideoForConditionalGeneration
@@ -740,6 +740,7 @@ class OmniVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if self.transformer.is_cache_enabled:  # a call that broke off may have left something behind
             self.transformer._reset_stateful_cache()
         scheduler.set_begin_index(0)
+        scheduler.sigmas = scheduler.sigmas.to(latents.device)  # else UniPC copies them over, three in every step
         timesteps = scheduler.timesteps
         self._num_timesteps = len(timesteps)
         length = self.adapter.config.max_context_length
@@ -758,7 +759,8 @@ class OmniVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                     for velocity in self._predict_velocities(branch, latents, timestep, constant, attention_kwargs)
                 ]
                 velocity = guidance.combine(velocities, self._guidance_scale)
-                latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+                with UncheckedSolve():
+                    latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "context": context, "null_context": null_context}

@@ -15,6 +15,7 @@ from .lora_omni_video import OmniVideoLoraLoaderMixin
 from .losses_omni_video import OmniVideoLossConfig
 from .media_omni_video import VideoClip, load_image, load_video, save_image, save_video
 from .media_reading_omni_video import probe_video
+from .memory_omni_video import MemoryProfile
 from .model_card_omni_video import TrainingSummary
 from .modeling_omni_video import OmniVideoForConditionalGeneration
 from .modeling_omni_video_connectors import OmniVideoAdapter, OmniVideoVisionHead
@@ -32,6 +33,7 @@ from .source_omni_video import Source
 __all__ = [
     "PRESETS",
     "Guidance",
+    "MemoryProfile",
     "OmniVideoAdapter",
     "OmniVideoAdapterConfig",
     "OmniVideoConfig",

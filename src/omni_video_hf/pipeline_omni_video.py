@@ -1,7 +1,7 @@
 """The diffusers pipeline of Omni-Video: generate, edit and understand videos and images with one object."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -79,7 +79,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         presets (`dict`, *optional*): Default settings of every task, saved with the pipeline; upstream's by default.
     """
 
-    model_cpu_offload_seq = "text_encoder->mllm->adapter->transformer->vae"
+    model_cpu_offload_seq = "mllm->text_encoder->adapter->transformer->vae"
     _callback_tensor_inputs = ["latents", "context", "null_context"]  # noqa: RUF012
     _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012
 
@@ -277,11 +277,19 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         )  # fmt: skip
         self._guidance_scale = settings.guidance_scale
 
-        # 4. Text encoder, MLLM and vision head, source: once per call
+        # 4. MLLM and vision head, text encoder, source: once per call and one after the other, both branches together,
+        # so that with `enable_model_cpu_offload` only one of them is on the device
         device, output_kind = self._execution_device, get_task(task).output
+        vision_tokens = self.encode_instruction(task, prompts, source, mllm_hidden_states, mllm_frames)
+        if self.do_classifier_free_guidance:
+            null_vision_tokens = self.encode_null_instruction(
+                task, negative_prompt, batch_size, source, negative_mllm_hidden_states, mllm_frames
+            )
         if prompt_embeds is None:
             prompt_embeds = self.encode_prompt(prompts, max_sequence_length, context_overflow)
-        vision_tokens = self.encode_instruction(task, prompts, source, mllm_hidden_states, mllm_frames)
+        if self.do_classifier_free_guidance and negative_prompt is not None:
+            negatives = _per_prompt(negative_prompt, batch_size)
+            negative_prompt_embeds = self.encode_prompt(negatives, max_sequence_length, context_overflow)
         if source.kind is not None and context_overflow == "error":
             used = self._context_length(prompt_embeds, output_kind)
             limit = max_context_length or self.adapter.config.max_context_length
@@ -297,7 +305,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
             encoded = self.encode_source(source, settings)
             source_latents, reference_latents = (None, encoded) if task == "i2v" else (encoded, None)
 
-        # 5. Contexts of both branches
+        # 5. Contexts of both branches; without negative prompt, the adapter takes the stored empty one
         context_arguments = {
             "source_latents": source_latents,
             "reference_latents": reference_latents,
@@ -308,10 +316,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         context = self.adapter(vision_tokens, prompt_embeds, **context_arguments)
         null_context = None
         if self.do_classifier_free_guidance:
-            null_context = self.encode_null_context(
-                task, negative_prompt, batch_size, source, negative_prompt_embeds, negative_mllm_hidden_states,
-                mllm_frames, max_sequence_length, context_arguments,
-            )  # fmt: skip
+            null_context = self.adapter(null_vision_tokens, negative_prompt_embeds, **context_arguments)
             null_context = null_context.expand(batch_size, -1, -1).repeat_interleave(num_videos_per_prompt, dim=0)
         context = context.repeat_interleave(num_videos_per_prompt, dim=0)
 
@@ -624,33 +629,25 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         mean, std = self._latent_statistics(latents)
         return (latents - mean) / std
 
-    def encode_null_context(
+    def encode_null_instruction(
         self,
         task: str,
         negative_prompt: str | list[str] | None,
         batch_size: int,
         source: Source,
-        negative_prompt_embeds: torch.Tensor | list[torch.Tensor] | None = None,
         negative_mllm_hidden_states: torch.Tensor | list[torch.Tensor] | None = None,
         mllm_frames: Literal["first", "all"] = "first",
-        max_sequence_length: int = 512,
-        context_arguments: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """
-        Context of the null branch: the checkpoint's stored null states, or those of a negative prompt.
+        Visual tokens of the null branch: from the checkpoint's stored states, or from those of a negative prompt.
 
         Returns:
-            `[1 or batch, length, width]`
+            `[1 or batch, num_query_tokens, vision width]`
         """
-        arguments = dict(context_arguments or {})
-        negatives = [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt
-        if negatives is not None and negative_prompt_embeds is None:
-            negative_prompt_embeds = self.encode_prompt(negatives, max_sequence_length, arguments["context_overflow"])
-        if negatives is not None or negative_mllm_hidden_states is not None:
-            vision_tokens = self.encode_instruction(task, negatives, source, negative_mllm_hidden_states, mllm_frames)
-        else:
-            vision_tokens = self.mllm(output_vision_tokens=True).vision_tokens
-        return self.adapter(vision_tokens, negative_prompt_embeds, **arguments)
+        if negative_prompt is None and negative_mllm_hidden_states is None:
+            return self.mllm(output_vision_tokens=True).vision_tokens
+        negatives = None if negative_prompt is None else _per_prompt(negative_prompt, batch_size)
+        return self.encode_instruction(task, negatives, source, negative_mllm_hidden_states, mllm_frames)
 
     # --- 6. latents and schedule ------------------------------------------------------------------------------------
 
@@ -830,6 +827,10 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
     def _output(self, return_dict: bool, **fields: Any) -> OmniVideoPipelineOutput | tuple:
         output = OmniVideoPipelineOutput(**fields)
         return output if return_dict else (output.frames, output.text)
+
+
+def _per_prompt(value: str | list[str], batch_size: int) -> list[str]:
+    return [value] * batch_size if isinstance(value, str) else value
 
 
 __all__ = ["OmniVideoPipeline", "OmniVideoPipelineOutput"]

@@ -30,6 +30,7 @@ MODULES = (
     "losses_omni_video",
     "attention_omni_video",
     "guidance_omni_video",
+    "memory_omni_video",
     "configuration_omni_video",
     "repository_omni_video",
     "modeling_vila",

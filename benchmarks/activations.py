@@ -8,6 +8,7 @@ accelerator's allocator and libraries take on top (fragments, workspaces, the CU
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
@@ -26,6 +27,13 @@ UMT5_XXL = {
     "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
+
+
+PARTS = ("mllm", "text_encoder", "adapter", "transformer", "vae", "vae_tiled")
+TITLE = "Activations at full size (GB)"
+COLUMNS = {"setting": lambda row: row["setting"]} | {
+    name: lambda row, name=name: f"{row[name] / 1e9:.2f}" for name in PARTS
+}
 
 
 class LiveMemory(TorchDispatchMode):
@@ -106,9 +114,9 @@ def pipeline() -> OmniVideoPipeline:
     return pipe
 
 
-def activations(progress: Progress | None = None) -> dict[str, dict[str, int]]:
+def measure(progress: Progress) -> list[dict[str, Any]]:
     """
-    Peak bytes of every part by case, and of the VAE's decoding with tiles.
+    One row per case: peak bytes of every part, and of the VAE's decoding with tiles.
 
     The MLLM reads an instruction with an image, the text encoder a prompt of 512 tokens, the sampling loop runs both
     branches.
@@ -123,10 +131,8 @@ def activations(progress: Progress | None = None) -> dict[str, dict[str, int]]:
         "mllm": peak(lambda: pipe.mllm.mllm(**states, logits_to_keep=1, output_hidden_states=True)),
         "text_encoder": peak(lambda: pipe.text_encoder(torch.zeros(1, 512, dtype=torch.long, device="meta"))),
     }
-    found = {}
-    for case in progress.track(CASES, description="activations") if progress else CASES:
-        found[case.name] = shared | _of_case(pipe, case)
-    return found
+    cases = progress.track(CASES, description="  activations")
+    return [{"setting": case.name} | shared | _of_case(pipe, case) for case in cases]
 
 
 def _of_case(pipe: OmniVideoPipeline, case: Case) -> dict[str, int]:

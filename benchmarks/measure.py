@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,19 +16,28 @@ from rich.progress import Progress
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one path over several repetitions."""
+    """
+    Seconds of one path over several repetitions.
+
+    `processor` is the median of the time that the processor worked for this process, which other processes on the
+    machine hardly disturb.
+    """
 
     median: float
     fastest: float
     slowest: float
     repetitions: int
+    processor: float | None = None
+
+    @classmethod
+    def of(cls, seconds: list[float], processor: list[float] | None = None) -> "Timing":
+        """From all repetitions."""
+        worked = statistics.median(processor) if processor else None
+        return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds), worked)
 
     def to_dict(self) -> dict[str, float]:
         """As plain values."""
         return asdict(self)
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.fastest:.2f}-{self.slowest:.2f})"
 
 
 def interleaved(
@@ -39,23 +49,27 @@ def interleaved(
     Every path runs once before, unmeasured.
     """
     seconds: dict[str, list[float]] = {name: [] for name in paths}
+    processor: dict[str, list[float]] = {name: [] for name in paths}
     task = progress.add_task("  repetitions", total=(repetitions + 1) * len(paths)) if progress else None
     for repetition in range(repetitions + 1):
         for name, function in paths.items():
             synchronize()
-            start = time.perf_counter()
+            start, worked = time.perf_counter(), time.process_time()
             function()
             synchronize()
             if repetition:
                 seconds[name].append(time.perf_counter() - start)
+                processor[name].append(time.process_time() - worked)
             if progress:
                 progress.advance(task)
     if progress:
         progress.remove_task(task)
-    return {
-        name: Timing(statistics.median(values), min(values), max(values), repetitions)
-        for name, values in seconds.items()
-    }
+    return {name: Timing.of(seconds[name], processor[name]) for name in paths}
+
+
+def spread(timing: Mapping[str, float]) -> str:
+    """Median, fastest and slowest for a table."""
+    return f"{timing['median']:.2f} ({timing['fastest']:.2f}-{timing['slowest']:.2f})"
 
 
 def synchronize() -> None:
@@ -73,8 +87,7 @@ def in_own_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> 
 
 def resident() -> int:
     """Bytes of main memory this process holds now."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
 
 
 def peak_resident() -> int:

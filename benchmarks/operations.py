@@ -9,9 +9,11 @@ are left out.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from rich.progress import Progress
 from torch.utils.flop_counter import FlopCounterMode
 
 from omni_video_hf import OmniVideoAdapter, OmniVideoAdapterConfig, OmniVideoVisionHead, OmniVideoVisionHeadConfig
@@ -24,6 +26,17 @@ PROMPT_TOKENS = 60  # two or three sentences, in every task
 NULL_PROMPT_TOKENS = 1  # umT5's end token: the empty prompt
 GRID = LatentGrid(spatial=8, temporal=4, patch=(1, 2, 2), source_patch=(1, 4, 4))
 ADAPTER = OmniVideoAdapterConfig()
+TITLE = "Operations at full size (10^12 floating-point operations)"
+COLUMNS = {
+    "setting": lambda row: row["setting"],
+    "context tokens": lambda row: row["context"],
+    "upstream, a step": lambda row: f"{row['upstream'] / 1e12:.2f}",
+    "of it bridges": lambda row: f"{2 * row['bridges'] / 1e12:.2f}",
+    "ours, first step": lambda row: f"{row['first'] / 1e12:.2f}",
+    "later steps": lambda row: f"{row['later'] / 1e12:.2f}",
+    "later / upstream": lambda row: f"{row['ratio']:.3f}",
+    "whole call / upstream": lambda row: f"{row['call_ratio']:.3f}",
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,12 @@ class Case:
 
 
 CASES = (Case("t2i", 480, 480, 1), Case("v2v", 640, 352, 17), Case("t2v", 832, 480, 17), Case("t2v", 832, 480, 81))
+
+
+def measure(progress: Progress) -> list[dict[str, Any]]:
+    """One row per case."""
+    cases = progress.track(CASES, description="  operations")
+    return [{"setting": case.name} | count_operations(case) for case in cases]
 
 
 def count_operations(case: Case) -> dict[str, float]:

@@ -33,7 +33,7 @@ MLLM = {
 
 
 def configuration(divisor: int = 4) -> OmniVideoConfig:
-    """The released configuration divided, with half the layers; as it is for a divisor of 1. The MLLM is a stand-in."""
+    """The released configuration divided, with half the layers; whole for a divisor of 1. The MLLM is a stand-in."""
     head, adapter = OmniVideoVisionHeadConfig(), OmniVideoAdapterConfig()
     mllm_width = head.mllm_hidden_size // divisor
     mllm = MLLM | {"text_config": MLLM["text_config"] | {"hidden_size": mllm_width}}
@@ -97,7 +97,7 @@ def pipeline(divisor: int = 4, seed: int = 0) -> OmniVideoPipeline:
 
 class PlainPath:
     """
-    Upstream's loop: vision head, adapter and visual context adapter in every pass, a padded context, two passes a step.
+    Upstream's loop: vision head, adapter and visual context adapter in each of a step's two passes, a padded context.
 
     Args:
         head, adapter, decoder: the same modules as the pipeline's.
@@ -124,8 +124,8 @@ class PlainPath:
             for states, prompt in ((mllm_hidden_states, prompt_embeds), (None, None)):
                 context = self.adapter(self.head(states), prompt, source_latents, output_kind=output_kind)
                 context = self.adapter.pad_context(context).to(self.decoder.dtype)
-                states = latents.to(self.decoder.dtype)
-                velocities.append(self.decoder(states, timestep.expand(len(latents)), context).sample.float())
+                noisy = latents.to(self.decoder.dtype)
+                velocities.append(self.decoder(noisy, timestep.expand(len(latents)), context).sample.float())
             velocity = velocities[1] + guidance_scale * (velocities[0] - velocities[1])
             latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
         return latents

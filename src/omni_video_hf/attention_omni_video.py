@@ -44,7 +44,9 @@ def fold_padding(context: torch.Tensor, length: int) -> tuple[torch.Tensor, torc
     missing = length - context.shape[1]
     if missing <= 0:
         return context, None
-    biases = _biases(missing, context.dtype)
+    kind = context.device.type
+    computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else context.dtype
+    biases = _biases(missing, computed)
     folded = torch.nn.functional.pad(context, (0, 0, 0, len(biases)))
     logits = folded.new_zeros(folded.shape[1])
     for place, bias in enumerate(reversed(biases), start=1):
@@ -100,7 +102,7 @@ class ConstantContextAttnProcessor:
             query,
             key,
             value,
-            attn_mask=self.bias,
+            attn_mask=None if self.bias is None else self.bias.to(query.device),  # blocks may lie on several
             dropout_p=0.0,
             is_causal=False,
             backend=self._attention_backend,
@@ -253,6 +255,30 @@ def constant_context(
             attn.set_processor(processor)
 
 
+@contextmanager
+def folded_context(transformer: WanTransformer3DModel, context: torch.Tensor, length: int) -> Iterator[torch.Tensor]:
+    """
+    Fold the padding of a context for one pass of the decoder, backward included: for training, where keys and values
+    change with every step and nothing is kept.
+
+    Where blocks run again in the backward pass (gradient checkpointing), or are compiled, the context is padded.
+
+    Args:
+        transformer: the decoder.
+        context: `[batch, tokens, width]`, not padded.
+        length: tokens it is to act like.
+
+    Yields:
+        What to pass to the decoder.
+    """
+    runs_again = transformer.gradient_checkpointing and torch.is_grad_enabled()
+    if runs_again or is_compiled(transformer):
+        yield torch.nn.functional.pad(context, (0, 0, 0, max(0, length - context.shape[1])))
+        return
+    with constant_context(transformer, {"only": context}, length) as constant, constant.enter("only") as folded:
+        yield folded
+
+
 def is_compiled(transformer: WanTransformer3DModel) -> bool:
     """Whether the decoder, or its blocks, are compiled."""
     modules = [transformer, *transformer.blocks]
@@ -265,5 +291,6 @@ __all__ = [
     "SharedSelfAttnProcessor",
     "constant_context",
     "fold_padding",
+    "folded_context",
     "is_compiled",
 ]

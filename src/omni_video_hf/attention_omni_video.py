@@ -44,14 +44,19 @@ def fold_padding(context: torch.Tensor, length: int) -> tuple[torch.Tensor, torc
     missing = length - context.shape[1]
     if missing <= 0:
         return context, None
-    kind = context.device.type
-    computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else context.dtype
-    biases = _biases(missing, computed)
+    biases = _biases(missing, _attention_dtype(context))
     folded = torch.nn.functional.pad(context, (0, 0, 0, len(biases)))
     logits = folded.new_zeros(folded.shape[1])
     for place, bias in enumerate(reversed(biases), start=1):
         logits[-place] = bias
     return folded, logits[None, None, None]
+
+
+def _attention_dtype(context: torch.Tensor) -> torch.dtype:
+    """The number format that attention to a context runs in, which autocast may change."""
+    kind = context.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if casts else context.dtype
 
 
 def _biases(count: int, dtype: torch.dtype) -> list[float]:

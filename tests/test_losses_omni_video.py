@@ -2,6 +2,10 @@ import pytest
 import tiny
 import torch
 from golden import CORE_EXPECTED, relative_error
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    apply_activation_checkpointing,
+)
 
 from omni_video_hf import OmniVideoConfig, OmniVideoForConditionalGeneration
 from omni_video_hf.losses_omni_video import (
@@ -269,6 +273,18 @@ def test_padding_is_folded_in_training_with_the_same_gradients(model):
     hook.remove()
     assert lengths[0] < lengths[1] == model.adapter.config.max_context_length
     assert_same_training(found, wanted)
+
+
+def test_a_wrapper_that_runs_blocks_again_gets_the_padded_context():
+    model, inputs = tiny.model(enable_mllm=False), batch()
+    del inputs["target_features"]
+    wanted = loss_and_gradients(model, inputs)
+    apply_activation_checkpointing(model.decoder, check_fn=lambda module: module in set(model.decoder.blocks))
+    found = loss_and_gradients(model, inputs)
+    assert all(isinstance(block, CheckpointWrapper) for block in model.decoder.blocks)
+    assert_same_training(
+        (found[0], {n.replace("_checkpoint_wrapped_module.", ""): g for n, g in found[1].items()}), wanted
+    )
 
 
 def test_folding_under_autocast_is_as_near_as_padding(model):

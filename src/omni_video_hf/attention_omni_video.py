@@ -20,6 +20,7 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 from diffusers.utils.torch_utils import is_compiled_module
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 # Backends that take a mask of floats, which carries ln N. On the others the context stays padded.
 BACKENDS_WITH_BIAS = {
@@ -266,7 +267,8 @@ def folded_context(transformer: WanTransformer3DModel, context: torch.Tensor, le
     Fold the padding of a context for one pass of the decoder, backward included: for training, where keys and values
     change with every step and nothing is kept.
 
-    Where blocks run again in the backward pass (gradient checkpointing), or are compiled, the context is padded.
+    Where blocks run again in the backward pass (gradient checkpointing, diffusers' own or a wrapper of torch's, as
+    accelerate puts around blocks), or are compiled, the context is padded: by then the processors are gone.
 
     Args:
         transformer: the decoder.
@@ -276,7 +278,8 @@ def folded_context(transformer: WanTransformer3DModel, context: torch.Tensor, le
     Yields:
         What to pass to the decoder.
     """
-    runs_again = transformer.gradient_checkpointing and torch.is_grad_enabled()
+    wrapped = any(isinstance(module, CheckpointWrapper) for module in transformer.modules())
+    runs_again = torch.is_grad_enabled() and (transformer.gradient_checkpointing or wrapped)
     if runs_again or is_compiled(transformer):
         yield torch.nn.functional.pad(context, (0, 0, 0, max(0, length - context.shape[1])))
         return

@@ -1,32 +1,62 @@
-"""`python -m benchmarks`: count operations at full size and write a Markdown and a JSON table."""
+"""`python -m benchmarks`: all that fits the machine, as one Markdown and one JSON file."""
 
-import json
+import time
 from pathlib import Path
 from typing import Annotated
 
+import diffusers
+import torch
+import transformers
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .operations import CASES, count_operations
+from . import activations, loading, operations, sampling, training
+from .results import Results
+
+BENCHMARKS = {
+    module.__name__.rpartition(".")[2]: module for module in (operations, sampling, training, loading, activations)
+}
+TABLES = {name: (module.TITLE, module.COLUMNS) for name, module in BENCHMARKS.items()}
+console = Console(stderr=True)
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for operations.md and operations.json.")] = Path(
+    names: Annotated[
+        list[str] | None, typer.Argument(help=f"Any of {', '.join(BENCHMARKS)}; those not yet run by default.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for benchmarks.md and benchmarks.json.")] = Path(
         "build/benchmarks"
     ),
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the processor to use.")] = 1,
 ) -> None:
-    """Count operations per denoising step at full size, on the meta device."""
-    rows = {case.name: {"context": case.context_length, **count_operations(case)} for case in CASES}
-    lines = [
-        "| TFLOP per step, branch | context tokens | upstream: bridges | + decoder | ours: first | later | ratio |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for name, row in rows.items():
-        counts = " | ".join(f"{row[key] / 1e12:.2f}" for key in ("bridges", "decoder", "first", "later"))
-        lines.append(f"| {name} | {row['context']} | {counts} | {row['ratio']:.3f} |")
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "operations.md").write_text("\n".join(lines) + "\n")
-    (output / "operations.json").write_text(json.dumps(rows, indent=2) + "\n")
-    typer.echo("\n".join(lines))
+    """
+    Measure against the plain path in the same run.
+
+    Results are written after every benchmark; what the folder has from this machine is not run again unless it is
+    named.
+    """
+    unknown = [name for name in names or () if name not in BENCHMARKS]
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(BENCHMARKS)}.")
+    torch.set_num_threads(threads)
+    for library in (transformers, diffusers):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+    try:
+        results = Results(output)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    wanted = names or [name for name in BENCHMARKS if not results.has(name)]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        for name in progress.track(wanted, description="benchmarks"):
+            start = time.perf_counter()
+            rows = BENCHMARKS[name].measure(progress)
+            results.add(name, rows, time.perf_counter() - start)
+            results.write(TABLES)
+    results.write(TABLES)
+    typer.echo(results.markdown_file.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

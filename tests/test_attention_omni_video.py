@@ -3,12 +3,15 @@ import math
 import pytest
 import tiny
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import attention_backend
 from golden import CORE_EXPECTED, TASKS, relative_error
+from optimum.quanto import freeze, qfloat8, qint8, quantize
 from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
-from omni_video_hf.attention_omni_video import ConstantContext, _biases, constant_context, fold_padding
+from omni_video_hf.attention_omni_video import _biases, constant_context, fold_padding
 
 LATENTS = torch.randn(2, 16, 2, 8, 4, generator=torch.Generator().manual_seed(1))
 CONTEXTS = {
@@ -29,8 +32,8 @@ def plain(decoder, context, length, time):
 
 
 def saved(decoder, constant, branch, time):
-    states = constant.enter(branch)
-    return decoder(LATENTS.to(states.dtype), torch.tensor([time, time]), states).sample
+    with constant.enter(branch) as states:
+        return decoder(LATENTS.to(states.dtype), torch.tensor([time, time]), states).sample
 
 
 @torch.no_grad()
@@ -65,9 +68,9 @@ def test_upstreams_decoder_gives_upstreams_numbers(converted_decoder):
             context = CORE_EXPECTED[f"{case}.{name}"][None]
             with constant_context(converted_decoder, {branch: context}, 64) as constant:
                 for _ in range(2):
-                    velocity = converted_decoder(
-                        CORE_EXPECTED[f"{case}.latents"][None], CORE_EXPECTED["timestep"], constant.enter(branch)
-                    ).sample
+                    with constant.enter(branch) as states:
+                        latents = CORE_EXPECTED[f"{case}.latents"][None]
+                        velocity = converted_decoder(latents, CORE_EXPECTED["timestep"], states).sample
                     assert relative_error(velocity[0], CORE_EXPECTED[f"{case}.noise_pred_{branch}"]) < 1e-5
 
 
@@ -95,6 +98,89 @@ def test_half_precision(decoder):
         reference = plain(decoder, half["cond"], 2560, 500.0)
     # as close to the exact result as the plain path in the same format
     assert relative_error(ours.float(), exact) < 1.5 * relative_error(reference.float(), exact) + 1e-3
+
+
+@torch.no_grad()
+def test_branches_share_the_first_self_attention(decoder):
+    def step(constant, time):
+        constant.begin_step(passes=2)
+        return [saved(decoder, constant, branch, time) for branch in CONTEXTS]
+
+    wanted = {time: [plain(decoder, CONTEXTS[branch], 40, time) for branch in CONTEXTS] for time in TIMES}
+    calls = []
+    hook = decoder.blocks[0].attn1.to_q.register_forward_hook(lambda *_: calls.append(1))
+    with constant_context(decoder, CONTEXTS, 40) as constant:
+        for time, velocities in wanted.items():
+            for velocity, expected in zip(step(constant, time), velocities, strict=True):
+                assert relative_error(velocity, expected) < 1e-5
+            assert constant.first.output is None  # nothing is held when a step is over
+    hook.remove()
+    assert len(calls) == len(TIMES)
+
+
+@torch.no_grad()
+def test_nothing_is_shared_with_a_step_that_broke_off(decoder):
+    other = LATENTS.flip(0)
+    with constant_context(decoder, CONTEXTS, 40) as constant:
+        constant.begin_step(passes=2)
+        saved(decoder, constant, "cond", 900.0)
+        constant.begin_step(passes=2)
+        with constant.enter("cond") as states:
+            velocity = decoder(other, torch.tensor([500.0, 500.0]), states).sample
+    padded = torch.nn.functional.pad(CONTEXTS["cond"], (0, 0, 0, 31))
+    assert relative_error(velocity, decoder(other, torch.tensor([500.0, 500.0]), padded).sample) < 1e-5
+
+
+def test_blocks_that_a_cache_skips_get_their_keys_later(decoder):
+    """A pass that leaves blocks out must not be taken for the one that fills them."""
+    wanted = plain_outside(decoder, CONTEXTS["cond"])
+    with torch.no_grad(), constant_context(decoder, CONTEXTS, 40) as constant:
+        last, decoder.blocks = decoder.blocks, decoder.blocks[:1]
+        saved(decoder, constant, "cond", 500.0)
+        decoder.blocks = last
+        assert relative_error(saved(decoder, constant, "cond", 20.0), wanted) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["int8", "float8"])
+def test_quantised_layers(decoder, dtype):
+    quantize(decoder, weights={"int8": qint8, "float8": qfloat8}[dtype], exclude=["proj_out", "patch_embedding"])
+    freeze(decoder)
+    assert type(decoder.blocks[0].attn2.to_k).__name__ == "QLinear"
+    check(decoder)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["model", "sequential", "leaf_level", "block_level"])
+def test_offloading(decoder, kind):
+    """On the CPU nothing moves, but weights that accelerate's hooks do not bring in are on the meta device."""
+    wanted = {branch: plain(decoder, context, 40, 500.0) for branch, context in CONTEXTS.items()}
+    if kind == "model":
+        cpu_offload_with_hook(decoder, torch.device("cpu"))
+    elif kind == "sequential":
+        cpu_offload(decoder, torch.device("cpu"), offload_buffers=True)
+    else:
+        blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+        decoder.enable_group_offload(onload_device=torch.device("cpu"), offload_type=kind, **blocks)
+    with constant_context(decoder, CONTEXTS, 40) as constant:
+        for _ in range(2):
+            constant.begin_step(passes=2)
+            for branch, expected in wanted.items():
+                assert relative_error(saved(decoder, constant, branch, 500.0), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_lora_that_is_switched_between_calls(decoder):
+    decoder.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False))
+    with_lora = plain(decoder, CONTEXTS["cond"], 40, 500.0)
+    decoder.disable_lora()
+    without = plain(decoder, CONTEXTS["cond"], 40, 500.0)
+    assert relative_error(with_lora, without) > 1e-2
+    for expected, switch in ((without, decoder.enable_lora), (with_lora, decoder.disable_lora)):
+        with constant_context(decoder, CONTEXTS, 40) as constant:
+            for _ in range(2):
+                assert relative_error(saved(decoder, constant, "cond", 500.0), expected) < 1e-5
+        switch()
 
 
 def test_lora(decoder):
@@ -135,10 +221,14 @@ def plain_outside(decoder, context):
 
 
 def test_backends_without_masks_keep_the_padding(decoder):
-    constant = ConstantContext(40, can_fold=False)
-    constant.set("cond", CONTEXTS["cond"])
-    assert constant.enter("cond").shape[1] == 40
-    assert constant.biases["cond"] is None
+    with attention_backend("_native_cudnn"), constant_context(decoder, CONTEXTS, 40) as constant:
+        assert constant.contexts["cond"].shape[1] == 40
+        assert constant.biases["cond"] is None
+    with attention_backend("native"):  # which puts back the process's default that the next line changes
+        decoder.set_attention_backend("_native_cudnn")
+    with constant_context(decoder, CONTEXTS, 40) as constant:
+        assert constant.contexts["cond"].shape[1] == 40
+        assert all(processor._attention_backend == "_native_cudnn" for processor in constant.processors)
 
 
 def test_later_steps_do_less(decoder):

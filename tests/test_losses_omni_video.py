@@ -2,6 +2,10 @@ import pytest
 import tiny
 import torch
 from golden import CORE_EXPECTED, relative_error
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    apply_activation_checkpointing,
+)
 
 from omni_video_hf import OmniVideoConfig, OmniVideoForConditionalGeneration
 from omni_video_hf.losses_omni_video import (
@@ -204,3 +208,93 @@ def test_parts_left_out_by_the_config_are_not_loaded(converted):
     assert {name.split(".")[0] for name, _ in part.named_parameters()} == {"vision_head", "adapter"}
     weights = whole.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in part.state_dict().items())
+
+
+# --- exact savings --------------------------------------------------------------------------------------------------
+
+
+def loss_and_gradients(model, inputs, **settings):
+    model.zero_grad()
+    output = model(
+        **inputs, generator=generators(1, 2), loss_config=OmniVideoLossConfig(alignment_weight=0), **settings
+    )
+    output.loss.backward()
+    return output.loss.detach(), {n: p.grad for n, p in model.decoder.named_parameters() if p.grad is not None}
+
+
+def assert_same_training(found, wanted):
+    assert relative_error(found[0], wanted[0]) < 1e-6
+    assert found[1].keys() == wanted[1].keys()
+    for name, gradient in wanted[1].items():
+        assert torch.allclose(found[1][name], gradient, atol=1e-6, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("dropped", [None, [True, False]])
+def test_precomputed_vision_embeds_train_the_decoder_as_states_do(model, dropped):
+    inputs = batch()
+    del inputs["target_features"]
+    drop = {} if dropped is None else {"drop_instruction": torch.tensor(dropped)}
+    wanted = loss_and_gradients(model, inputs | drop)
+    with torch.no_grad():
+        embeds = model.adapter.adapt_vision_tokens(model.vision_head(inputs.pop("mllm_hidden_states")))
+    inputs["vision_embeds"] = embeds
+    runs = []
+    hook = model.adapter.query_transformer.register_forward_hook(lambda *_: runs.append(1))
+    found = loss_and_gradients(model, inputs | drop)
+    hook.remove()
+    assert_same_training(found, wanted)
+    assert len(runs) == (0 if dropped is None else 1)
+
+
+def test_vision_embeds_do_not_stand_for_states_or_come_with_tokens(model):
+    inputs = batch()
+    embeds = torch.zeros(2, 24, 32)
+    states = inputs.pop("mllm_hidden_states")
+    with pytest.raises(ValueError, match="pass `mllm_hidden_states` as well"):
+        model(**inputs, vision_embeds=embeds)
+    assert model(**inputs, vision_embeds=embeds, mllm_hidden_states=states).alignment_loss is not None
+    for arguments in ({}, {"vision_tokens": torch.zeros(2, 4, 24), "vision_embeds": embeds}):
+        with pytest.raises(ValueError, match="one of the two"):
+            model.adapter(**arguments)
+
+
+def test_padding_is_folded_in_training_with_the_same_gradients(model):
+    """Against a decoder with gradient checkpointing, whose context is padded."""
+    inputs = batch()
+    del inputs["target_features"]
+    lengths = []
+    hook = model.decoder.blocks[0].register_forward_pre_hook(lambda _, args: lengths.append(args[1].shape[1]))
+    found = loss_and_gradients(model, inputs)
+    model.decoder.enable_gradient_checkpointing()
+    model.train()
+    wanted = loss_and_gradients(model, inputs)
+    model.eval()
+    model.decoder.disable_gradient_checkpointing()
+    hook.remove()
+    assert lengths[0] < lengths[1] == model.adapter.config.max_context_length
+    assert_same_training(found, wanted)
+
+
+def test_a_wrapper_that_runs_blocks_again_gets_the_padded_context():
+    model, inputs = tiny.model(enable_mllm=False), batch()
+    del inputs["target_features"]
+    wanted = loss_and_gradients(model, inputs)
+    apply_activation_checkpointing(model.decoder, check_fn=lambda module: module in set(model.decoder.blocks))
+    found = loss_and_gradients(model, inputs)
+    assert all(isinstance(block, CheckpointWrapper) for block in model.decoder.blocks)
+    assert_same_training(
+        (found[0], {n.replace("_checkpoint_wrapped_module.", ""): g for n, g in found[1].items()}), wanted
+    )
+
+
+def test_folding_under_autocast_is_as_near_as_padding(model):
+    inputs = batch()
+    latents, timesteps = inputs["latents"], torch.tensor([300.0, 700.0])
+    with torch.no_grad():
+        context = model.encode_condition(inputs["mllm_hidden_states"], inputs["prompt_embeds"])
+        exact = model.predict_velocity(latents, timesteps, context)
+        padded = model.adapter.pad_context(context)
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = model.decoder(latents, timesteps, padded).sample
+            folded = model.predict_velocity(latents, timesteps, context)
+    assert relative_error(folded, exact) < 1.2 * relative_error(plain, exact)

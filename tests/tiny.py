@@ -160,10 +160,13 @@ PRESETS = {
 }
 
 
-def pipeline(seed: int = 0, **adapter: object) -> OmniVideoPipeline:
+def pipeline(seed: int = 0, vision_width: int = 24, **adapter: object) -> OmniVideoPipeline:
     """A pipeline over the parts of [`model`]."""
-    whole = model(seed, adapter_config=ADAPTER | adapter)
-    half = OmniVideoForConditionalGeneration(config(adapter_config=None, decoder_config=None)).eval()
+    head = VISION_HEAD | {"hidden_size": vision_width}
+    adapter = ADAPTER | {"vision_hidden_size": vision_width} | adapter
+    whole = model(seed, vision_head_config=head, adapter_config=adapter)
+    without = config(vision_head_config=head, adapter_config=None, decoder_config=None)
+    half = OmniVideoForConditionalGeneration(without).eval()
     half.mllm, half.vision_head = whole.mllm, whole.vision_head
     tokenizer = AutoTokenizer.from_pretrained(CORE / "omni_ckpts" / "wan" / "wanxiang1_3b" / "google" / "umt5-xxl")
     return OmniVideoPipeline(

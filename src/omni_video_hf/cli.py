@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .hub import repository_parts, repository_table
+from .hub import memory_rows, memory_table, repository_headers, repository_parts, repository_table
 from .media_omni_video import open_media, save_image, save_video
 from .model_card_omni_video import write_model_card
 from .pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
@@ -185,12 +185,20 @@ def info(
     model: Annotated[str, typer.Argument(metavar="REPO", help="Folder or Hub repository.")],
     revision: Revision = None,
     token: Token = None,
+    memory: Annotated[bool, typer.Option("--memory", help="What every memory profile needs, instead.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show the parts of a repository, from its headers alone: nothing is loaded."""
+    """Show the parts of a repository, or the memory it needs, from its headers alone: nothing is loaded."""
     with _one_line_errors(verbose):
         _check_repository(model)
+        if memory:
+            headers = repository_headers(model, revision=revision, token=token)
+            if as_json:
+                Console().print_json(json.dumps(memory_rows(headers)))
+            else:
+                Console().print(memory_table(headers, title=model))
+            return
         parts = repository_parts(model, revision=revision, token=token)
         out = Console()
         if as_json:

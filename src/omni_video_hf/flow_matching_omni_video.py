@@ -1,12 +1,16 @@
 """
-Flow matching as upstream trains and samples it, as pure functions.
+Flow matching as upstream trains and samples it, as pure functions; and solving without waiting.
 
 Convention: `sigma` is 1 for pure noise and 0 for data, `x_sigma = (1 - sigma) * x + sigma * noise`, the velocity to
 predict is `noise - x`, and the decoder's timestep is `1000 * sigma`.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -56,7 +60,24 @@ def sampling_sigmas(num_inference_steps: int) -> np.ndarray:
     return np.linspace(1 - 1 / NUM_TRAIN_TIMESTEPS, 0, num_inference_steps + 1)[:-1]
 
 
+class UncheckedSolve(TorchFunctionMode):
+    """
+    `torch.linalg.solve` without a look at its error code, for which the host would wait for the device.
+
+    UniPC's corrector solves a system of two equations, never singular, in every step.
+    """
+
+    def __torch_function__(
+        self, function: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """As the function called, except for `torch.linalg.solve`."""
+        if function is torch.linalg.solve:
+            return torch.linalg.solve_ex(*args, **(kwargs or {}))[0]
+        return function(*args, **(kwargs or {}))
+
+
 __all__ = [
+    "UncheckedSolve",
     "add_noise",
     "flow_matching_loss",
     "sampling_sigmas",

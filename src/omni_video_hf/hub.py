@@ -10,8 +10,10 @@ from typing import Any
 from huggingface_hub import HfApi
 from rich.table import Table
 
+from .memory_omni_video import COMPONENTS, PROFILES, MemoryProfile, estimate_memory
 from .repository_omni_video import read_header
 
+Header = Mapping[str, tuple[str, tuple[int, ...], int]]  # weight -> format, shape, bytes
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "U8": "uint8"}
 
 
@@ -39,19 +41,14 @@ def repository_parts(
     Raises:
         ValueError: when there are no weights.
     """
-    headers = _local_headers(Path(repository)) if Path(repository).is_dir() else None
-    if headers is None:
-        headers = _hub_headers(str(repository), revision, token)
     groups: dict[str, list[tuple[str, int, int]]] = {}
     files: dict[str, set[str]] = {}
-    for file, header in headers.items():
+    for file, header in repository_headers(repository, revision, token).items():
         folder = file.rpartition("/")[0]
         for name, (dtype, shape, num_bytes) in header.items():
             part = name.split(".")[0] if folder == "mllm" else folder or name.split(".")[0]
             groups.setdefault(part, []).append((dtype, math.prod(shape), num_bytes))
             files.setdefault(part, set()).add(file)
-    if not groups:
-        raise ValueError(f"{repository}: holds no .safetensors files.")
     parts = []
     for name, tensors in groups.items():
         dtypes: Counter[str] = Counter()
@@ -84,7 +81,55 @@ def repository_table(parts: list[RepositoryPart], title: str) -> Table:
     return table
 
 
-Header = Mapping[str, tuple[str, tuple[int, ...], int]]
+def memory_table(headers: Mapping[str, Header], title: str) -> Table:
+    """What every memory profile needs, as a table for the terminal."""
+    table = Table(title=title, caption="GB; activations are the released model's for a video of 832x480x81")
+    table.add_column("memory=")
+    table.add_column("switches on")
+    for column in (*COMPONENTS, "peak", "main memory"):
+        table.add_column(column, justify="right")
+    for profile in (None, *PROFILES.values()):
+        estimate = estimate_memory(headers, profile)
+        needs = [f"{estimate.accelerator[name] / 1e9:.1f}" for name in COMPONENTS]
+        peak, main = f"{estimate.peak / 1e9:.1f}", f"{estimate.main / 1e9:.1f}"
+        table.add_row(profile.name if profile else "none", _switches(profile), *needs, peak, main)
+    return table
+
+
+def memory_rows(headers: Mapping[str, Header]) -> list[dict[str, Any]]:
+    """The same as plain values, in bytes."""
+    rows = []
+    for profile in (None, *PROFILES.values()):
+        estimate = estimate_memory(headers, profile)
+        row = {"memory": profile.name if profile else None, "switches_on": _switches(profile), "peak": estimate.peak}
+        rows.append(row | {"main": estimate.main, "accelerator": dict(estimate.accelerator)})
+    return rows
+
+
+def _switches(profile: MemoryProfile | None) -> str:
+    if profile is None:
+        return "bfloat16, everything on the accelerator"
+    parts = [f"{profile.offload} offload"]
+    parts += [f"8-bit {name}" for name in profile.quantized]
+    return ", ".join(parts + (["VAE tiling"] if profile.tile_vae else []))
+
+
+def repository_headers(
+    repository: str | Path, revision: str | None = None, token: str | None = None
+) -> dict[str, Header]:
+    """
+    Headers of all weights of a local folder or a Hub repository, by file. No weight is read.
+
+    Raises:
+        ValueError: when there are no weights.
+    """
+    if Path(repository).is_dir():
+        headers = _local_headers(Path(repository))
+    else:
+        headers = _hub_headers(str(repository), revision, token)
+    if not any(headers.values()):
+        raise ValueError(f"{repository}: holds no .safetensors files.")
+    return headers
 
 
 def _local_headers(folder: Path) -> dict[str, Header]:
@@ -105,4 +150,11 @@ def _hub_headers(repository: str, revision: str | None, token: str | None) -> di
     return headers
 
 
-__all__ = ["RepositoryPart", "repository_parts", "repository_table"]
+__all__ = [
+    "RepositoryPart",
+    "memory_rows",
+    "memory_table",
+    "repository_headers",
+    "repository_parts",
+    "repository_table",
+]

@@ -30,6 +30,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import ModelOutput
 
+from .attention_omni_video import folded_context
 from .configuration_omni_video import OmniVideoConfig, state_dtype
 from .configuration_vila import VilaConfig
 from .flow_matching_omni_video import (
@@ -294,9 +295,9 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
             context: `[batch, length, text_dim]` from [`encode_condition`].
         """
         self._require("decoder")
-        context = self.adapter.pad_context(context)
         dtype = self.decoder.patch_embedding.weight.dtype
-        return self.decoder(latents.to(dtype), timesteps, context.to(dtype), return_dict=False)[0]
+        with folded_context(self.decoder, context.to(dtype), self.adapter.config.max_context_length) as folded:
+            return self.decoder(latents.to(dtype), timesteps, folded, return_dict=False)[0]
 
     # --- text -----------------------------------------------------------------------------------------------------
 
@@ -346,6 +347,7 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
         logits_to_keep: int | torch.Tensor = 0,
         mllm_hidden_states: Embeddings | None = None,
         mllm_attention_mask: torch.Tensor | None = None,
+        vision_embeds: torch.Tensor | None = None,
         target_features: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: Embeddings | None = None,
@@ -370,6 +372,8 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
                 `position_ids`, `past_key_values`, `logits_to_keep` and `mllm_kwargs` go to it; `labels`
                 `[batch, length]`, -100 where nothing is to be learned, give `answer_loss`.
             mllm_hidden_states: precomputed instead of `input_ids`, with `mllm_attention_mask` `[batch, length]`.
+            vision_embeds: `[batch, tokens, text_dim]`, precomputed output of the adapter's `adapt_vision_tokens`, for
+                training the decoder behind frozen bridges: neither vision head nor adapter runs for a sample.
             target_features: `[batch, vision width]`, features of the target image or video; give `alignment_loss`.
             latents: `[batch, channels, frames, height, width]`, normalised latents of the target; give
                 `flow_matching_loss`, with `prompt_embeds`, `prompt_embeds_mask`, `source_latents` and
@@ -392,7 +396,13 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
         draws = latents is not None and config.flow_matching_weight > 0
         aligns = target_features is not None and config.alignment_weight > 0
         aligns_text = prompt_embeds is not None and config.text_alignment_weight > 0
-        needs_vision_tokens = output_vision_tokens or draws or aligns or aligns_text
+        needs_vision_tokens = output_vision_tokens or aligns or aligns_text or (draws and vision_embeds is None)
+        has_states = not (mllm_hidden_states is None and input_ids is None and inputs_embeds is None)
+        if vision_embeds is not None and (aligns or aligns_text) and not has_states:
+            raise ValueError(
+                "Alignment losses need the vision head's tokens, which `vision_embeds` stands behind: pass "
+                "`mllm_hidden_states` as well, or set `alignment_weight` and `text_alignment_weight` to 0."
+            )
         if output_kind is None:
             output_kind = "image" if latents is not None and latents.shape[2] == 1 else "video"
 
@@ -431,6 +441,7 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
                 prompt_embeds_mask,
                 drop_instruction,
                 drop_prompt,
+                vision_embeds=vision_embeds,
                 source_latents=source_latents,
                 reference_latents=reference_latents,
                 output_kind=output_kind,
@@ -475,22 +486,27 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
 
     def _training_context(
         self,
-        vision_tokens: torch.Tensor,
+        vision_tokens: torch.Tensor | None,
         prompt_embeds: Embeddings | None,
         prompt_embeds_mask: torch.Tensor | None,
         drop_instruction: torch.Tensor | None,
         drop_prompt: torch.Tensor | None,
-        **parts: object,
+        vision_embeds: torch.Tensor | None,
+        output_kind: OutputKind,
+        **sources: torch.Tensor | None,
     ) -> torch.Tensor:
         """The context with the stored null states in place of what is dropped."""
         self._require("adapter")
         if drop_instruction is not None:
             # Computed whether or not a sample of this batch is dropped: with sharded weights every process must run
             # the same modules.
-            null_tokens = self.vision_head().to(vision_tokens)
-            vision_tokens = torch.where(
-                drop_instruction.to(vision_tokens.device)[:, None, None], null_tokens, vision_tokens
-            )
+            null = self.vision_head()
+            if vision_embeds is None:
+                vision_tokens = _where(drop_instruction, null, vision_tokens)
+            else:
+                vision_embeds = _where(
+                    drop_instruction, self.adapter.adapt_vision_tokens(null, output_kind), vision_embeds
+                )
         if drop_prompt is not None and prompt_embeds is not None:
             prompts, mask = pad_embeddings(prompt_embeds, prompt_embeds_mask, "prompt_embeds")
             rows = prompts if mask is None else [row[keep.bool()] for row, keep in zip(prompts, mask, strict=True)]
@@ -499,7 +515,14 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
                 null_prompt if drop else row for row, drop in zip(rows, drop_prompt.tolist(), strict=True)
             ]
             prompt_embeds_mask = None
-        return self.adapter(vision_tokens, prompt_embeds, prompt_embeds_mask=prompt_embeds_mask, **parts)
+        return self.adapter(
+            vision_tokens if vision_embeds is None else None,
+            prompt_embeds,
+            prompt_embeds_mask=prompt_embeds_mask,
+            vision_embeds=vision_embeds,
+            output_kind=output_kind,
+            **sources,
+        )
 
     def _flow_matching(
         self,
@@ -575,6 +598,11 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
             f"This model has no {part} (`config.{part}_config` is None): it is the `mllm` component of a pipeline."
             " Load the root of the repository for the whole model."
         )
+
+
+def _where(dropped: torch.Tensor, null: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """`kept` `[batch, tokens, width]`, and `null` in the place of the samples that are dropped."""
+    return torch.where(dropped.to(kept.device)[:, None, None], null.to(kept), kept)
 
 
 def _name_the_package(error: ImportError, attn_implementation: str | None) -> ImportError:

@@ -336,7 +336,7 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def forward(
         self,
-        vision_tokens: torch.Tensor,
+        vision_tokens: torch.Tensor | None = None,
         prompt_embeds: Embeddings | None = None,
         source_latents: torch.Tensor | None = None,
         reference_latents: torch.Tensor | None = None,
@@ -344,6 +344,7 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
         prompt_embeds_mask: torch.Tensor | None = None,
         context_overflow: ContextOverflow = "error",
         max_context_length: int | None = None,
+        vision_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Build the context of every sample: source, reference, visual tokens, prompt, each only where it exists.
@@ -360,14 +361,18 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
             context_overflow: `"error"` refuses a context longer than `max_context_length`; `"truncate"` cuts its end
                 as upstream does, text first.
             max_context_length: limit of this call; a longer one than the configured lets a long source in whole.
+            vision_embeds: precomputed output of [`adapt_vision_tokens`], instead of `vision_tokens`.
 
         Returns:
             `[batch, longest, hidden_size]`; shorter samples end in zeros, which is how the decoder's context is padded
             anyway (see [`pad_context`]).
 
         Raises:
-            ValueError: for an unknown `output_kind` or `context_overflow`, or a context that does not fit.
+            ValueError: for an unknown `output_kind` or `context_overflow`, a context that does not fit, or both or
+                neither of `vision_tokens` and `vision_embeds`.
         """
+        if (vision_tokens is None) == (vision_embeds is None):
+            raise ValueError("Pass `vision_tokens` or `vision_embeds`, one of the two.")
         if output_kind not in ("image", "video"):
             raise ValueError(f"`output_kind` must be 'image' or 'video', got {output_kind!r}.")
         if context_overflow not in ("error", "truncate"):
@@ -380,7 +385,10 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
         else:
             prompts = [row[mask.bool()] for row, mask in zip(prompt_embeds, prompt_embeds_mask, strict=True)]
 
-        visual = self.adapt_vision_tokens(vision_tokens, output_kind)  # [batch, 256 or 1024, hidden_size]
+        if vision_embeds is None:
+            visual = self.adapt_vision_tokens(vision_tokens, output_kind)  # [batch, 256 or 1024, hidden_size]
+        else:
+            visual = vision_embeds.to(self.dtype)
         parts = [
             self._between_markers(_SOURCE, self.visual_context_adapter(latents), like=visual)
             for latents in (source_latents, reference_latents)

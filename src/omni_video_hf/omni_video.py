@@ -10,10 +10,12 @@ from .attention_omni_video import constant_context
 from .configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig, OmniVideoVisionHeadConfig
 from .configuration_vila import VilaConfig
 from .flow_matching_omni_video import sampling_sigmas
+from .guidance_omni_video import Guidance
 from .lora_omni_video import OmniVideoLoraLoaderMixin
 from .losses_omni_video import OmniVideoLossConfig
 from .media_omni_video import VideoClip, load_image, load_video, save_image, save_video
 from .media_reading_omni_video import probe_video
+from .memory_omni_video import MemoryProfile
 from .model_card_omni_video import TrainingSummary
 from .modeling_omni_video import OmniVideoForConditionalGeneration
 from .modeling_omni_video_connectors import OmniVideoAdapter, OmniVideoVisionHead
@@ -30,6 +32,8 @@ from .source_omni_video import Source
 
 __all__ = [
     "PRESETS",
+    "Guidance",
+    "MemoryProfile",
     "OmniVideoAdapter",
     "OmniVideoAdapterConfig",
     "OmniVideoConfig",

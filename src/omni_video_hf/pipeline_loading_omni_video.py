@@ -4,9 +4,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import CommitInfo
 
 from .lora_omni_video import has_lora
+from .memory_omni_video import apply_memory_profile, get_memory_profile, loading_arguments
 from .modeling_omni_video import OmniVideoForConditionalGeneration
 from .modeling_omni_video_connectors import OmniVideoAdapter
 from .processing_omni_video import OmniVideoProcessor
@@ -24,6 +26,43 @@ class OmniVideoRepositoryMixin:
     Loaded through this class, a repository's own code is not needed and not run: its components are the classes that
     this one came with. `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` runs the repository's.
     """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        memory: str | None = None,
+        memory_device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Load a pipeline, as in diffusers.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub repository.
+            memory: `"24GB"`, `"16GB"`, `"12GB"` or `"8GB"`, a profile that fits an accelerator of that much memory:
+                number format, quantisation, offloading and VAE tiling, see [`PROFILES`]. By default nothing of it.
+            memory_device: the accelerator that `memory` is about, the one that there is by default.
+            kwargs: as in diffusers.
+
+        Raises:
+            ValueError: for an unknown profile, one together with arguments that it chooses, or without accelerator.
+        """
+        if memory is None:
+            if memory_device is not None:
+                raise ValueError(f"`memory_device` is {memory_device!r}, but no `memory` was asked for: pass both.")
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        profile = get_memory_profile(memory)
+        chosen = sorted(kwargs.keys() & {"dtype", "torch_dtype", "quantization_config", "device_map"})
+        if chosen:
+            raise ValueError(
+                f"`memory={memory!r}` chooses `{'`, `'.join(chosen)}` by itself: leave one of them out, or make the "
+                "profile's settings by hand."
+            )
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **loading_arguments(profile), **kwargs)
+        apply_memory_profile(pipe, profile, memory_device)
+        return pipe
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """The diffusers pipeline of Omni-Video: generate, edit and understand videos and images with one object."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,8 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from .attention_omni_video import ConstantContext, constant_context
-from .flow_matching_omni_video import sampling_sigmas
+from .flow_matching_omni_video import UncheckedSolve, sampling_sigmas
+from .guidance_omni_video import Guidance
 from .lora_omni_video import OmniVideoLoraLoaderMixin
 from .media_omni_video import probe_video
 from .modeling_omni_video import OmniVideoForConditionalGeneration
@@ -78,7 +79,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         presets (`dict`, *optional*): Default settings of every task, saved with the pipeline; upstream's by default.
     """
 
-    model_cpu_offload_seq = "text_encoder->mllm->adapter->transformer->vae"
+    model_cpu_offload_seq = "mllm->text_encoder->adapter->transformer->vae"
     _callback_tensor_inputs = ["latents", "context", "null_context"]  # noqa: RUF012
     _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012
 
@@ -152,6 +153,8 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         fps: float | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        batch_guidance: bool = False,
         flow_shift: float | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -195,6 +198,10 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
             num_inference_steps (`int`, *optional*): Denoising steps.
             guidance_scale (`float`, *optional*): `uncond + scale * (cond - uncond)`, upstream's scale plus one. At
                 most 1 turns guidance off.
+            guidance_interval (`tuple[float, float]`, *optional*): Fractions of the steps between which guidance is
+                on, e.g. `(0.1, 0.8)`; outside, one branch runs instead of two. All steps by default.
+            batch_guidance (`bool`, defaults to `False`): Run both branches in one pass of twice the batch: the same
+                numbers up to rounding, more memory, faster where a pass leaves the device idle.
             flow_shift (`float`, *optional*): Shift of the scheduler's sigmas towards noise.
             num_videos_per_prompt (`int`, defaults to 1): Samples per prompt.
             generator (`torch.Generator` or list, *optional*): One for all samples, or one per sample. Answers of the
@@ -227,6 +234,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
                 context. Nothing is cut, resized or replaced without a note or a warning.
         """
         # 1. Inputs
+        guidance = Guidance(guidance_interval, batch_guidance)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
@@ -269,11 +277,19 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         )  # fmt: skip
         self._guidance_scale = settings.guidance_scale
 
-        # 4. Text encoder, MLLM and vision head, source: once per call
+        # 4. MLLM and vision head, text encoder, source: once per call and one after the other, both branches together,
+        # so that with `enable_model_cpu_offload` only one of them is on the device
         device, output_kind = self._execution_device, get_task(task).output
+        vision_tokens = self.encode_instruction(task, prompts, source, mllm_hidden_states, mllm_frames)
+        if self.do_classifier_free_guidance:
+            null_vision_tokens = self.encode_null_instruction(
+                task, negative_prompt, batch_size, source, negative_mllm_hidden_states, mllm_frames
+            )
         if prompt_embeds is None:
             prompt_embeds = self.encode_prompt(prompts, max_sequence_length, context_overflow)
-        vision_tokens = self.encode_instruction(task, prompts, source, mllm_hidden_states, mllm_frames)
+        if self.do_classifier_free_guidance and negative_prompt is not None:
+            negatives = _per_prompt(negative_prompt, batch_size)
+            negative_prompt_embeds = self.encode_prompt(negatives, max_sequence_length, context_overflow)
         if source.kind is not None and context_overflow == "error":
             used = self._context_length(prompt_embeds, output_kind)
             limit = max_context_length or self.adapter.config.max_context_length
@@ -289,7 +305,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
             encoded = self.encode_source(source, settings)
             source_latents, reference_latents = (None, encoded) if task == "i2v" else (encoded, None)
 
-        # 5. Contexts of both branches
+        # 5. Contexts of both branches; without negative prompt, the adapter takes the stored empty one
         context_arguments = {
             "source_latents": source_latents,
             "reference_latents": reference_latents,
@@ -300,10 +316,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         context = self.adapter(vision_tokens, prompt_embeds, **context_arguments)
         null_context = None
         if self.do_classifier_free_guidance:
-            null_context = self.encode_null_context(
-                task, negative_prompt, batch_size, source, negative_prompt_embeds, negative_mllm_hidden_states,
-                mllm_frames, max_sequence_length, context_arguments,
-            )  # fmt: skip
+            null_context = self.adapter(null_vision_tokens, negative_prompt_embeds, **context_arguments)
             null_context = null_context.expand(batch_size, -1, -1).repeat_interleave(num_videos_per_prompt, dim=0)
         context = context.repeat_interleave(num_videos_per_prompt, dim=0)
 
@@ -314,7 +327,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         # 7. Denoise
         latents = self.denoise(
             latents, scheduler, context, null_context, attention_kwargs, callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
+            callback_on_step_end_tensor_inputs, guidance,
         )  # fmt: skip
 
         # 8. Pixels
@@ -328,7 +341,8 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
             task=task,
             fps=settings.fps,
             settings=settings.to_dict()
-            | {"scheduler": type(scheduler).__name__, "negative_prompt": negative_prompt, "prompt": prompt},
+            | {"scheduler": type(scheduler).__name__, "negative_prompt": negative_prompt, "prompt": prompt}
+            | {"guidance_interval": guidance_interval, "batch_guidance": batch_guidance},
             notes=notes,
         )
 
@@ -615,33 +629,25 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         mean, std = self._latent_statistics(latents)
         return (latents - mean) / std
 
-    def encode_null_context(
+    def encode_null_instruction(
         self,
         task: str,
         negative_prompt: str | list[str] | None,
         batch_size: int,
         source: Source,
-        negative_prompt_embeds: torch.Tensor | list[torch.Tensor] | None = None,
         negative_mllm_hidden_states: torch.Tensor | list[torch.Tensor] | None = None,
         mllm_frames: Literal["first", "all"] = "first",
-        max_sequence_length: int = 512,
-        context_arguments: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """
-        Context of the null branch: the checkpoint's stored null states, or those of a negative prompt.
+        Visual tokens of the null branch: from the checkpoint's stored states, or from those of a negative prompt.
 
         Returns:
-            `[1 or batch, length, width]`
+            `[1 or batch, num_query_tokens, vision width]`
         """
-        arguments = dict(context_arguments or {})
-        negatives = [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt
-        if negatives is not None and negative_prompt_embeds is None:
-            negative_prompt_embeds = self.encode_prompt(negatives, max_sequence_length, arguments["context_overflow"])
-        if negatives is not None or negative_mllm_hidden_states is not None:
-            vision_tokens = self.encode_instruction(task, negatives, source, negative_mllm_hidden_states, mllm_frames)
-        else:
-            vision_tokens = self.mllm(output_vision_tokens=True).vision_tokens
-        return self.adapter(vision_tokens, negative_prompt_embeds, **arguments)
+        if negative_prompt is None and negative_mllm_hidden_states is None:
+            return self.mllm(output_vision_tokens=True).vision_tokens
+        negatives = None if negative_prompt is None else _per_prompt(negative_prompt, batch_size)
+        return self.encode_instruction(task, negatives, source, negative_mllm_hidden_states, mllm_frames)
 
     # --- 6. latents and schedule ------------------------------------------------------------------------------------
 
@@ -710,6 +716,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance: Guidance | None = None,
     ) -> torch.Tensor:
         """
         Integrate from noise to latents.
@@ -719,10 +726,19 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
             scheduler: with its timesteps set.
             context: `[batch, length, text_dim]`, not padded.
             null_context: likewise, of the null branch; `None` turns guidance off.
+            guidance: when and how the null branch runs; in every step, in a pass of its own by default.
         """
-        contexts = {"cond": context} if null_context is None else {"cond": context, "uncond": null_context}
-        contexts = {branch: states.to(self.transformer.dtype) for branch, states in contexts.items()}
+        guidance = guidance or Guidance()
+
+        def cast_contexts() -> dict[str, torch.Tensor]:
+            contexts = guidance.contexts(context, null_context)
+            return {branch: states.to(self.transformer.dtype) for branch, states in contexts.items()}
+
+        contexts = cast_contexts()
+        if self.transformer.is_cache_enabled:  # a call that broke off may have left something behind
+            self.transformer._reset_stateful_cache()
         scheduler.set_begin_index(0)
+        scheduler.sigmas = scheduler.sigmas.to(latents.device)  # else UniPC copies them over, three in every step
         timesteps = scheduler.timesteps
         self._num_timesteps = len(timesteps)
         length = self.adapter.config.max_context_length
@@ -733,43 +749,50 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
             for step, timestep in enumerate(timesteps):
                 if self._interrupt:
                     continue
-                velocities = {
-                    branch: self._predict_velocity(branch, latents, timestep, constant, attention_kwargs)
-                    for branch in contexts
-                }
-                velocity = velocities["cond"]
-                if "uncond" in velocities:
-                    velocity = velocities["uncond"] + self._guidance_scale * (velocity - velocities["uncond"])
-                latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+                branches = guidance.branches(step, len(timesteps), contexts)
+                constant.begin_step(passes=len(branches))
+                velocities = [
+                    velocity
+                    for branch in branches
+                    for velocity in self._predict_velocities(branch, latents, timestep, constant, attention_kwargs)
+                ]
+                velocity = guidance.combine(velocities, self._guidance_scale)
+                with UncheckedSolve():
+                    latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "context": context, "null_context": null_context}
                     tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, step, timestep, tensors)
                     latents = changed.pop("latents", latents)
-                    for name, branch in (("context", "cond"), ("null_context", "uncond")):
-                        if name in changed and branch in contexts:
-                            constant.set(branch, changed[name].to(self.transformer.dtype))
+                    if "context" in changed or (null_context is not None and "null_context" in changed):
+                        context = changed.get("context", context)
+                        null_context = changed.get("null_context", null_context)
+                        for branch, states in cast_contexts().items():
+                            constant.set(branch, states)
                 progress_bar.update()
         return latents
 
-    def _predict_velocity(
+    def _predict_velocities(
         self,
         branch: str,
         latents: torch.Tensor,
         timestep: torch.Tensor,
         constant: ConstantContext,
         attention_kwargs: dict[str, Any] | None,
-    ) -> torch.Tensor:
-        """The decoder's velocity of one branch, in float32."""
-        with self.transformer.cache_context(branch):
-            return self.transformer(
-                hidden_states=latents.to(self.transformer.dtype),
-                timestep=timestep.expand(latents.shape[0]),
-                encoder_hidden_states=constant.enter(branch),
+    ) -> tuple[torch.Tensor, ...]:
+        """The decoder's velocity of a branch, or of each half of a batched one, in float32."""
+        halves = len(constant.contexts[branch]) // len(latents)
+        states = torch.cat([latents] * halves).to(self.transformer.dtype)
+        with self.transformer.cache_context(branch), constant.enter(branch) as context:
+            velocity = self.transformer(
+                hidden_states=states,
+                timestep=timestep.expand(len(states)),
+                encoder_hidden_states=context,
                 attention_kwargs=attention_kwargs,
                 return_dict=False,
-            )[0].float()
+            )[0]
+        return velocity.float().chunk(halves)
 
     # --- 8. pixels --------------------------------------------------------------------------------------------------
 
@@ -804,6 +827,10 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
     def _output(self, return_dict: bool, **fields: Any) -> OmniVideoPipelineOutput | tuple:
         output = OmniVideoPipelineOutput(**fields)
         return output if return_dict else (output.frames, output.text)
+
+
+def _per_prompt(value: str | list[str], batch_size: int) -> list[str]:
+    return [value] * batch_size if isinstance(value, str) else value
 
 
 __all__ = ["OmniVideoPipeline", "OmniVideoPipelineOutput"]

@@ -29,6 +29,8 @@ MODULES = (
     "flow_matching_omni_video",
     "losses_omni_video",
     "attention_omni_video",
+    "guidance_omni_video",
+    "memory_omni_video",
     "configuration_omni_video",
     "repository_omni_video",
     "modeling_vila",

@@ -41,7 +41,7 @@ def commands(text):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Where the reader is: the model under its name, a clip, a table."""
-    pipe = tiny.pipeline(max_context_length=2560)
+    pipe = tiny.pipeline(vision_width=32, max_context_length=2560)
     pipe.register_to_config(presets={task: preset | SMALL for task, preset in pipe.config.presets.items()})
     pipe.save_pretrained(tmp_path / MODEL)
     shutil.copy(DATA / "bigbuckbunny.mp4", tmp_path / "fox.mp4")
@@ -53,6 +53,7 @@ def folder(tmp_path, monkeypatch):
 def run(server, code, prelude=""):
     """Python as a document has it, in a fresh process."""
     owned = code.replace("OWNER", OWNER).replace(NEEDS_GPU, "")
+    owned = owned.replace('memory="16GB"', 'memory="16GB", memory_device="cpu"')
     return run_client(prelude + owned, server, timeout=300)
 
 
@@ -70,7 +71,7 @@ pipe.save_lora_weights("lora", **collect_lora_layers(pipe))
     run(hub_server, make_lora)
     hub_server.add_repo(f"{OWNER}/fox-lora", folder / "lora")
     blocks = snippets(README, "python")
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     run(hub_server, "\n".join(blocks))
     assert "README.md" in hub_server.repos[f"{OWNER}/omni-video-foxes"].find("main").files
     assert pipe.config.presets["t2v"]["num_frames"] == SMALL["num_frames"]

@@ -1,0 +1,6 @@
+"""Omni-Video Shapes: a data set that is drawn on the fly, a judge that reads it off the pixels, and the scores."""
+
+from .dataset import Example, ShapesDataset
+from .scene import Scene, render
+
+__all__ = ["Example", "Scene", "ShapesDataset", "render"]

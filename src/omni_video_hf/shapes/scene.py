@@ -83,9 +83,9 @@ def room(size: str, motion: str) -> tuple[tuple[float, float], tuple[float, floa
     return (edges[0], SIDE - edges[0]), (edges[1], SIDE - edges[1])
 
 
-def coverage(shape: str, radius: np.ndarray | float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def depth(shape: str, radius: np.ndarray | float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """
-    How much of each pixel a shape covers, 0..1.
+    How far inside a shape's nearest side points lie, in pixels; negative outside.
 
     Every shape fills a box of twice its radius: the circle touches its sides, the square is the box, the triangle
     points up from its lower side.
@@ -93,17 +93,22 @@ def coverage(shape: str, radius: np.ndarray | float, x: np.ndarray, y: np.ndarra
     Args:
         shape: one of [`SHAPES`].
         radius: pixels.
-        x, y: pixel centres counted from the middle of the box, y downwards; they broadcast against each other.
+        x, y: pixels from the middle of the box, y downwards; they broadcast against each other and the radius.
     """
     if shape == "circle":
-        inside = radius - np.sqrt(x * x + y * y)
-    elif shape == "square":  # the exact share, corners included
+        return radius - np.sqrt(x * x + y * y)
+    if shape == "square":
+        return np.minimum(radius - np.abs(x), radius - np.abs(y))
+    if shape == "triangle":
+        return np.minimum((radius + y - 2 * np.abs(x)) / np.sqrt(5), radius - y)
+    raise ValueError(f"`shape` must be one of {', '.join(SHAPES)}, got {shape!r}.")
+
+
+def coverage(shape: str, radius: np.ndarray | float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """How much of the pixels around (x, y) a shape covers, 0..1; arguments as in [`depth`]."""
+    if shape == "square":  # the exact share, corners included
         return (radius + 0.5 - np.abs(x)).clip(0, 1) * (radius + 0.5 - np.abs(y)).clip(0, 1)
-    elif shape == "triangle":
-        inside = np.minimum((radius + y - 2 * np.abs(x)) / np.sqrt(5), radius - y)
-    else:
-        raise ValueError(f"`shape` must be one of {', '.join(SHAPES)}, got {shape!r}.")
-    return (inside + 0.5).clip(0, 1)
+    return (depth(shape, radius, x, y) + 0.5).clip(0, 1)
 
 
 def render(scene: Scene, num_frames: int = NUM_FRAMES) -> np.ndarray:
@@ -152,6 +157,7 @@ __all__ = [
     "TRAVEL",
     "Scene",
     "coverage",
+    "depth",
     "render",
     "room",
 ]

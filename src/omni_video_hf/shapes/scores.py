@@ -64,7 +64,7 @@ def check_generation(example: Example, frames: Any) -> dict[str, bool]:
 
 
 def check_edit(example: Example, frames: Any) -> dict[str, bool]:
-    """Likewise for `v2v` and `i2i`: `"changed"` the asked attribute, `"kept"` the others, and `"all"`, which is both."""
+    """Likewise for `v2v` and `i2i`: `"changed"` the asked attribute, `"kept"` the others, `"all"` is both."""
     if example.attribute is None:
         raise ValueError(f"`example` must be an edit, got one of task {example.task!r}.")
     found = _right_attributes(example, frames)

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from omni_video_hf.shapes import Scene, ShapesDataset, read_scene, render
 from omni_video_hf.shapes.scene import ATTRIBUTES, BACKGROUNDS, COLORS, SHAPES, coverage
@@ -93,6 +94,16 @@ def share(shape, radius, x=32.0, y=32.0, squash=1.0):
     return coverage(shape, radius, (pixels[None] - x) * squash, pixels[:, None] - y)
 
 
+def diamond(reach):
+    pixels = np.abs(np.arange(64) + 0.5 - 32)
+    return (reach + 0.5 - pixels[None] - pixels[:, None]).clip(0, 1)
+
+
+def tilted(shares, degrees):
+    picture = Image.fromarray((shares * 255).astype(np.uint8))
+    return np.asarray(picture.rotate(degrees, Image.Resampling.BILINEAR)) / 255
+
+
 HALF = {
     "left": (slice(None), slice(32, None)),
     "right": (slice(None), slice(None, 32)),
@@ -121,6 +132,9 @@ NO_SHAPES = {
     "two colors in one shape": draw(("red", share("circle", 13)), ("blue", half("circle", 13, "left"))),
     "an ellipse": draw(("red", share("circle", 13, squash=1.6))),
     "a bar": draw(("red", share("square", 10, squash=2.0))),
+    "a small diamond": draw(("red", diamond(11))),
+    "a large diamond": draw(("red", diamond(18))),
+    "a tilted square": draw(("red", tilted(share("square", 12), 25))),
     "a cross": draw(("red", np.maximum(share("square", 13, squash=3), share("square", 13, squash=3).T))),
     "a shape that leaves the frame": draw(("red", share("square", 13, 58))),
     "a shape half out of the frame": draw(("red", share("circle", 13, 64))),

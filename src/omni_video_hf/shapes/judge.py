@@ -29,7 +29,9 @@ MAX_UNEXPLAINED_DISTANCE = 45.0  # a pixel further from what the frame should sh
 MAX_UNEXPLAINED_PIXELS = 5
 EDGE_WIDTH = 3.0  # pixels from all background to all shape
 SOFT_EDGE = 3  # pixels on either side of the outline that may have any mixture of the two colours
-MAX_MISMATCH = 0.18  # share of the area that may lie wrong; the tip of a blurred small triangle is 0.15
+# Share of the area that may lie wrong. Under blur and noise a small circle reaches 0.06, a small square 0.10, a small
+# triangle, for its tip, 0.18; a diamond lies 0.15 wrong as a circle, a pentagon 0.12.
+MAX_MISMATCH = {"circle": 0.11, "square": 0.16, "triangle": 0.18}
 MIN_LEAD = 0.02  # by how much worse the next shape must fit, as share of the area, on average over the frames
 MAX_FRAME_LAG = 0.05  # by how much better another shape may fit in a single frame
 SIZE_RANGES = {"small": (6.8, 9.4), "large": (11.2, 14.8)}  # radius in pixels
@@ -137,7 +139,11 @@ def _find_shape(difference: np.ndarray) -> tuple[_Match, np.ndarray] | str:
     strange = np.where(match.inside > SOFT_EDGE, off_color, np.where(match.inside < -SOFT_EDGE, contrast, 0))
     if ((strange > MAX_UNEXPLAINED_DISTANCE).sum((1, 2)) > MAX_UNEXPLAINED_PIXELS).any():
         return "There is more than one shape, or more than one colour in it."
-    if match.mismatch.max() > MAX_MISMATCH or match.lead.min() < -MAX_FRAME_LAG or match.lead.mean() < MIN_LEAD:
+    if (
+        match.mismatch.max() > MAX_MISMATCH[match.shape]
+        or match.lead.min() < -MAX_FRAME_LAG
+        or match.lead.mean() < MIN_LEAD
+    ):
         return "What differs from the background is not the same circle, square or triangle throughout."
     return match, color
 

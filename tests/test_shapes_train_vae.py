@@ -125,9 +125,13 @@ def test_training_resumes_as_if_it_had_not_stopped(tmp_path):
         ("t2i", "seen"),
         ("t2i", "composition"),
     ]
-    assert sorted(path.name for path in whole.iterdir()) == ["checkpoint-2", "checkpoint-4", "vae", "vae.json"]
+    names = ["checkpoint-2", "checkpoint-4", "settings.json", "vae", "vae.json"]
+    assert sorted(path.name for path in whole.iterdir()) == names
+    with pytest.raises(typer.BadParameter, match=r"began with kl_weight 0\.0001, not 0\.1"):
+        train(whole, **(settings | {"kl_weight": 0.1}))
 
 
 def test_a_length_the_vae_cannot_encode_is_refused(tmp_path):
     with pytest.raises(typer.BadParameter, match="must be 4n\\+1, got 8"):
         train(tmp_path, num_frames=8)
+    assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..media_omni_video import load_video
-from .scene import ATTRIBUTES, BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIDE, TRAVEL, depth
+from .scene import ATTRIBUTES, BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIDE, TRAVEL, Scene, depth
 
 # Area of a shape of radius 1, and how far its centre of mass lies below the middle of its box.
 _AREAS = {"circle": np.pi, "square": 4.0, "triangle": 2.0}
@@ -58,7 +58,7 @@ class Reading:
     motion: str | None = None
     reasons: tuple[str, ...] = ()
 
-    def right(self, scene: Any) -> dict[str, bool]:
+    def right(self, scene: Scene) -> dict[str, bool]:
         """Of each attribute, whether it is the scene's."""
         return {name: getattr(self, name) == getattr(scene, name) for name in ATTRIBUTES}
 

@@ -150,6 +150,9 @@ def train(
     """Train the VAE, from the last checkpoint where there is one, and judge its reconstructions."""
     if num_frames % 4 != 1:
         raise typer.BadParameter(f"`--num-frames` must be 4n+1, got {num_frames}: 9, 13 or 17 are of use.")
+    settings = {"steps": steps, "batch_size": batch_size, "num_frames": num_frames, "learning_rate": learning_rate}
+    settings |= {"noise_steps": noise_steps, "kl_weight": kl_weight, "seed": seed, "save_steps": save_steps}
+    _check_settings(settings, output)
     set_seed(seed)
     objective = VaeObjective(configuration.vae(), noise_steps, kl_weight, num_frames)
     arguments = TrainingArguments(
@@ -175,7 +178,7 @@ def train(
         train_dataset=ShapesDataset("t2v", "train", steps * batch_size, seed),
         data_collator=collate,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if output.is_dir() else None)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(output))
 
     vae = objective.vae.eval()
     dataset = ShapesDataset("t2v", "train", eval_clips, LATENT_STATISTICS_SEED)
@@ -184,9 +187,23 @@ def train(
         evaluate(vae, task, split, eval_clips, seed) for task in ("t2v", "t2i") for split in ("seen", "composition")
     ]
     Console().print(score_table(scores))
-    settings = {"steps": steps, "batch_size": batch_size, "num_frames": num_frames, "learning_rate": learning_rate}
-    settings |= {"noise_steps": noise_steps, "kl_weight": kl_weight, "seed": seed}
     _save(vae, {"settings": settings, "scores": [score.to_dict() for score in scores]}, output)
+
+
+def _check_settings(settings: dict[str, Any], output: Path) -> None:
+    """Refuse to go on with a training that began otherwise; write down how a new one begins."""
+    path = output / "settings.json"
+    if not path.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        _write_json(settings, path)
+        return
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    for name in sorted(stored.keys() | settings.keys()):
+        if stored.get(name) != settings.get(name):
+            raise typer.BadParameter(
+                f"{output}: this training began with {name} {stored.get(name)}, not {settings.get(name)}. Go on with "
+                "that, or begin another in an empty folder."
+            )
 
 
 def _save(vae: AutoencoderKLWan, results: dict[str, Any], output: Path) -> None:
@@ -196,9 +213,13 @@ def _save(vae: AutoencoderKLWan, results: dict[str, Any], output: Path) -> None:
     vae.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    partial = output / "vae.json.partial"
-    partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    partial.replace(output / "vae.json")
+    _write_json(results, output / "vae.json")
+
+
+def _write_json(values: dict[str, Any], path: Path) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ import typer
 from diffusers import AutoencoderKLWan
 
 from omni_video_hf.shapes import Scene, ShapesDataset, configuration, render
+from omni_video_hf.shapes.scene import COLORS, HELD_OUT
 from omni_video_hf.shapes.train_vae import (
+    RecoloredClips,
     VaeObjective,
     evaluate,
     foreground_mask,
@@ -36,6 +38,30 @@ def test_pixels_and_back():
     assert pixels.shape == (2, 3, 5, 64, 64)
     assert -1 <= pixels.min() < pixels.max() <= 1
     assert (to_frames(pixels) == frames.numpy()).all()
+
+
+def test_recolored_clips_keep_everything_but_colors_and_never_show_what_is_held_out():
+    plain, any_colors, half = (
+        ShapesDataset("t2v", "train", 60, 3),
+        *(RecoloredClips(60, 3, share) for share in (1, 0.5)),
+    )
+    kept = [(half[index]["target"] == plain[index]["target"]).all() for index in range(60)]
+    assert 15 < sum(kept) < 45
+    backgrounds = 0
+    for index in range(60):
+        scene, clip = plain.example(index).target, any_colors[index]["target"]
+        assert (any_colors[index]["target"] == clip).all()
+        x, y = scene.centers()[0].astype(int)
+        color = clip[0, y, x].astype(float)
+        for held_out, shape in HELD_OUT:
+            assert shape != scene.shape or np.linalg.norm(color - COLORS[held_out]) > 90
+        assert (clip[0, y, x] == clip[0, y + 1, x]).all()
+        backgrounds += (clip[0, 0, 0] == plain[index]["target"][0, 0, 0]).all()
+        same = [(frames != frames[:, :1, :1]).any(-1) for frames in (clip, plain[index]["target"])]
+        assert (same[0] != same[1]).mean() < 0.02  # the faintest pixels of an edge may round away
+    assert 15 < backgrounds < 45
+    with pytest.raises(ValueError, match=r"got 1\.5"):
+        RecoloredClips(1, 0, 1.5)
 
 
 def test_the_foreground_is_the_shape_and_its_edge():

@@ -1,5 +1,6 @@
 """Scenes of Omni-Video Shapes: one anti-aliased shape on a plain background, standing still or moving steadily."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,20 +112,30 @@ def coverage(shape: str, radius: np.ndarray | float, x: np.ndarray, y: np.ndarra
     return (depth(shape, radius, x, y) + 0.5).clip(0, 1)
 
 
-def render(scene: Scene, num_frames: int = NUM_FRAMES) -> np.ndarray:
+def render(
+    scene: Scene,
+    num_frames: int = NUM_FRAMES,
+    color: Sequence[int] | None = None,
+    background: Sequence[int] | None = None,
+) -> np.ndarray:
     """
     Draw a scene: a clip, or with `num_frames=1` its middle frame as an image.
 
     Only a window around the shape is computed, and colours are looked up among 256 mixtures of the two.
+
+    Args:
+        scene: what to draw.
+        num_frames: at least 1.
+        color, background: RGB in 0..255 to draw with in place of the scene's.
 
     Returns:
         uint8 `[num_frames, 64, 64, 3]`, RGB.
     """
     if num_frames < 1:
         raise ValueError(f"`num_frames` must be at least 1, got {num_frames}.")
-    background = np.array(BACKGROUNDS[scene.background])
-    difference = np.array(COLORS[scene.color]) - background
-    mixtures = np.rint(background + np.linspace(0, 1, 256)[:, None] * difference).astype(np.uint8)
+    behind = np.array(BACKGROUNDS[scene.background] if background is None else background)
+    difference = np.array(COLORS[scene.color] if color is None else color) - behind
+    mixtures = np.rint(behind + np.linspace(0, 1, 256)[:, None] * difference).astype(np.uint8)
 
     frames = np.empty((num_frames, SIDE, SIDE, 3), np.uint8)
     frames.reshape(-1, SIDE * 3)[:] = np.tile(mixtures[0], SIDE)

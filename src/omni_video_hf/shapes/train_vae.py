@@ -3,7 +3,8 @@ Trains the VAE of Omni-Video Shapes: `python -m omni_video_hf.shapes.train_vae -
 
 What runs on two cores taught: a plain L1 leaves the shape out, since it is a twentieth of the pixels. A stochastic
 latent from the start collapses. All 17 frames must be trained on: a VAE that had seen 9 was wrong by 3 of 255 in them
-and by 33 in the 17th.
+and by 33 in the 17th. A VAE that knows six colours does not compose them with shapes: after 3,000 steps the judge read
+85 of 89 circles right, but 10 of 38 green ones, which are held out. Hence [`RecoloredClips`].
 """
 
 import json
@@ -19,16 +20,52 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import configuration
 from .dataset import ShapesDataset
-from .scene import NUM_FRAMES
+from .scene import BACKGROUNDS, COLORS, HELD_OUT, NUM_FRAMES, render
 from .scores import Score, check_generation
 
 LATENT_STATISTICS_SEED = 1  # training clips that are not the first ones trained on
 CLIPS_AT_ONCE = 8
+MIN_CONTRAST = 80.0  # colour distance between the shape and what is behind it
+HELD_OUT_DISTANCE = 90.0  # twice what the judge takes for a colour
+
+
+class RecoloredClips(Dataset):
+    """
+    The training clips, a share of them in any colours instead of the data set's.
+
+    The held-out pairs stay unseen: no shape is drawn within `HELD_OUT_DISTANCE` of the colour that is held out for it.
+
+    Args:
+        length, seed: as in [`ShapesDataset`].
+        share: of the clips that are drawn in other colours; half of these keep their background.
+    """
+
+    def __init__(self, length: int, seed: int, share: float) -> None:
+        if not 0 <= share <= 1:
+            raise ValueError(f"`share` must be in 0..1, got {share}.")
+        self.clips, self.share = ShapesDataset("t2v", "train", length, seed), share
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        scene = self.clips.example(index).target
+        rng = np.random.default_rng((self.clips.seed, range(len(self))[index]))
+        if rng.random() >= self.share:
+            return {"target": render(scene)}
+        background = np.array(BACKGROUNDS[scene.background]) if rng.random() < 0.5 else rng.integers(0, 256, 3)
+        far = [(COLORS[color], HELD_OUT_DISTANCE) for color, shape in HELD_OUT if shape == scene.shape]
+        far.append((background, MIN_CONTRAST))
+        while True:
+            color = rng.integers(0, 256, 3)
+            if all(np.linalg.norm(color - other) > distance for other, distance in far):
+                return {"target": render(scene, color=color, background=background)}
 
 
 class VaeObjective(nn.Module):
@@ -143,6 +180,7 @@ def train(
         int, typer.Option(min=1, help="Steps until the latent is a sample of the posterior.")
     ] = 2000,
     kl_weight: float = 1e-4,
+    recolor: Annotated[float, typer.Option(min=0, max=1, help="Share of the clips in any colours.")] = 0.5,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
     eval_clips: Annotated[int, typer.Option(min=1, help="Clips, and images, of each split judged at the end.")] = 200,
@@ -151,7 +189,8 @@ def train(
     if num_frames % 4 != 1:
         raise typer.BadParameter(f"`--num-frames` must be 4n+1, got {num_frames}: 9, 13 or 17 are of use.")
     settings = {"steps": steps, "batch_size": batch_size, "num_frames": num_frames, "learning_rate": learning_rate}
-    settings |= {"noise_steps": noise_steps, "kl_weight": kl_weight, "seed": seed, "save_steps": save_steps}
+    settings |= {"noise_steps": noise_steps, "kl_weight": kl_weight, "recolor": recolor, "seed": seed}
+    settings |= {"save_steps": save_steps}
     _check_settings(settings, output)
     set_seed(seed)
     objective = VaeObjective(configuration.vae(), noise_steps, kl_weight, num_frames)
@@ -175,7 +214,7 @@ def train(
     trainer = Trainer(
         objective,
         arguments,
-        train_dataset=ShapesDataset("t2v", "train", steps * batch_size, seed),
+        train_dataset=RecoloredClips(steps * batch_size, seed, recolor),
         data_collator=collate,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(output))

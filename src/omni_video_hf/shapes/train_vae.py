@@ -2,9 +2,9 @@
 Trains the VAE of Omni-Video Shapes: `python -m omni_video_hf.shapes.train_vae --output FOLDER`, resumable.
 
 What runs on two cores taught: a plain L1 leaves the shape out, since it is a twentieth of the pixels. A stochastic
-latent from the start collapses. All 17 frames must be trained on: a VAE that had seen 9 was wrong by 3 of 255 in them
-and by 33 in the 17th. A VAE that knows six colours does not compose them with shapes: after 3,000 steps the judge read
-85 of 89 circles right, but 10 of 38 green ones, which are held out. Hence [`RecoloredClips`].
+latent from the start collapses. All 17 frames must be trained on: a VAE that had seen 9 was wrong by 3.5 of 255 in
+these and by 33 in the 17th. A VAE that knows six colours hardly composes them with shapes: after 3,000 steps the judge
+read 85 of 89 circles right, but 10 of 38 green ones, which are held out. Hence [`RecoloredClips`].
 """
 
 import json

@@ -42,7 +42,8 @@ from vila_settings import generation_token_notes, vila_processor, vila_tokenizer
 from wan_repository import find_wan, load_wan_component, wan_files
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline, OmniVideoProcessor
-from omni_video_hf.hub import repository_parts, repository_table, write_root_index
+from omni_video_hf.hub import repository_parts, repository_table
+from omni_video_hf.repository_omni_video import finalize_repository
 from omni_video_hf.settings_omni_video import PRESETS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -131,7 +132,7 @@ def convert(
         for file in copied:
             unfinished.copy(file, partial / file.parent.name / file.name)
         write_the_rest(partial, models, processor, text_tokenizer)
-        write_root_index(partial)
+        finalize_repository(partial)
         verify(partial, {name: plans[name].dtypes if name in plans else None for name in models})
         unfinished.finish(output)
     unread = checkpoint.unread_weights(name for component in components for name in component.load().files)

@@ -151,7 +151,7 @@ def test_help_names_every_flag_of_diffusers_cli():
     text = CliRunner().invoke(app, ["generate", "--help"], terminal_width=200).output
     for flag in (
         "--model", "--dtype", "--device", "--seed", "--steps", "--guidance-scale", "--size", "--frames", "--fps",
-        "--cpu-offload", "--attention-backend", "--lora", "--trust-remote-code", "--output", "--verbose",
+        "--cpu-offload", "--attention-backend", "--lora", "--output", "--verbose",
     ):  # fmt: skip
         assert flag in text
     commands = CliRunner().invoke(app, ["--help"]).output

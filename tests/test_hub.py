@@ -7,8 +7,9 @@ from hub_server import hub_server_fixture, run_client  # noqa: F401
 from safetensors.torch import save_file
 
 from omni_video_hf import OmniVideoForConditionalGeneration
-from omni_video_hf.hub import read_header, repository_parts, repository_table, write_root_index
+from omni_video_hf.hub import repository_parts, repository_table
 from omni_video_hf.media_omni_video import load_image
+from omni_video_hf.repository_omni_video import finalize_repository, read_header, write_root_index
 
 NAME = "lab/omni-video-tiny"
 
@@ -18,7 +19,7 @@ def test_root_index_names_every_weight_of_the_component_folders_once(converted, 
     shutil.copytree(converted, folder)
     for name in ("config.json", "model.safetensors.index.json", "generation_config.json"):
         (folder / name).unlink()
-    write_root_index(folder)
+    finalize_repository(folder)
     for name in ("config.json", "model.safetensors.index.json", "generation_config.json"):
         assert (folder / name).read_bytes() == (converted / name).read_bytes()
     loaded, report = OmniVideoForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
@@ -31,8 +32,10 @@ def test_root_index_names_every_weight_of_the_component_folders_once(converted, 
 def test_a_weight_in_two_folders_is_refused(converted, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(converted, folder)
-    save_file({"proj_out.weight": torch.zeros(1)}, folder / "adapter" / "more.safetensors")
-    with pytest.raises(ValueError, match=r"proj_out\.weight.*also in adapter/more\.safetensors"):
+    save_file(
+        {"proj_out.weight": torch.zeros(1)}, folder / "adapter" / "diffusion_pytorch_model-00001-of-00001.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"proj_out\.weight.*also in adapter/diff"):
         write_root_index(folder)
 
 

@@ -1,16 +1,24 @@
 """Omni-Video (arXiv 2507.06119) for transformers and diffusers."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from .configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig, OmniVideoVisionHeadConfig
 from .configuration_vila import VilaConfig
+from .lora_omni_video import collect_lora_layers
+from .losses_omni_video import OmniVideoLossConfig
 from .modeling_omni_video import OmniVideoForConditionalGeneration
 from .modeling_omni_video_connectors import OmniVideoAdapter, OmniVideoVisionHead
 from .modeling_vila import VilaForConditionalGeneration, VilaModel
 from .pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
 from .processing_omni_video import OmniVideoProcessor
-
-__version__ = "0.1.0"
+from .remote_code_omni_video import __version__
+from .repository_omni_video import complete_repository
 
 # With the package installed no `trust_remote_code` is needed, and the package's classes are used.
 for _config, _model in (
@@ -19,6 +27,7 @@ for _config, _model in (
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoModelForImageTextToText.register(_config, _model)
+    AutoModelForMultimodalLM.register(_config, _model)
 AutoModel.register(OmniVideoConfig, OmniVideoForConditionalGeneration)
 AutoModel.register(VilaConfig, VilaModel)
 AutoProcessor.register(OmniVideoConfig, OmniVideoProcessor)
@@ -28,6 +37,7 @@ __all__ = [
     "OmniVideoAdapterConfig",
     "OmniVideoConfig",
     "OmniVideoForConditionalGeneration",
+    "OmniVideoLossConfig",
     "OmniVideoPipeline",
     "OmniVideoPipelineOutput",
     "OmniVideoProcessor",
@@ -35,4 +45,7 @@ __all__ = [
     "OmniVideoVisionHeadConfig",
     "VilaConfig",
     "VilaForConditionalGeneration",
+    "__version__",
+    "collect_lora_layers",
+    "complete_repository",
 ]

@@ -1,4 +1,4 @@
-"""The `omni-video` command: generate, edit, ask, and look into a repository."""
+"""The `omni-video` command: generate, edit, ask; look into a repository, push it, write its card."""
 
 import json
 import logging
@@ -18,7 +18,11 @@ from rich.table import Table
 
 from .hub import repository_parts, repository_table
 from .media_omni_video import open_media, save_image, save_video
+from .model_card_omni_video import write_model_card
 from .pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
+from .publishing_omni_video import push_completed, push_repository, repository_files
+from .repository_omni_video import missing_parts
+from .training import cli as training_cli
 
 app = typer.Typer(
     help="Generate, edit and understand videos and images with Omni-Video.",
@@ -65,7 +69,6 @@ MaxContextLength = Annotated[int | None, typer.Option(help="Let a longer source 
 Offload = Annotated[CpuOffload | None, typer.Option("--cpu-offload", help="Keep idle weights in main memory.")]
 AttentionBackend = Annotated[str | None, typer.Option(help="A diffusers attention backend, e.g. flash, sage.")]
 Lora = Annotated[str | None, typer.Option(help="LoRA file or repository, or JSON arguments of load_lora_weights.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the repository ships.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")]
 Token = Annotated[str | None, typer.Option(envvar="HF_TOKEN", show_envvar=False, help="Hub token.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")]
@@ -92,7 +95,6 @@ def generate(
     lora: Lora = None,
     revision: Revision = None,
     token: Token = None,
-    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     verbose: Verbose = False,
 ) -> None:
@@ -106,7 +108,7 @@ def generate(
         if output is not None:
             task = "t2i" if _checked_output(output, overwrite) == "image" else "t2v"
         settings = _settings(size, frames, fps, steps, guidance_scale, flow_shift, seed, negative_prompt)
-        pipe = _load(model, dtype, device, cpu_offload, attention_backend, lora, revision, token, trust_remote_code)
+        pipe = _load(model, dtype, device, cpu_offload, attention_backend, lora, revision, token)
         _finish(pipe(prompt, task=task, **settings), output, overwrite)
 
 
@@ -132,7 +134,6 @@ def edit(
     lora: Lora = None,
     revision: Revision = None,
     token: Token = None,
-    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     verbose: Verbose = False,
 ) -> None:
@@ -148,7 +149,7 @@ def edit(
         if output is not None and _checked_output(output, overwrite) != kind:
             raise ValueError(f"`--output {output}` does not fit an edit of the {kind} {source}.")
         settings = _settings(size, frames, fps, steps, guidance_scale, flow_shift, seed, negative_prompt)
-        pipe = _load(model, dtype, device, cpu_offload, attention_backend, lora, revision, token, trust_remote_code)
+        pipe = _load(model, dtype, device, cpu_offload, attention_backend, lora, revision, token)
         task = "i2i" if kind == "image" else "v2v"
         _finish(
             pipe(instruction, **media, task=task, max_context_length=max_context_length, **settings), output, overwrite
@@ -168,13 +169,12 @@ def ask(
     lora: Lora = None,
     revision: Revision = None,
     token: Token = None,
-    trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = False,
 ) -> None:
     """Answer a question about a video or an image."""
     with _one_line_errors(verbose):
         media = _open_source(source)
-        pipe = _load(model, dtype, device, cpu_offload, None, lora, revision, token, trust_remote_code)
+        pipe = _load(model, dtype, device, cpu_offload, None, lora, revision, token)
         output = pipe(question, **media, task="understand", max_new_tokens=max_new_tokens, **_generator(seed))
         _finish(output)
 
@@ -196,6 +196,75 @@ def info(
             out.print_json(json.dumps([part.to_dict() for part in parts]))
         else:
             out.print(repository_table(parts, title=model))
+
+
+@app.command(context_settings=training_cli.CONTEXT)
+def train(
+    context: typer.Context, config: training_cli.Config, resume: training_cli.Resume = False, verbose: Verbose = False
+) -> None:
+    """
+    Train from a recipe. Any setting can be overridden: --learning_rate 1e-5 --losses.alignment squared_l2.
+
+    Run it under `accelerate launch` for several GPUs; see docs/training.md.
+    """
+    with _one_line_errors(verbose):
+        folder = training_cli.train(config, [*context.args, *(["--resume"] if resume else [])])
+        if folder is not None:
+            print(folder)  # noqa: T201
+
+
+@app.command()
+def push(
+    source: Annotated[str, typer.Argument(metavar="DIR_OR_REPO", help="Folder, or Hub repository to copy.")],
+    target: Annotated[str, typer.Argument(help="Hub repository, `owner/name`; created if need be.")],
+    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch of the target, created if need be.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    message: Annotated[str | None, typer.Option("--message", help="Title of the commit or pull request.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Repository to take what a saved model lacks from, such as its VAE.")
+    ] = None,
+    token: Token = None,
+    verbose: Verbose = False,
+) -> None:
+    """
+    Push a repository or a LoRA to the Hub, in one commit.
+
+    Run it again after an interruption: what has arrived is not sent again.
+    """
+    with _one_line_errors(verbose):
+        if target.count("/") != 1:
+            raise ValueError(f"`{target}` must be a Hub repository, `owner/name`.")
+        _check_repository(source)
+        folder = Path(source)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(source, token=token))
+        _, left_out = repository_files(folder)
+        if left_out:
+            console.print(f"left out: {', '.join(left_out)}", markup=False)
+        options = {"private": private, "revision": revision, "create_pr": create_pr, "commit_message": message}
+        if base is not None and (folder / "mllm").is_dir() and missing_parts(folder):
+            commit = push_completed(folder, target, base, token=token, **options)
+        else:
+            base_model = base or (None if Path(source).is_dir() else source)
+            commit = push_repository(folder, target, base_model=base_model, token=token, **options)
+        print(commit.pr_url or commit.commit_url)  # noqa: T201
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A repository, or a folder with a LoRA.")],
+    name: Annotated[str, typer.Argument(metavar="REPO", help="What it is called on the Hub, `owner/name`.")],
+    base: Annotated[str | None, typer.Option(help="Hub repository it was made from.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write the model card of a folder, from what is known about it. A card that a person edited stays as it is."""
+    with _one_line_errors(verbose):
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: is not a folder.")
+        if not write_model_card(folder, name, base):
+            raise ValueError(f"{folder / 'README.md'}: was written or edited by a person; move it away for a new one.")
+        print(folder / "README.md")  # noqa: T201
 
 
 def main() -> None:
@@ -265,7 +334,6 @@ def _load(
     lora: str | None,
     revision: str | None,
     token: str | None,
-    trust_remote_code: bool,
 ) -> OmniVideoPipeline:
     """The pipeline, on its device and set up as asked."""
     _check_repository(model)
@@ -274,9 +342,8 @@ def _load(
         raise ValueError(f"`--device {device}`: this machine, or this build of torch, has no CUDA device.")
     if cpu_offload is not None and device == "cpu":
         raise ValueError(f"`--cpu-offload {cpu_offload.value}` needs an accelerator; the device is the CPU.")
-    folder = model if Path(model).is_dir() else snapshot_download(model, revision=revision, token=token)
     arguments = {} if dtype is None else {"dtype": getattr(torch, dtype.value)}
-    pipe = OmniVideoPipeline.from_pretrained(folder, trust_remote_code=trust_remote_code, **arguments)
+    pipe = OmniVideoPipeline.from_pretrained(model, revision=revision, token=token, **arguments)
     if lora is not None and lora.endswith(".safetensors") and not Path(lora).is_file():
         raise ValueError(f"`--lora {lora}`: no such file.")
     if lora is not None:

@@ -2,6 +2,7 @@
 
 from dataclasses import field
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -153,6 +154,9 @@ class OmniVideoConfig(PreTrainedConfig):
             Configuration of the adapter; `None` leaves it out, as in the `mllm` component of a pipeline.
         decoder_config (`dict`, *optional*, defaults to Wan2.1-T2V-1.3B):
             Arguments of diffusers' `WanTransformer3DModel`; `None` leaves the decoder out.
+        enable_mllm (`bool`, defaults to `True`):
+            Whether the MLLM is there. `False` leaves it out, for training on its precomputed hidden states;
+            `mllm_config` still gives their width.
         image_generation_token_id (`int`, defaults to 128002):
             Id of `[GEN_IMG]`, the MLLM's answer when an image is to be drawn.
         video_generation_token_id (`int`, defaults to 128003):
@@ -173,6 +177,7 @@ class OmniVideoConfig(PreTrainedConfig):
     vision_head_config: dict | PreTrainedConfig | None = None
     adapter_config: dict | PreTrainedConfig | None = field(default_factory=dict)
     decoder_config: dict | None = field(default_factory=lambda: dict(WAN_2_1_T2V_1_3B))
+    enable_mllm: bool = True
     image_generation_token_id: int = 128002
     video_generation_token_id: int = 128003
     tie_word_embeddings: bool = False
@@ -211,4 +216,23 @@ class OmniVideoConfig(PreTrainedConfig):
         return self.mllm_config.get_text_config(*args, **kwargs)
 
 
-__all__ = ["WAN_2_1_T2V_1_3B", "OmniVideoAdapterConfig", "OmniVideoConfig", "OmniVideoVisionHeadConfig"]
+def state_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """
+    Let every part of a model be made, and be said to be stored, in one format.
+
+    transformers tells the configurations inside ours, but not those inside them, which go on naming the format that
+    their checkpoint was stored in.
+    """
+    config.dtype = dtype
+    for name in config.sub_configs:
+        if getattr(config, name) is not None:
+            state_dtype(getattr(config, name), dtype)
+
+
+__all__ = [
+    "WAN_2_1_T2V_1_3B",
+    "OmniVideoAdapterConfig",
+    "OmniVideoConfig",
+    "OmniVideoVisionHeadConfig",
+    "state_dtype",
+]

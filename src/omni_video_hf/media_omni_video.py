@@ -8,24 +8,28 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorRange, Colorspace
 from huggingface_hub.utils import get_session
 from PIL import Image, ImageOps
+from transformers.utils import is_av_available
 
 from .media_reading_omni_video import (
     BACKGROUND,
     MediaError,
     VideoInfo,
     check_file,
+    check_pyav,
     decode_frames,
     over_background,
     picture_format,
     probe_video,
     read_index,
 )
+
+if is_av_available():
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
 
 MAX_DOWNLOAD_BYTES = 2**31
 BT709 = 1  # as primaries and as transfer, in ITU-T H.273; older PyAV has no names for them
@@ -319,6 +323,7 @@ def save_video(frames: Any, path: str | Path, fps: float | None = None, *, crf: 
     Raises:
         MediaError: for another suffix, no frames, no rate, or values that are no pictures.
     """
+    check_pyav()
     path = Path(path)
     if path.suffix.lower() != ".mp4":
         raise MediaError(f"{path}: the suffix of a video must be .mp4.")

@@ -14,12 +14,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 from PIL import Image
+from transformers.utils import is_av_available
 
-if int(av.__version__.split(".")[0]) < 17:
-    raise ImportError(f"PyAV 17 or later is needed, found {av.__version__}: older ones convert HD colours wrongly.")
+if is_av_available():
+    import av
 
 # Transparent parts of pictures and videos are shown over this colour. White is what most viewers and papers do;
 # dropping the alpha channel would bring up whatever lies under it, often black.
@@ -193,6 +193,17 @@ def check_file(path: Path) -> None:
         raise MediaError(f"{path}: the file is empty (0 bytes); download or export it again.")
 
 
+def check_pyav() -> None:
+    """Refuse to go on without PyAV, or with one that converts HD colours wrongly."""
+    if not is_av_available():
+        raise ImportError("Videos are read and written with the package PyAV, which is missing: `pip install av`.")
+    if int(av.__version__.split(".")[0]) < 17:
+        raise ImportError(
+            f"PyAV 17 or later is needed, found {av.__version__}, which converts HD colours wrongly: "
+            "`pip install --upgrade av`."
+        )
+
+
 def over_background(rgba: np.ndarray) -> np.ndarray:
     """Composite uint8 [..., 4] RGBA over `BACKGROUND`; returns uint8 [..., 3]."""
     alpha = rgba[..., 3:].astype(np.uint32)
@@ -203,6 +214,7 @@ def over_background(rgba: np.ndarray) -> np.ndarray:
 @contextmanager
 def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     """Open a local video file; yields `(container, stream)` and turns FFmpeg's errors into `MediaError`."""
+    check_pyav()
     check_file(path)
     options = {"format_whitelist": VIDEO_CONTAINERS, "protocol_whitelist": "file"}
     try:

@@ -12,27 +12,40 @@ Text encoder and VAE are not trained and belong to the pipeline; their outputs c
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import attention_backend
+from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
-from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import ModelOutput
 
-from .configuration_omni_video import OmniVideoConfig
+from .configuration_omni_video import OmniVideoConfig, state_dtype
 from .configuration_vila import VilaConfig
 from .flow_matching_omni_video import (
     NUM_TRAIN_TIMESTEPS,
     add_noise,
     flow_matching_loss,
-    training_sigmas,
-    training_weights,
     velocity_target,
+)
+from .losses_omni_video import (
+    LOSS_NAMES,
+    Generators,
+    OmniVideoLossConfig,
+    alignment_loss,
+    draw_timestep_indices,
+    mean_token,
+    timestep_tables,
 )
 from .modeling_omni_video_connectors import (
     ContextOverflow,
@@ -42,8 +55,10 @@ from .modeling_omni_video_connectors import (
     OmniVideoStoredEmbeddings,
     OmniVideoVisionHead,
     OutputKind,
+    pad_embeddings,
 )
 from .modeling_vila import VilaForConditionalGeneration
+from .saving_omni_video import OmniVideoSavingMixin
 
 # The component folders of a repository hold bare keys; in the whole model their parts have names.
 register_checkpoint_conversion_mapping(
@@ -86,9 +101,10 @@ class OmniVideoOutput(ModelOutput):
     Output of [`OmniVideoForConditionalGeneration`]; what the inputs do not ask for is `None`.
 
     Args:
-        loss: sum of the losses that the inputs allow.
+        loss: sum of the losses that the inputs allow, times their weights.
         answer_loss: cross-entropy of `labels`.
-        alignment_loss: distance of the visual tokens from `target_features`.
+        alignment_loss: distance of the mean visual token from `target_features`.
+        text_alignment_loss: distance of the adapter's mean token from the prompt's.
         flow_matching_loss: weighted squared error of the decoder's velocity.
         logits: `[batch, length, vocabulary]` of the MLLM.
         past_key_values: cache of the MLLM.
@@ -101,6 +117,7 @@ class OmniVideoOutput(ModelOutput):
     loss: torch.Tensor | None = None
     answer_loss: torch.Tensor | None = None
     alignment_loss: torch.Tensor | None = None
+    text_alignment_loss: torch.Tensor | None = None
     flow_matching_loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
@@ -151,8 +168,22 @@ class OmniVideoPreTrainedModel(PreTrainedModel):
             for buffer_name, buffer in fresh.named_buffers():
                 init.copy_(getattr(module, buffer_name), buffer)
 
+    @staticmethod
+    def _load_pretrained_model(
+        model: PreTrainedModel, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, **kwargs: Any
+    ) -> Any:
+        # For weights that stay on the disk, transformers looks for all files of an index in the folder of the first
+        # one. Ours lie in several, so the index gets their whole paths.
+        if checkpoint_files and load_config.sharded_metadata:
+            weight_map = load_config.sharded_metadata["weight_map"]
+            paths = {
+                name: file for name in set(weight_map.values()) for file in checkpoint_files if file.endswith(name)
+            }
+            weight_map.update({name: paths[file] for name, file in weight_map.items()})
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
 
-class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixin):
+
+class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTrainedModel, GenerationMixin):
     """
     MLLM, vision head, adapter and decoder.
 
@@ -165,8 +196,10 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
             super().__init__(config)
         except ImportError as error:
             raise _name_the_package(error, config._attn_implementation) from error
-        _state_dtype(config.mllm_config, torch.get_default_dtype())
-        if isinstance(config.mllm_config, VilaConfig):
+        state_dtype(config.mllm_config, torch.get_default_dtype())
+        if not config.enable_mllm:
+            self.mllm = None
+        elif isinstance(config.mllm_config, VilaConfig):
             self.mllm = VilaForConditionalGeneration(config.mllm_config)
         else:
             self.mllm = AutoModelForImageTextToText.from_config(config.mllm_config)
@@ -179,6 +212,9 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
         self.decoder = WanTransformer3DModel(**config.decoder_config) if has_decoder else None
         self._pass_on_attn_implementation()
         self.post_init()
+        # Weights of parts that the configuration leaves out are no surprise.
+        left_out = [name for name in ("mllm", "adapter", "decoder") if getattr(self, name) is None]
+        self._keys_to_ignore_on_load_unexpected |= {rf"^{name}\." for name in left_out}
         if has_decoder:
             # The decoder's float32 modules by their full names: bare, "norm1" would also match the MLLM's.
             names = set(WanTransformer3DModel._keep_in_fp32_modules)
@@ -280,17 +316,17 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
     def _validate_model_kwargs(self, model_kwargs: dict[str, object]) -> None:
         self.mllm._validate_model_kwargs(model_kwargs)
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The MLLM's token embedding."""
-        return self.mllm.get_input_embeddings()
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The MLLM's token embedding; `None` in a model without MLLM."""
+        return None if self.mllm is None else self.mllm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the MLLM's token embedding."""
         self.mllm.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The MLLM's language-modelling head."""
-        return self.mllm.get_output_embeddings()
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The MLLM's language-modelling head; `None` in a model without MLLM."""
+        return None if self.mllm is None else self.mllm.get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replace the MLLM's language-modelling head."""
@@ -319,31 +355,50 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
         output_kind: OutputKind | None = None,
         noise: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
+        generator: Generators | None = None,
+        drop_instruction: torch.Tensor | None = None,
+        drop_prompt: torch.Tensor | None = None,
+        loss_config: OmniVideoLossConfig | None = None,
         output_vision_tokens: bool = False,
         **mllm_kwargs: object,
     ) -> OmniVideoOutput:
         """
-        Every loss the inputs allow, by name, and their sum.
+        Every loss the inputs allow, by name, and their weighted sum.
 
         Args:
             input_ids: `[batch, length]`, or `inputs_embeds`; runs the MLLM. `attention_mask`, `pixel_values`,
                 `position_ids`, `past_key_values`, `logits_to_keep` and `mllm_kwargs` go to it; `labels`
                 `[batch, length]`, -100 where nothing is to be learned, give `answer_loss`.
             mllm_hidden_states: precomputed instead of `input_ids`, with `mllm_attention_mask` `[batch, length]`.
-            target_features: `[batch, vision width]`, features of the target image or video; give `alignment_loss`,
-                `1 - cos(mean visual token, target_features)` as upstream's code.
+            target_features: `[batch, vision width]`, features of the target image or video; give `alignment_loss`.
             latents: `[batch, channels, frames, height, width]`, normalised latents of the target; give
                 `flow_matching_loss`, with `prompt_embeds`, `prompt_embeds_mask`, `source_latents` and
                 `reference_latents` as in [`encode_condition`].
             output_kind: by default `"image"` for latents of one frame, else `"video"`.
             noise: like `latents`; drawn when left out.
-            timesteps: `[batch]`, 0..1000; drawn uniformly from the training table when left out.
+            timesteps: `[batch]`, 0..1000, the nearest of the training table is taken; drawn when left out.
+            generator: for what is drawn; one per sample makes a sample's noise independent of its batch.
+            drop_instruction: `[batch]`, true where the decoder is shown the stored visual tokens of the empty
+                instruction instead of the sample's (condition dropout). Alignment losses see the sample's own.
+            drop_prompt: `[batch]`, true where it is shown the stored empty prompt. The source is never dropped.
+            loss_config: weights and options of the losses, upstream's by default.
             output_vision_tokens: compute `vision_tokens` though no loss needs them; with neither `input_ids` nor
                 `mllm_hidden_states` those of the empty instruction (null branch).
+
+        Raises:
+            ValueError: when the inputs ask for a part that the model does not have, or do not fit each other.
         """
-        mllm_outputs = ModelOutput()
-        needs_vision_tokens = output_vision_tokens or target_features is not None or latents is not None
+        config = loss_config or OmniVideoLossConfig()
+        draws = latents is not None and config.flow_matching_weight > 0
+        aligns = target_features is not None and config.alignment_weight > 0
+        aligns_text = prompt_embeds is not None and config.text_alignment_weight > 0
+        needs_vision_tokens = output_vision_tokens or draws or aligns or aligns_text
+        if output_kind is None:
+            output_kind = "image" if latents is not None and latents.shape[2] == 1 else "video"
+
+        mllm_outputs, vision_tokens, velocity = ModelOutput(), None, None
         if input_ids is not None or inputs_embeds is not None:
+            self._require("mllm")
             if needs_vision_tokens:
                 mllm_kwargs.update(output_hidden_states=True, use_cache=False)
             mllm_outputs = self.mllm(
@@ -353,37 +408,44 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
-                labels=labels,
+                labels=labels if config.answer_weight > 0 else None,
                 logits_to_keep=logits_to_keep,
                 **mllm_kwargs,
             )
             if needs_vision_tokens:
                 mllm_hidden_states, mllm_attention_mask = mllm_outputs.hidden_states[-1], attention_mask
-
-        vision_tokens = alignment_loss = velocity = flow_loss = None
         if needs_vision_tokens:
             vision_tokens = self.vision_head(mllm_hidden_states, mllm_attention_mask)
-        if target_features is not None:
-            mean_token = vision_tokens.float().mean(dim=1)
-            alignment_loss = 1 - nn.functional.cosine_similarity(mean_token, target_features.float()).mean()
-        if latents is not None:
-            self._require("adapter")
-            context = self.adapter(
+
+        losses = {"answer": mllm_outputs.get("loss")}
+        if aligns:
+            losses["alignment"] = alignment_loss(mean_token(vision_tokens), target_features, config.alignment)
+        if aligns_text:
+            losses["text_alignment"] = self._text_alignment(
+                vision_tokens, prompt_embeds, prompt_embeds_mask, output_kind, config
+            )
+        if draws:
+            context = self._training_context(
                 vision_tokens,
                 prompt_embeds,
+                prompt_embeds_mask,
+                drop_instruction,
+                drop_prompt,
                 source_latents=source_latents,
                 reference_latents=reference_latents,
-                output_kind=output_kind or ("image" if latents.shape[2] == 1 else "video"),
-                prompt_embeds_mask=prompt_embeds_mask,
+                output_kind=output_kind,
             )
-            flow_loss, velocity = self._flow_matching(latents, context, noise, timesteps)
+            losses["flow_matching"], velocity = self._flow_matching(
+                latents, context, noise, timesteps, generator, config
+            )
 
-        losses = [loss for loss in (mllm_outputs.get("loss"), alignment_loss, flow_loss) if loss is not None]
+        terms = [config.weight(name) * loss for name in LOSS_NAMES if (loss := losses.get(name)) is not None]
         return OmniVideoOutput(
-            loss=sum(losses) if losses else None,
-            answer_loss=mllm_outputs.get("loss"),
-            alignment_loss=alignment_loss,
-            flow_matching_loss=flow_loss,
+            loss=sum(terms) if terms else None,
+            answer_loss=losses["answer"],
+            alignment_loss=losses.get("alignment"),
+            text_alignment_loss=losses.get("text_alignment"),
+            flow_matching_loss=losses.get("flow_matching"),
             logits=mllm_outputs.get("logits"),
             past_key_values=mllm_outputs.get("past_key_values"),
             hidden_states=mllm_outputs.get("hidden_states"),
@@ -392,25 +454,74 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
             velocity=velocity,
         )
 
+    def _text_alignment(
+        self,
+        vision_tokens: torch.Tensor,
+        prompt_embeds: Embeddings,
+        prompt_embeds_mask: torch.Tensor | None,
+        output_kind: OutputKind,
+        config: OmniVideoLossConfig,
+    ) -> torch.Tensor:
+        """
+        How far the adapter's tokens lie from the prompt's (paper, stage 2).
+
+        The paper does not say how 256 tokens a visual token are compared with a prompt of any length; their means are,
+        as the visual tokens' mean is with the target's features.
+        """
+        self._require("adapter")
+        adapted = self.adapter.adapt_vision_tokens(vision_tokens, output_kind)
+        prompts, mask = pad_embeddings(prompt_embeds, prompt_embeds_mask, "prompt_embeds")
+        return alignment_loss(mean_token(adapted), mean_token(prompts, mask), config.alignment)
+
+    def _training_context(
+        self,
+        vision_tokens: torch.Tensor,
+        prompt_embeds: Embeddings | None,
+        prompt_embeds_mask: torch.Tensor | None,
+        drop_instruction: torch.Tensor | None,
+        drop_prompt: torch.Tensor | None,
+        **parts: object,
+    ) -> torch.Tensor:
+        """The context with the stored null states in place of what is dropped."""
+        self._require("adapter")
+        if drop_instruction is not None:
+            # Computed whether or not a sample of this batch is dropped: with sharded weights every process must run
+            # the same modules.
+            null_tokens = self.vision_head().to(vision_tokens)
+            vision_tokens = torch.where(
+                drop_instruction.to(vision_tokens.device)[:, None, None], null_tokens, vision_tokens
+            )
+        if drop_prompt is not None and prompt_embeds is not None:
+            prompts, mask = pad_embeddings(prompt_embeds, prompt_embeds_mask, "prompt_embeds")
+            rows = prompts if mask is None else [row[keep.bool()] for row, keep in zip(prompts, mask, strict=True)]
+            null_prompt = self.adapter.null_prompt_embeds().to(prompts)
+            prompt_embeds = [
+                null_prompt if drop else row for row, drop in zip(rows, drop_prompt.tolist(), strict=True)
+            ]
+            prompt_embeds_mask = None
+        return self.adapter(vision_tokens, prompt_embeds, prompt_embeds_mask=prompt_embeds_mask, **parts)
+
     def _flow_matching(
         self,
         latents: torch.Tensor,
         context: torch.Tensor,
         noise: torch.Tensor | None,
         timesteps: torch.Tensor | None,
+        generator: Generators | None,
+        config: OmniVideoLossConfig,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and velocity of noised `latents` under `context`."""
-        table = (training_sigmas() * NUM_TRAIN_TIMESTEPS).to(latents.device)
-        noise = torch.randn_like(latents) if noise is None else noise
+        table, weights = (values.to(latents.device) for values in timestep_tables(config))
         if timesteps is None:
-            indices = torch.randint(len(table), latents.shape[:1], device=latents.device)
+            indices = draw_timestep_indices(len(latents), config, generator).to(latents.device)
         else:
             indices = (table[None] - timesteps.to(table)[:, None]).abs().argmin(dim=1)
+        if noise is None:
+            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
         timesteps = table[indices]
         noisy = add_noise(latents, noise, timesteps / NUM_TRAIN_TIMESTEPS)
         velocity = self.predict_velocity(noisy, timesteps, context)
-        target = velocity_target(latents, noise)
-        return flow_matching_loss(velocity, target, training_weights(table)[indices]), velocity
+        return flow_matching_loss(velocity, velocity_target(latents, noise), weights[indices]), velocity
 
     # --- plumbing -------------------------------------------------------------------------------------------------
 
@@ -424,10 +535,11 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
         wanted = attn_implementation
         if isinstance(attn_implementation, dict):
             wanted = attn_implementation.get("mllm_config", self.config.mllm_config._attn_implementation)
-        try:
-            self.mllm.set_attn_implementation(wanted, **kwargs)
-        except ImportError as error:
-            raise _name_the_package(error, wanted) from error
+        if self.mllm is not None:
+            try:
+                self.mllm.set_attn_implementation(wanted, **kwargs)
+            except ImportError as error:
+                raise _name_the_package(error, wanted) from error
         self.config._attn_implementation = attn_implementation
         self._pass_on_attn_implementation()
 
@@ -452,24 +564,17 @@ class OmniVideoForConditionalGeneration(OmniVideoPreTrainedModel, GenerationMixi
                 self.decoder.set_attention_backend(backend)
 
     def _require(self, part: str) -> None:
-        if getattr(self, part) is None:
+        if getattr(self, part) is not None:
+            return
+        if part == "mllm":
             raise ValueError(
-                f"This model has no {part} (`config.{part}_config` is None): it is the `mllm` component of a pipeline."
-                " Load the root of the repository for the whole model."
+                "This model has no mllm (`config.enable_mllm` is False). Pass `mllm_hidden_states`, or load the whole "
+                "model."
             )
-
-
-def _state_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
-    """
-    Let every part of the MLLM be made in the format that is being loaded.
-
-    transformers tells the configurations inside ours, but not those inside them, which go on naming the format that
-    their checkpoint was stored in.
-    """
-    config.dtype = dtype
-    for name in config.sub_configs:
-        if getattr(config, name) is not None:
-            _state_dtype(getattr(config, name), dtype)
+        raise ValueError(
+            f"This model has no {part} (`config.{part}_config` is None): it is the `mllm` component of a pipeline."
+            " Load the root of the repository for the whole model."
+        )
 
 
 def _name_the_package(error: ImportError, attn_implementation: str | None) -> ImportError:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, SchedulerMixin, WanTransformer3DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils import BaseOutput, is_ftfy_available, logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -19,9 +18,11 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from .attention_omni_video import ConstantContext, constant_context
 from .flow_matching_omni_video import sampling_sigmas
+from .lora_omni_video import OmniVideoLoraLoaderMixin
 from .media_omni_video import probe_video
 from .modeling_omni_video import OmniVideoForConditionalGeneration
 from .modeling_omni_video_connectors import ContextOverflow, OmniVideoAdapter
+from .pipeline_loading_omni_video import OmniVideoRepositoryMixin
 from .processing_omni_video import OmniVideoProcessor, get_task
 from .settings_omni_video import (
     PRESETS,
@@ -61,7 +62,7 @@ class OmniVideoPipelineOutput(BaseOutput):
     notes: list[str] = field(default_factory=list)
 
 
-class OmniVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
+class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLoraLoaderMixin):
     r"""
     Generates videos and images from text, edits them by instruction, and answers questions about them.
 

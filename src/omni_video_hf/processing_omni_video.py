@@ -94,7 +94,6 @@ class OmniVideoProcessor(ProcessorMixin):
         image_aspect_ratio: str = "resize",
         model_max_length: int | None = None,
         num_frames: int = 8,
-        **_: Any,  # attributes that saving wrote and that are derived here
     ) -> None:
         if image_aspect_ratio not in ("resize", "pad"):
             raise ValueError(f"`image_aspect_ratio` must be 'resize' or 'pad', got {image_aspect_ratio!r}.")

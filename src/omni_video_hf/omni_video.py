@@ -1,0 +1,62 @@
+"""
+Everything that a repository's code offers, and the file that Auto classes and diffusers open.
+
+It names every shipped module: transformers copies what a file imports, directly or not, diffusers only what it imports
+directly. It defines nothing itself, because diffusers runs this file anew for every component, and classes that are
+defined twice are not the same class.
+"""
+
+from .attention_omni_video import constant_context
+from .configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig, OmniVideoVisionHeadConfig
+from .configuration_vila import VilaConfig
+from .flow_matching_omni_video import sampling_sigmas
+from .lora_omni_video import OmniVideoLoraLoaderMixin
+from .losses_omni_video import OmniVideoLossConfig
+from .media_omni_video import VideoClip, load_image, load_video, save_image, save_video
+from .media_reading_omni_video import probe_video
+from .model_card_omni_video import TrainingSummary
+from .modeling_omni_video import OmniVideoForConditionalGeneration
+from .modeling_omni_video_connectors import OmniVideoAdapter, OmniVideoVisionHead
+from .modeling_vila import VilaForConditionalGeneration, VilaModel
+from .pipeline_loading_omni_video import OmniVideoRepositoryMixin
+from .pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
+from .processing_omni_video import OmniVideoProcessor
+from .publishing_omni_video import push_repository
+from .remote_code_omni_video import __version__
+from .repository_omni_video import finalize_repository
+from .saving_omni_video import OmniVideoSavingMixin
+from .settings_omni_video import PRESETS
+from .source_omni_video import Source
+
+__all__ = [
+    "PRESETS",
+    "OmniVideoAdapter",
+    "OmniVideoAdapterConfig",
+    "OmniVideoConfig",
+    "OmniVideoForConditionalGeneration",
+    "OmniVideoLoraLoaderMixin",
+    "OmniVideoLossConfig",
+    "OmniVideoPipeline",
+    "OmniVideoPipelineOutput",
+    "OmniVideoProcessor",
+    "OmniVideoRepositoryMixin",
+    "OmniVideoSavingMixin",
+    "OmniVideoVisionHead",
+    "OmniVideoVisionHeadConfig",
+    "Source",
+    "TrainingSummary",
+    "VideoClip",
+    "VilaConfig",
+    "VilaForConditionalGeneration",
+    "VilaModel",
+    "__version__",
+    "constant_context",
+    "finalize_repository",
+    "load_image",
+    "load_video",
+    "probe_video",
+    "push_repository",
+    "sampling_sigmas",
+    "save_image",
+    "save_video",
+]

@@ -1,0 +1,20 @@
+"""Fine-tuning Omni-Video with transformers' Trainer: the paper's stages, upstream's released recipe, and LoRA."""
+
+from importlib import import_module
+
+_HOMES = {
+    "STAGES": "stages",
+    "Stage": "stages",
+    "OmniVideoTrainer": "trainer",
+    "OmniVideoTrainingArguments": "arguments",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import the trainer when it is asked for: the command line need not wait for it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+__all__ = ["STAGES", "OmniVideoTrainer", "OmniVideoTrainingArguments", "Stage"]

@@ -1,0 +1,99 @@
+"""Settings of a training run: transformers' own, and what Omni-Video adds."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..losses_omni_video import OmniVideoLossConfig
+from .names import check_known
+from .stages import PARTS, Stage, get_stage
+
+LORA_PARTS = ("mllm", "vision_head", "adapter", "decoder")
+
+
+@dataclass
+class OmniVideoTrainingArguments(TrainingArguments):
+    """
+    transformers' [`TrainingArguments`] and the settings of Omni-Video's stages.
+
+    Args:
+        stage: one of `align`, `connect`, `joint`, `decoder`, `lora` (see `stages.STAGES`).
+        losses: options of [`OmniVideoLossConfig`] in place of the stage's, e.g. `{"alignment": "squared_l2"}`.
+        part_learning_rates: learning rates of parts in place of `learning_rate`, e.g. `{"decoder": 1e-6}`; names are
+            `text_head`, `vision_head`, `adapter`, `visual_context_adapter`, `decoder`.
+        condition_dropout: probability per sample, 0..1, that instruction and prompt are both replaced by the stored
+            null states (upstream: 0.2).
+        instruction_dropout: likewise of the instruction alone.
+        prompt_dropout: likewise of the prompt alone. The three exclude each other, so they add up to 1 at most.
+        ema_decay: decay of an exponential moving average of what trains, 0 for none. The average is what
+            `save_model` and previews show.
+        preview_steps: draw the previews every so many steps, 0 for never.
+        previews: arguments of the pipeline's call, one mapping per preview, e.g. `{"prompt": "a fox", "task": "t2i"}`.
+        frozen_dtype: `float32`, or `bfloat16` to keep what does not train in half the memory (with `bf16`).
+        lora: settings of peft's `LoraConfig` for the `lora` stage; `parts` names the parts that get matrices.
+
+    Raises:
+        ValueError: for unknown names and numbers out of range.
+    """
+
+    stage: str = field(default="decoder", metadata={"help": "What trains: align, connect, joint, decoder or lora."})
+    losses: dict[str, Any] | str | None = field(default=None, metadata={"help": "Options of OmniVideoLossConfig."})
+    part_learning_rates: dict[str, float] | str | None = field(
+        default=None, metadata={"help": "Learning rates of parts in place of learning_rate."}
+    )
+    condition_dropout: float = field(default=0.2, metadata={"help": "Instruction and prompt replaced by null states."})
+    instruction_dropout: float = field(default=0.0, metadata={"help": "Instruction alone replaced."})
+    prompt_dropout: float = field(default=0.0, metadata={"help": "Prompt alone replaced."})
+    ema_decay: float = field(default=0.0, metadata={"help": "Decay of the moving average of weights, 0 for none."})
+    preview_steps: int = field(default=0, metadata={"help": "Draw previews every so many steps, 0 for never."})
+    previews: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Arguments of pipeline calls."})
+    frozen_dtype: str = field(default="float32", metadata={"help": "Format of what does not train."})
+    lora: dict[str, Any] | str | None = field(default=None, metadata={"help": "Settings of peft's LoraConfig."})
+
+    # Batches hold latents and features, which are no arguments of a dataset's columns alone.
+    remove_unused_columns: bool | None = False
+    # A batch of one task does not run every part, and two processes may have different tasks.
+    ddp_find_unused_parameters: bool | None = True
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "losses", "part_learning_rates", "lora"]  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.loss_config = self.training_stage.loss_config(self.losses)
+        check_known("part_learning_rates", self.part_learning_rates or {}, [*PARTS, "mllm"])
+        for name, rate in (self.part_learning_rates or {}).items():
+            if not isinstance(rate, (int, float)) or rate < 0:
+                raise ValueError(f"`part_learning_rates`: {name} must be a number of 0 or more, got {rate!r}.")
+        dropouts = {
+            name: getattr(self, name) for name in ("condition_dropout", "instruction_dropout", "prompt_dropout")
+        }
+        for name, value in dropouts.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"`{name}` must be between 0 and 1, got {value}.")
+        if sum(dropouts.values()) > 1:
+            raise ValueError(f"The three dropouts exclude each other and must add up to 1 at most, got {dropouts}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be 0 (none) or less than 1, got {self.ema_decay}.")
+        if self.preview_steps < 0:
+            raise ValueError(f"`preview_steps` must be 0 (never) or more, got {self.preview_steps}.")
+        if self.preview_steps and not self.previews:
+            raise ValueError("`preview_steps` is set but `previews` names nothing to draw.")
+        check_known("frozen_dtype", [self.frozen_dtype], ["float32", "bfloat16"])
+        if self.frozen_dtype == "bfloat16" and not self.bf16:
+            raise ValueError("`frozen_dtype: bfloat16` needs `bf16: true`, which lets float32 parts work beside it.")
+        if self.lora is not None and not self.training_stage.lora:
+            raise ValueError(f"`lora` is set but `stage` is {self.stage!r}: use `stage: lora`.")
+
+    @property
+    def training_stage(self) -> Stage:
+        """The stage behind its name."""
+        return get_stage(self.stage)
+
+    @property
+    def drops_conditions(self) -> bool:
+        """Whether any condition is ever dropped."""
+        return self.condition_dropout + self.instruction_dropout + self.prompt_dropout > 0
+
+
+__all__ = ["OmniVideoLossConfig", "OmniVideoTrainingArguments"]

@@ -1,0 +1,26 @@
+"""Names that users write, checked in one way."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def check_known(where: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """
+    Refuse names that nothing knows.
+
+    Args:
+        where: the argument or file to name in the error.
+
+    Raises:
+        ValueError: with every unknown name and its nearest known one.
+    """
+    known = list(known)
+    unknown = [name for name in given if name not in known]
+    if not unknown:
+        return
+    words = []
+    for name in unknown:
+        near = get_close_matches(str(name), known, n=1, cutoff=0.5)
+        words.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    some = f" Known: {', '.join(sorted(known))}." if len(known) <= 12 else ""
+    raise ValueError(f"`{where}`: unknown {', '.join(words)}.{some}")

@@ -1,0 +1,110 @@
+"""Recipes: a training run as one YAML file, with every key known and every value said."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .arguments import OmniVideoTrainingArguments
+from .names import check_known
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass
+class RunArguments:
+    """
+    What a run is made of, beside the settings of its training.
+
+    Args:
+        model: folder or Hub repository to start from.
+        data: folder of samples (see `feature_folder`).
+        eval_data: likewise, for evaluation.
+        revision: of the Hub repository.
+        resume: go on from the last complete checkpoint of `output_dir`, if there is one.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    eval_data: str | None = None
+    revision: str | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("model", "data"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` is missing: name it in the recipe, or pass `--{name} ...`.")
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes in the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def read_recipe(config: str | Path, overrides: Sequence[str] = ()) -> tuple[RunArguments, OmniVideoTrainingArguments]:
+    """
+    Read a recipe.
+
+    Args:
+        config: a YAML file, or the name of a recipe of the package.
+        overrides: command line words, `--key value`, `--key=value` or `--key` for true; `--losses.alignment cosine`
+            reaches into a mapping.
+
+    Raises:
+        ValueError: for a file that is not there or not a mapping, and for keys that nothing knows.
+    """
+    path = Path(config) if str(config).endswith((".yaml", ".yml")) else RECIPES / f"{config}.yaml"
+    if not path.is_file():
+        raise ValueError(f"{config}: no such file, and no recipe of the package ({', '.join(shipped_recipes())}).")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of settings, got {type(values).__name__}.")
+    run_types = {field.name: field.type for field in fields(RunArguments)}
+    types = {field.name: field.type for field in fields(OmniVideoTrainingArguments) if field.init} | run_types
+    check_known(path.name, values, types)
+    values = _overridden(values, overrides)
+    check_known("command line", values, types)
+    values = {name: _meant(value, types[name]) for name, value in values.items()}
+    run = RunArguments(**{name: value for name, value in values.items() if name in run_types})
+    training = {name: value for name, value in values.items() if name not in run_types}
+    if "output_dir" not in training:
+        raise ValueError("`output_dir` is missing: name it in the recipe, or pass `--output_dir ...`.")
+    # By default transformers ties the progress bar to the verbosity of its log.
+    return run, OmniVideoTrainingArguments(**({"disable_tqdm": False} | training))
+
+
+def _overridden(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    values = dict(values)
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"{word!r}: settings are given as `--key value`.")
+        key, given, text = word[2:].partition("=")
+        if not given:
+            text = words.pop(0) if words and not words[0].startswith("--") else "true"
+        outer, _, inner = key.replace("-", "_").partition(".")
+        value = yaml.safe_load(text)
+        if inner:
+            if not isinstance(values.get(outer) or {}, dict):
+                raise ValueError(f"`--{key}`: `{outer}` is not a mapping in the recipe.")
+            value = dict(values.get(outer) or {}) | {inner: _meant(value, "float | bool")}
+        values[outer] = value
+    return values
+
+
+def _meant(value: Any, kind: Any) -> Any:
+    """YAML reads 1e-5 as text, for want of a dot, and `no` as false where `save_strategy: no` means the word."""
+    if isinstance(value, bool) and "bool" not in str(kind):
+        return "yes" if value else "no"
+    if isinstance(value, str) and "float" in str(kind):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,156 @@
+"""A training run from its recipe to a repository that every front door opens."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from rich.console import Console
+from rich.table import Table
+from transformers import set_seed
+
+from ..configuration_omni_video import OmniVideoConfig
+from ..modeling_omni_video import OmniVideoForConditionalGeneration
+from ..pipeline_omni_video import OmniVideoPipeline
+from . import checkpoints
+from .arguments import OmniVideoTrainingArguments
+from .feature_folder import FeatureFolder, SameShapeBatches, stack_samples
+from .lora import add_lora, save_lora
+from .recipe import RunArguments
+from .stages import part_of, stage_config
+from .summary import summarise
+from .trainer import OmniVideoTrainer
+
+PIPELINE_FOLDER = "pipeline"
+LORA_FOLDER = "lora"
+
+
+def train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console | None = None) -> Path:
+    """
+    Train, and write the whole model with what was trained.
+
+    Returns:
+        `output_dir/pipeline`, the starting repository with the trained weights in place of its own; after the
+        `lora` stage with the matrices merged, which `output_dir/lora` holds alone.
+
+    Raises:
+        ValueError: for data, settings and folders that do not fit, before anything is loaded.
+    """
+    console = console or Console(stderr=True)
+    checkpoint = _checkpoint_to_resume(run, args)
+    data = FeatureFolder(run.data)
+    eval_data = None if run.eval_data is None else FeatureFolder(run.eval_data)
+    folder = Path(run.model if Path(run.model).is_dir() else snapshot_download(run.model, revision=run.revision))
+    data_seed = args.seed if args.data_seed is None else args.data_seed
+    sampler = SameShapeBatches(data, args.per_device_train_batch_size, data_seed, args.world_size)
+    set_seed(args.seed)
+    model = load_for_stage(folder, args, data.is_precomputed)
+    trainer = OmniVideoTrainer(
+        model,
+        args,
+        train_dataset=data,
+        eval_dataset=eval_data,
+        data_collator=stack_samples,
+        train_batch_sampler=sampler,
+        preview_pipeline=OmniVideoPipeline.from_pretrained(folder) if args.preview_steps > 0 else None,
+    )
+    if trainer.is_world_process_zero():
+        console.print(parameter_table(model, args.stage))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    result = save_result(trainer, folder)
+    if trainer.is_world_process_zero():
+        for written in (result, result.with_name(LORA_FOLDER)):
+            if written.is_dir():
+                summarise(trainer, [Path(run.data).name]).save(written)
+    trainer.accelerator.end_training()  # a process that leaves its group open can die at its exit
+    return result
+
+
+def load_for_stage(
+    folder: Path, args: OmniVideoTrainingArguments, precomputed: bool
+) -> OmniVideoForConditionalGeneration:
+    """
+    The model in float32 with the parts that the stage runs; the others are not read.
+
+    bf16 weights would lose updates as small as a learning rate of 3e-6; `bf16: true` computes in bf16 all the same.
+    """
+    config = stage_config(OmniVideoConfig.from_pretrained(folder), args.loss_config, precomputed)
+    if args.preview_steps > 0:
+        config.enable_mllm = True
+    model = OmniVideoForConditionalGeneration.from_pretrained(folder, config=config, dtype=torch.float32)
+    if args.training_stage.lora:
+        add_lora(model, args.lora)
+    return model
+
+
+def save_result(trainer: OmniVideoTrainer, base: Path) -> Path:
+    """Write the outcome of a run into its `output_dir`; every process must call."""
+    folder = Path(trainer.args.output_dir) / PIPELINE_FOLDER
+    with trainer.averaged_weights():
+        weights = trainer.gather_trained()
+        if trainer.is_world_process_zero():
+            if trainer.args.training_stage.lora:
+                save_lora(trainer.model, folder.with_name(LORA_FOLDER))
+                save_merged(base, folder.with_name(LORA_FOLDER), folder)
+            else:
+                save_pipeline(base, weights, folder)
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+def save_pipeline(base: Path, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """
+    The repository `base` with `weights` (by the whole model's names) in place of its own.
+
+    Raises:
+        ValueError: for a weight that the repository does not have in this shape.
+    """
+    pipeline = OmniVideoPipeline.from_pretrained(base)
+    homes = {"mllm": pipeline.mllm, "vision_head": pipeline.mllm, "adapter": pipeline.adapter}
+    homes["decoder"] = pipeline.transformer
+    tensors = {part: dict(home.named_parameters()) for part, home in homes.items()}
+    with torch.no_grad():
+        for name, value in weights.items():
+            part, _, rest = name.partition(".")
+            target = tensors[part].get(rest if part in ("adapter", "decoder") else name)
+            if target is None or target.shape != value.shape:
+                raise ValueError(
+                    f"{base}: no weight {name!r} of {tuple(value.shape)}: not the model the run began with."
+                )
+            target.copy_(value.detach().cpu())
+    pipeline.save_pretrained(folder)
+
+
+def save_merged(base: Path, lora: Path, folder: Path) -> None:
+    """The repository `base` with a LoRA merged into its weights."""
+    pipeline = OmniVideoPipeline.from_pretrained(base)
+    pipeline.load_lora_weights(lora)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(folder)
+
+
+def parameter_table(model: OmniVideoForConditionalGeneration, stage: str) -> Table:
+    """How many parameters of each part are loaded, and train."""
+    counts: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        row = counts.setdefault(part_of(name), [0, 0])
+        row[0] += parameter.numel()
+        row[1] += parameter.numel() * parameter.requires_grad
+    table = Table("part", "parameters", "trained", title=f"stage {stage}")
+    for part, (total, trained) in counts.items():
+        table.add_row(part, f"{total:,}", f"{trained:,}")
+    return table
+
+
+def _checkpoint_to_resume(run: RunArguments, args: OmniVideoTrainingArguments) -> str | None:
+    last = checkpoints.last_checkpoint(args.output_dir)
+    if last is not None and not run.resume:
+        raise ValueError(
+            f"`output_dir` {args.output_dir} holds {Path(last).name} of an earlier run: pass `--resume` to go on from "
+            "it, or choose another folder."
+        )
+    return last
+
+
+__all__ = ["load_for_stage", "save_pipeline", "train"]

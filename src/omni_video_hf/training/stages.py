@@ -1,0 +1,160 @@
+"""What each stage of training trains, by which losses, and which parts it needs (paper, section 3; upstream)."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..configuration_omni_video import OmniVideoConfig
+from ..losses_omni_video import LOSS_NAMES, OmniVideoLossConfig
+from ..modeling_omni_video import OmniVideoForConditionalGeneration
+from .names import check_known
+
+# What can train, in the order of the figure.
+PARTS = ("text_head", "vision_head", "adapter", "visual_context_adapter", "decoder")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    A stage of training.
+
+    Args:
+        trains: names of `PARTS`; everything else is frozen.
+        losses: names of `LOSS_NAMES` that are minimised; the others have weight 0.
+        lora: whether low-rank matrices train instead of weights.
+        about: one sentence for people.
+    """
+
+    trains: tuple[str, ...]
+    losses: tuple[str, ...]
+    about: str
+    lora: bool = False
+
+    def loss_config(self, options: Mapping[str, Any] | None = None) -> OmniVideoLossConfig:
+        """The losses of this stage, with `options` (fields of [`OmniVideoLossConfig`]) in place of its defaults."""
+        options = dict(options or {})
+        check_known("losses", options, [field.name for field in fields(OmniVideoLossConfig)])
+        weights = {f"{name}_weight": float(name in self.losses) for name in LOSS_NAMES}
+        return OmniVideoLossConfig(**(weights | options))
+
+
+STAGES = {
+    "align": Stage(
+        trains=("text_head", "vision_head"),
+        losses=("answer", "alignment"),
+        about="Paper, stage 1: the MLLM learns to ask for pictures, and its visual tokens to say what they show.",
+    ),
+    "connect": Stage(
+        trains=("adapter",),
+        losses=("flow_matching",),
+        about="Paper, stage 2: the adapter carries visual tokens into the decoder's condition space.",
+    ),
+    "joint": Stage(
+        trains=("text_head", "vision_head", "adapter", "decoder"),
+        losses=("answer", "alignment", "flow_matching"),
+        about="Paper, stage 3: everything but the body of the MLLM, on better data.",
+    ),
+    "decoder": Stage(
+        trains=("visual_context_adapter", "decoder"),
+        losses=("flow_matching",),
+        about="Upstream's released fine-tune: decoder and visual context adapter.",
+    ),
+    "lora": Stage(
+        trains=(),
+        losses=("answer", "alignment", "flow_matching"),
+        about="Low-rank matrices in MLLM, vision head, adapter and decoder.",
+        lora=True,
+    ),
+}
+
+
+def get_stage(name: str) -> Stage:
+    """One of `STAGES`; a `ValueError` names the nearest."""
+    check_known("stage", [name], STAGES)
+    return STAGES[name]
+
+
+def stage_config(config: OmniVideoConfig, losses: OmniVideoLossConfig, precomputed: bool) -> OmniVideoConfig:
+    """
+    The configuration without the parts that the losses do not run, so that they are not even loaded.
+
+    Args:
+        precomputed: whether the data bring `mllm_hidden_states`. The MLLM is then needed for answers only.
+    """
+    config = copy.deepcopy(config)
+    config.enable_mllm = not precomputed or losses.answer_weight > 0
+    if losses.flow_matching_weight == 0:
+        config.decoder_config = None
+        if losses.text_alignment_weight == 0:
+            config.adapter_config = None
+    return config
+
+
+def part_modules(model: OmniVideoForConditionalGeneration) -> dict[str, nn.Module | None]:
+    """The modules behind the names of `PARTS`; `None` for one that the model does not have."""
+    return {
+        "text_head": model.get_output_embeddings(),
+        "vision_head": model.vision_head,
+        "adapter": model.adapter,
+        "visual_context_adapter": None if model.adapter is None else model.adapter.visual_context_adapter,
+        "decoder": model.decoder,
+    }
+
+
+def freeze_all_but(model: OmniVideoForConditionalGeneration, stage: Stage, losses: OmniVideoLossConfig) -> list[str]:
+    """
+    Let exactly the parameters of the stage train.
+
+    The text head stays frozen where no answer is learned. With tied embeddings it is the token embedding as well.
+    A stage that trains low-rank matrices leaves those trainable that are there (see `lora.add_lora`).
+
+    Returns:
+        Names of the parameters that train.
+
+    Raises:
+        ValueError: when the model lacks a part of the stage, or nothing would train.
+    """
+    if not stage.lora:
+        model.requires_grad_(False)
+        modules = part_modules(model)
+        for name in stage.trains:
+            if name == "text_head" and losses.answer_weight == 0:
+                continue
+            if modules[name] is None:
+                raise ValueError(
+                    f"The stage trains the {name}, which this model does not have: load it whole, or choose another "
+                    f"`stage` ({', '.join(STAGES)})."
+                )
+            modules[name].requires_grad_(True)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trained:
+        raise ValueError(
+            "Nothing would train: "
+            + ("add low-rank matrices first (`add_lora`)." if stage.lora else "the weights of all its losses are 0.")
+        )
+    return trained
+
+
+def cast_frozen(model: OmniVideoForConditionalGeneration, dtype: torch.dtype) -> None:
+    """
+    Keep what does not train in another format, but for the modules that the decoder wants in float32.
+
+    What trains stays in float32: steps as small as a learning rate of 3e-6 would be lost in bf16.
+    """
+    kept = () if model.decoder is None else tuple(model.decoder._keep_in_fp32_modules)
+    for name, parameter in model.named_parameters():
+        is_kept = name.startswith("decoder.") and any(part in name for part in kept)
+        if not parameter.requires_grad and not is_kept:
+            parameter.data = parameter.data.to(dtype)
+
+
+def part_of(name: str) -> str:
+    """Which of `PARTS` (or `"mllm"`) the parameter called `name` belongs to, for learning rates."""
+    if name.startswith("adapter.visual_context_adapter."):
+        return "visual_context_adapter"
+    part = name.split(".", 1)[0]
+    return part

@@ -1,0 +1,453 @@
+"""transformers' Trainer for Omni-Video: what differs for a model with several losses, tasks and frozen parts."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_pt_utils import find_batch_size
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
+
+from ..model_card_omni_video import write_model_card
+from ..modeling_omni_video import OmniVideoForConditionalGeneration, OmniVideoOutput
+from ..pipeline_omni_video import OmniVideoPipeline
+from . import checkpoints
+from .arguments import OmniVideoTrainingArguments
+from .callbacks import CloseLogAtCheckpoint, EpochOfSampler, MovingAverage, Previews
+from .meter import TASKS, LossMeter
+from .names import check_known
+from .previews import bind_pipeline, draw_previews
+from .randomness import derive_seed, draw_dropouts, sample_generators
+from .stages import cast_frozen, freeze_all_but, part_of
+from .summary import summarise
+
+# Inputs that decide which parts of the model run.
+ROUTE = ("input_ids", "pixel_values", "latents", "source_latents", "reference_latents", "prompt_embeds", "labels")
+EVALUATION = 2**31  # stands where training has its step, so that both draw different noise
+
+
+class RoundsOfBatches:
+    """
+    A batch sampler for several processes: whole rounds only, so that none of them waits for a batch that never comes.
+
+    accelerate deals the batches out, one per process and round.
+    """
+
+    batch_size = None
+    drop_last = True
+
+    def __init__(self, batches: Any, num_processes: int) -> None:
+        self.batches = batches
+        self.num_processes = num_processes
+
+    def __len__(self) -> int:
+        return len(self.batches) // self.num_processes * self.num_processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _, batch in zip(range(len(self)), self.batches, strict=False):
+            yield batch
+
+
+class OmniVideoTrainer(Trainer):
+    """
+    Trains one stage of Omni-Video.
+
+    Args:
+        model: an [`OmniVideoForConditionalGeneration`]; its parameters are frozen but for those of `args.stage`.
+        args: [`OmniVideoTrainingArguments`].
+        train_batch_sampler: yields lists of indices into `train_dataset`, each of one task and size; has `__len__` and
+            `set_epoch`. Without it, batches are drawn at random as by every Trainer.
+        preview_pipeline: draws the previews; its trained parts are replaced by the model's.
+        trainer_arguments: of transformers' [`Trainer`].
+
+    Batches are arguments of the model's `forward` and `task`, one of `t2i t2v i2i v2v i2v understand`.
+
+    Raises:
+        ValueError: for what does not fit the stage.
+    """
+
+    def __init__(
+        self,
+        model: OmniVideoForConditionalGeneration,
+        args: OmniVideoTrainingArguments,
+        *,
+        train_batch_sampler: Any = None,
+        preview_pipeline: OmniVideoPipeline | None = None,
+        **trainer_arguments: Any,
+    ) -> None:
+        self.trained_names = freeze_all_but(model, args.training_stage, args.loss_config)
+        if args.frozen_dtype != "float32":
+            cast_frozen(model, getattr(torch, args.frozen_dtype))
+        self.train_batch_sampler = train_batch_sampler
+        self.preview_pipeline = preview_pipeline
+        self.ema: EMAModel | None = None
+        self._micro_step = (-1, -1)  # optimiser step, batch within it
+        self._eval_batches = 0
+        self._writing = False
+        super().__init__(model=model, args=args, **trainer_arguments)
+        self.loss_is_scaled_for_ga = False  # the model's loss is a mean over samples
+        self.meters = {mode: LossMeter(args.device) for mode in (True, False)}
+        self.is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._refuse_what_sharding_cannot(args)
+        if self.is_fsdp_enabled:
+            self._name_fsdp_blocks(model)
+        self.add_callback(CloseLogAtCheckpoint())
+        if train_batch_sampler is not None:
+            self.add_callback(EpochOfSampler(self))
+        if args.ema_decay > 0:
+            self.add_callback(MovingAverage(self))
+        if args.preview_steps > 0:
+            if preview_pipeline is None:
+                raise ValueError("`preview_steps` is set: pass the `preview_pipeline` that draws.")
+            bind_pipeline(preview_pipeline, model)
+            self.add_callback(Previews(self))
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, by name."""
+        parameters = dict(self.accelerator.unwrap_model(self.model).named_parameters())
+        return {name: parameters[name] for name in self.trained_names}
+
+    def gather_trained(self) -> dict[str, torch.Tensor]:
+        """
+        Whole tensors of the parameters that train, by name, also where they are sharded.
+
+        Every process must call; with DeepSpeed only the main process gets them.
+        """
+        parameters = self.trained_parameters()
+        if not self.is_deepspeed_enabled:
+            return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in parameters.items()}
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        return {name: state[name] for name in self.trained_names} if self.is_world_process_zero() else {}
+
+    # --- data -------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of `train_batch_sampler`, dealt out to the processes."""
+        if self.train_batch_sampler is None:
+            return super().get_train_dataloader()
+        args, accelerator = self.args, self.accelerator
+        rounds = RoundsOfBatches(self.train_batch_sampler, accelerator.num_processes)
+        if not len(rounds):
+            raise ValueError(
+                f"`train_batch_sampler` gives {len(self.train_batch_sampler)} batches for "
+                f"{accelerator.num_processes} processes: give more data or a smaller `per_device_train_batch_size`."
+            )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=rounds,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return prepare_data_loader(
+            loader,
+            device=accelerator.device,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+            put_on_device=True,
+            even_batches=False,
+        )
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        """A run that is resumed at its end has nothing left to do; transformers would take one more step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**arguments)
+
+    # --- losses -----------------------------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Dropout of layers comes from the global generator, so that too is set by the step."""
+        step, batch = self._micro_step
+        self._micro_step = (self.state.global_step, batch + 1 if step == self.state.global_step else 0)
+        torch.manual_seed(derive_seed(self.args.seed, *self._micro_step, self._data_rank()))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,  # noqa: ARG002 - the model's losses are means
+    ) -> torch.Tensor | tuple[torch.Tensor, OmniVideoOutput]:
+        """The weighted sum of the stage's losses, with noise and dropped conditions that belong to the step."""
+        inputs = dict(inputs)
+        task = inputs.pop("task", None)
+        batch_size = self._check_batch(inputs, task)
+        generators = self._generators(batch_size, model.training)
+        if model.training and self.args.drops_conditions:
+            inputs["drop_instruction"], inputs["drop_prompt"] = draw_dropouts(
+                generators, self.args.condition_dropout, self.args.instruction_dropout, self.args.prompt_dropout
+            )
+        if inputs.get("input_ids") is not None and inputs.get("labels") is None:
+            inputs["logits_to_keep"] = 1  # nobody reads the others
+        output = model(**inputs, generator=generators, loss_config=self.args.loss_config)
+        if output.loss is None:
+            raise ValueError(
+                f"A batch of the task {task!r} with {', '.join(sorted(inputs))} allows none of the losses of the "
+                f"stage {self.args.stage!r} ({', '.join(self.args.training_stage.losses)})."
+            )
+        self.meters[model.training].add(output, task, batch_size)
+        return (output.loss, output) if return_outputs else output.loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,  # noqa: ARG002 - nothing else is predicted
+        ignore_keys: list[str] | None = None,  # noqa: ARG002
+    ) -> tuple[torch.Tensor, None, None]:
+        """The loss of a batch; its noise is the same at every evaluation."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        self._eval_batches += 1
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Adds every loss by name and task to the metrics."""
+        self._eval_batches = 0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update(self.meters[False].means(self.accelerator, f"{metric_key_prefix}_"))
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds every loss by name and task to what a step logs."""
+        if "loss" in logs:
+            logs |= self.meters[True].means(self.accelerator)
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:  # noqa: ARG002
+        """Not counted: transformers' estimate is for a language model."""
+        return 0
+
+    def _generators(self, batch_size: int, training: bool) -> list[torch.Generator]:
+        step, batch = self._micro_step if training else (EVALUATION, self._eval_batches)
+        stride = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+        first = batch * self._data_world() + self._data_rank()
+        return sample_generators(self.args.seed, step, first, batch_size, stride)
+
+    def _data_rank(self) -> int:
+        """Number of this process among those with data of their own: peers that share a batch share its noise."""
+        return self.accelerator.process_index // self._peers()
+
+    def _data_world(self) -> int:
+        return self.accelerator.num_processes // self._peers()
+
+    def _peers(self) -> int:
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        return 1 if parallelism is None else parallelism.non_data_parallel_size
+
+    def _check_batch(self, inputs: Mapping[str, Any], task: str | None) -> int:
+        """Batch size of a batch that is fit to train on."""
+        if task is not None:
+            check_known("task", [task], TASKS)
+        rows = next(
+            (inputs[k] for k in ("latents", "input_ids", "mllm_hidden_states") if inputs.get(k) is not None), None
+        )
+        if rows is None:
+            raise ValueError(
+                f"A batch must bring `input_ids` or `mllm_hidden_states`, and `latents` to draw; got {sorted(inputs)}."
+            )
+        if inputs.get("input_ids") is None and inputs.get("mllm_hidden_states") is None:
+            # The model would take the empty instruction's states, and train on that unseen.
+            raise ValueError(f"A batch must bring `input_ids` or `mllm_hidden_states`, got {sorted(inputs)}.")
+        if self.is_sharded and self.accelerator.num_processes > 1:
+            route = sum(2**i for i, name in enumerate(ROUTE) if inputs.get(name) is not None)
+            routes = self.accelerator.gather(torch.tensor([route], device=self.accelerator.device)).tolist()
+            if len(set(routes)) > 1:
+                raise ValueError(
+                    "With sharded weights (FSDP, DeepSpeed) the processes must run the same parts of the model in "
+                    f"every step, but their batches bring different inputs (this one: {sorted(inputs)}). Use a batch "
+                    "sampler that gives one task to all processes, or DDP."
+                )
+        return find_batch_size(rows)
+
+    # --- optimiser --------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One group per part with a learning rate of its own, and per kind of weight decay."""
+        if self.optimizer is None and self.args.part_learning_rates:
+            model = self.model if model is None else model
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(list(self._parameter_groups(model)), **settings)
+        return super().create_optimizer(model)
+
+    def _parameter_groups(self, model: nn.Module) -> Iterable[dict[str, Any]]:
+        text_head = model.get_output_embeddings()
+        head = set() if text_head is None else set(text_head.parameters())
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                part = "text_head" if parameter in head else part_of(name)
+                groups.setdefault((part, name in decayed), []).append(parameter)
+        # The adapter's rate is also that of the visual context adapter inside it, unless that has its own.
+        rates = dict(self.args.part_learning_rates)
+        rates.setdefault("visual_context_adapter", rates.get("adapter", self.args.learning_rate))
+        for (part, decays), parameters in groups.items():
+            yield {
+                "params": parameters,
+                "lr": rates.get(part, self.args.learning_rate),
+                "weight_decay": self.args.weight_decay if decays else 0.0,
+            }
+
+    # --- moving average, previews -----------------------------------------------------------------------------------
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:
+        """The moving average begins where the schedule does: the model is in place and nothing is trained yet."""
+        if self.args.ema_decay > 0:
+            self.ema = EMAModel(self.trained_parameters().values(), decay=self.args.ema_decay)
+        return super().create_scheduler(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The moving average in place of the weights, where there is one."""
+        if self.ema is None:
+            yield
+            return
+        parameters = list(self.trained_parameters().values())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
+    def draw_previews(self) -> Path | None:
+        """Draw the previews with the weights of now into `output_dir/previews`."""
+        pipeline = self.preview_pipeline.to(self.args.device)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with self.averaged_weights(), self.accelerator.autocast():
+                folder = Path(self.args.output_dir) / "previews"
+                return draw_previews(pipeline, self.args.previews, folder, self.state.global_step)
+        finally:
+            self.model.train(was_training)
+
+    # --- saving and resuming ----------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Save every part of the model that is loaded, the moving average in place of the weights where there is one.
+
+        A checkpoint holds what trains instead.
+        """
+        if not self._writing:
+            with self.averaged_weights():
+                super().save_model(output_dir, _internal_call)
+        elif self.is_sharded:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            folder = Path(output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            metadata = {"stage": self.args.stage, "base_model": self.model.config._name_or_path}
+            checkpoints.save_trained(folder / checkpoints.TRAINED_NAME, self.trained_parameters(), metadata)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / checkpoints.WRITING_FOLDER) if self._writing else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint under another name, and give it its own when it is complete."""
+        run_folder = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        writing = run_folder / checkpoints.WRITING_FOLDER
+        if self.args.should_save:
+            checkpoints.clear(writing)
+        self.accelerator.wait_for_everyone()
+        self._writing = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._writing = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if self.state.best_global_step:
+                best = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                self.state.best_model_checkpoint = str(best)
+                self.state.save_to_json(str(writing / name / "trainer_state.json"))
+            checkpoints.promote(writing / name, run_folder / name)
+            rotate_checkpoints(
+                output_dir=str(run_folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_folder / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._writing:  # not before it has its name
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.ema is not None and self.args.should_save:
+            checkpoints.save_ema(Path(output_dir) / checkpoints.EMA_NAME, self.ema, self.trained_names)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.ema is not None and checkpoint is not None:
+            checkpoints.load_ema(Path(checkpoint) / checkpoints.EMA_NAME, self.ema, self.trained_names)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            path = Path(resume_from_checkpoint) / checkpoints.TRAINED_NAME
+            checkpoints.load_trained(path, self.trained_parameters(), self.args.stage)
+
+    def _load_best_model(self) -> None:
+        if self.is_sharded:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002 - as transformers calls it
+        """
+        Write the card of `output_dir` from what the run knows; a card that a person wrote or edited stays.
+
+        transformers' own would replace it, and knows neither `library_name` nor `pipeline_tag`.
+        """
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            summarise(self).save(folder)
+            write_model_card(folder, self.hub_model_id or folder.name, self.model.config._name_or_path or None)
+
+    # --- sharding ---------------------------------------------------------------------------------------------------
+
+    def _refuse_what_sharding_cannot(self, args: OmniVideoTrainingArguments) -> None:
+        if not self.is_sharded:
+            return
+        for name, wanted in (("ema_decay", args.ema_decay), ("preview_steps", args.preview_steps)):
+            if wanted:
+                raise ValueError(
+                    f"`{name}` needs whole weights on a process, which FSDP and DeepSpeed do not have: set it to 0, "
+                    "or train with DDP."
+                )
+        if args.training_stage.lora:
+            raise ValueError("The `lora` stage trains too little to shard: use DDP instead of FSDP and DeepSpeed.")
+        if args.frozen_dtype != "float32":
+            raise ValueError(
+                "`frozen_dtype` must be float32 with FSDP and DeepSpeed, which shard one format at a time."
+            )
+
+    def _name_fsdp_blocks(self, model: nn.Module) -> None:
+        """Shard by the blocks this model has: it names also those of parts that the stage left out."""
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.transformer_cls_names_to_wrap is None:
+            present = {type(module).__name__ for module in model.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(present & set(model._no_split_modules))

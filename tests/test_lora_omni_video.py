@@ -1,0 +1,186 @@
+import json
+
+import pytest
+import tiny
+import torch
+from accelerate import cpu_offload
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from omni_video_hf import OmniVideoPipeline, collect_lora_layers
+
+TARGETS = {
+    "mllm": r"mllm\..*q_proj",
+    "vision_head": r"vision_head\..*(q_proj|fc1)",
+    "adapter": r"adapter\..*(v_proj|fc2)",
+    "decoder": r"decoder\..*(to_k|to_v)",
+}
+
+
+def tuned_model(parts=tuple(TARGETS), **settings):
+    """A model with random LoRA layers in the named parts."""
+    model = tiny.model()
+    pattern = "|".join(f"({TARGETS[part]})" for part in parts)
+    options = {"r": 4, "lora_alpha": 6, "rank_pattern": {"to_k": 2}} | settings
+    inject_adapter_in_model(LoraConfig(target_modules=pattern, **options), model)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    return model
+
+
+def outputs(pipe):
+    size = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "pt"}
+    generator = torch.Generator().manual_seed(0)
+    frames = pipe("rot", task="t2v", num_frames=5, generator=generator, **size).frames
+    states = pipe.processor.apply_task_template("understand", "rot", return_tensors="pt")
+    return frames, pipe.mllm(**states).logits
+
+
+def with_parts(model):
+    pipe = tiny.pipeline()
+    return OmniVideoPipeline(**(pipe.components | model.pipeline_components()), presets=pipe.config.presets)
+
+
+@pytest.fixture
+def file(tmp_path):
+    model = tuned_model()
+    OmniVideoPipeline.save_lora_weights(tmp_path / "lora", **collect_lora_layers(model))
+    return tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+
+
+def test_one_file_holds_all_parts_and_their_alpha(file):
+    keys = load_file(file)
+    assert {key.partition(".")[0] for key in keys} == {"transformer", "adapter", "mllm", "vision_head"}
+    with safe_open(file, "pt") as handle:
+        metadata = json.loads(handle.metadata()["lora_adapter_metadata"])
+    for component in ("transformer", "adapter", "mllm"):
+        assert metadata[f"{component}.lora_alpha"] == 6
+    assert set(metadata["transformer.rank_pattern"].values()) | {metadata["transformer.r"]} == {2, 4}
+
+
+def test_a_loaded_file_gives_the_trained_outputs(file):
+    expected_frames, expected_logits = outputs(with_parts(tuned_model()))
+    pipe = tiny.pipeline()
+    plain_frames, plain_logits = outputs(pipe)
+    pipe.load_lora_weights(file.parent)
+    assert pipe.get_list_adapters() == {part: ["default_0"] for part in ("transformer", "adapter", "mllm")}
+    frames, logits = outputs(pipe)
+    assert torch.equal(frames, expected_frames)
+    assert torch.equal(logits, expected_logits)
+    assert (frames - plain_frames).abs().max() > 1e-2
+    assert (logits - plain_logits).abs().max() > 1e-2
+
+    pipe.disable_lora()
+    assert torch.equal(outputs(pipe)[0], plain_frames)
+    pipe.enable_lora()
+    pipe.set_adapters("default_0", 0.0)
+    assert torch.allclose(outputs(pipe)[1], plain_logits)
+    pipe.set_adapters("default_0", 1.0)
+    assert torch.equal(outputs(pipe)[0], expected_frames)
+
+    pipe.fuse_lora()
+    assert torch.allclose(outputs(pipe)[0], expected_frames, atol=1e-5)
+    pipe.unfuse_lora()
+    assert torch.allclose(outputs(pipe)[0], expected_frames, atol=1e-5)
+    pipe.unload_lora_weights()
+    assert torch.allclose(outputs(pipe)[0], plain_frames, atol=1e-5)
+    assert pipe.get_list_adapters() == {}
+
+
+def test_merged_weights_are_saved_and_unmerged_ones_are_not(file, tmp_path):
+    pipe = tiny.pipeline()
+    pipe.load_lora_weights(file, adapter_name="style")
+    with pytest.raises(ValueError, match=r"`transformer` carries LoRA layers"):
+        pipe.save_pretrained(tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    expected = outputs(pipe)[0]
+    pipe.save_pretrained(tmp_path / "merged")
+    assert torch.equal(outputs(OmniVideoPipeline.from_pretrained(tmp_path / "merged"))[0], expected)
+    with pytest.raises(ValueError, match="carries LoRA layers"):
+        tuned_model().save_pretrained(tmp_path / "model")
+
+
+def test_two_adapters_are_mixed_and_removed(file, tmp_path):
+    other = tuned_model(("decoder", "adapter"), lora_alpha=2)
+    OmniVideoPipeline.save_lora_weights(tmp_path / "other", **collect_lora_layers(other))
+    pipe = tiny.pipeline()
+    pipe.load_lora_weights(file, adapter_name="first")
+    pipe.load_lora_weights(tmp_path / "other", adapter_name="second")
+    pipe.set_adapters(["first", "second"], [1.0, 0.5])
+    both = outputs(pipe)[0]
+    pipe.delete_adapters("second")
+    assert pipe.get_list_adapters() == {part: ["first"] for part in ("transformer", "adapter", "mllm")}
+    pipe.set_adapters("first")
+    alone = outputs(pipe)[0]
+    assert (both - alone).abs().max() > 1e-3
+    assert torch.equal(alone, outputs(with_parts(tuned_model()))[0])
+    with pytest.raises(ValueError, match="already in use"):
+        pipe.load_lora_weights(file, adapter_name="first")
+
+
+def test_without_metadata_alpha_is_the_rank(file):
+    pipe = tiny.pipeline()
+    pipe.load_lora_weights(load_file(file))
+    scales = {
+        module.scaling["default_0"]
+        for part in (pipe.mllm, pipe.adapter, pipe.transformer)
+        for module in part.modules()
+        if hasattr(module, "lora_A")
+    }
+    assert scales == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("transformer.blocks.9.attn1.to_q.lora_A.weight", "match no layer"),
+        ("unet.blocks.0.attn1.to_q.lora_A.weight", "match no layer"),
+        ("blocks.0.attn1.to_q.lora_A.weight", "match no layer"),
+        (None, "holds no LoRA weights"),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused_whole(file, tmp_path, key, message):
+    tensors = {key: torch.zeros(2, 2)} | load_file(file) if key else {}
+    save_file(tensors, tmp_path / "wrong.safetensors")
+    pipe = tiny.pipeline()
+    with pytest.raises(ValueError, match=message):
+        pipe.load_lora_weights(tmp_path / "wrong.safetensors")
+    assert pipe.get_list_adapters() == {}
+
+
+def test_an_adapter_of_other_widths_is_refused_whole(file, tmp_path):
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.startswith("vision_head") and "lora_A" in name)
+    tensors[name] = torch.zeros(tensors[name].shape[0], 7)
+    save_file(tensors, tmp_path / "wrong.safetensors")
+    pipe = tiny.pipeline()
+    with pytest.raises(ValueError, match=r"vision_head.*7"):
+        pipe.load_lora_weights(tmp_path / "wrong.safetensors")
+    assert pipe.get_list_adapters() == {}
+
+
+def test_a_pickle_is_not_opened(tmp_path):
+    torch.save({"transformer.x.lora_A.weight": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.bin")
+    with pytest.raises((OSError, ValueError)):
+        tiny.pipeline().load_lora_weights(tmp_path)
+
+
+def test_nothing_to_save(tmp_path):
+    with pytest.raises(ValueError, match="no LoRA layers of the adapter 'style'"):
+        collect_lora_layers(tuned_model(), "style")
+    with pytest.raises(ValueError, match="no LoRA layers"):
+        OmniVideoPipeline.save_lora_weights(tmp_path)
+
+
+def test_a_lora_on_an_offloaded_pipeline(file):
+    expected = outputs(with_parts(tuned_model()))[0]
+    pipe = tiny.pipeline()
+    pipe.load_lora_weights(file)
+    for name in ("mllm", "adapter", "transformer"):
+        cpu_offload(getattr(pipe, name), torch.device("cpu"), offload_buffers=True)
+    assert torch.equal(outputs(pipe)[0], expected)

@@ -23,6 +23,7 @@ from .pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
 from .publishing_omni_video import push_completed, push_repository, repository_files
 from .repository_omni_video import missing_parts
 from .training import cli as training_cli
+from .training import data_cli
 
 app = typer.Typer(
     help="Generate, edit and understand videos and images with Omni-Video.",
@@ -265,6 +266,10 @@ def card(
         if not write_model_card(folder, name, base):
             raise ValueError(f"{folder / 'README.md'}: was written or edited by a person; move it away for a new one.")
         print(folder / "README.md")  # noqa: T201
+
+
+app.command("precompute")(data_cli.precompute_command)
+app.command("import-features")(data_cli.import_features_command)
 
 
 def main() -> None:

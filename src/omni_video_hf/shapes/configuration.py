@@ -11,18 +11,28 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import BatchFeature, UMT5Config, UMT5EncoderModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from ..configuration_omni_video import OmniVideoConfig
 from ..configuration_vila import VilaConfig
 from ..modeling_omni_video import OmniVideoForConditionalGeneration
 from ..pipeline_omni_video import OmniVideoPipeline
-from ..processing_omni_video import IMAGE_GENERATION_TOKEN, VIDEO_GENERATION_TOKEN, OmniVideoProcessor
+from ..processing_omni_video import (
+    CHAT_TEMPLATE,
+    IMAGE_GENERATION_TOKEN,
+    SYSTEM_PROMPT,
+    TASKS,
+    VIDEO_GENERATION_TOKEN,
+    OmniVideoProcessor,
+)
 from .scene import FPS, NUM_FRAMES, SIDE
 from .tokenizers import BOS, EOS, PAD, TEXT_EOS, TEXT_PAD, VOCABULARY_SIZE, mllm_tokenizer, text_tokenizer
 
 MAX_BYTES = 25_000_000
+# Upstream's conversation with a shorter system prompt: its own would be half of every prompt, and cost as much time.
+SHORT_SYSTEM_PROMPT = "You see and draw shapes."
+MLLM_FRAMES = 4  # of a clip; each costs the MLLM 16 tokens
 CONTEXT_SIZE = 128  # width of umT5, of the adapter and of what the decoder attends to
 VISION_TOKEN_SIZE = 128
 
@@ -77,7 +87,6 @@ VISION_HEAD = {
     "num_encoder_layers": 2,
     "num_decoder_layers": 2,
     "num_attention_heads": 4,
-    "null_length": 64,
 }
 ADAPTER = {
     "vision_hidden_size": VISION_TOKEN_SIZE,
@@ -90,7 +99,7 @@ ADAPTER = {
     "latent_channels": VAE["z_dim"],
     "visual_context_size": 128,
     "visual_context_patch_size": [1, 2, 2],  # 80 tokens for a clip
-    "max_context_length": 256,
+    "max_context_length": 192,  # a clip to edit takes 80, visual tokens 64, markers 6, the longest prompt about 20
 }
 DECODER = {  # 80 tokens for a clip
     "patch_size": [1, 2, 2],
@@ -123,7 +132,23 @@ def processor() -> OmniVideoProcessor:
     """The processor, its tokenizer trained on the data set's texts."""
     image_processor = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
     tokens_per_image = VilaConfig(vision_config=VISION_TOWER).image_seq_length
-    return OmniVideoProcessor(image_processor, mllm_tokenizer(), num_image_tokens=tokens_per_image)
+    return OmniVideoProcessor(
+        image_processor,
+        mllm_tokenizer(),
+        chat_template=CHAT_TEMPLATE.replace(SYSTEM_PROMPT, SHORT_SYSTEM_PROMPT),
+        num_image_tokens=tokens_per_image,
+        num_frames=MLLM_FRAMES,
+    )
+
+
+def empty_instruction(processor: OmniVideoProcessor) -> BatchFeature:
+    """What the MLLM is shown for the null branch: the conversation of `t2v` about nothing."""
+    task = TASKS["t2v"]
+    messages = [
+        {"role": "user", "content": task.user.format(prompt="")},
+        {"role": "assistant", "content": task.answer},
+    ]
+    return processor(text=processor.apply_chat_template(messages), return_tensors="pt")
 
 
 def config(**overrides: Any) -> OmniVideoConfig:
@@ -142,7 +167,7 @@ def config(**overrides: Any) -> OmniVideoConfig:
             "vision_config": dict(VISION_TOWER),
             "image_token_id": VOCABULARY_SIZE,
         },
-        "vision_head_config": dict(VISION_HEAD),
+        "vision_head_config": VISION_HEAD | {"null_length": empty_instruction(processor())["input_ids"].shape[1]},
         "adapter_config": dict(ADAPTER),
         "decoder_config": dict(DECODER),
         "image_generation_token_id": token_ids(IMAGE_GENERATION_TOKEN),
@@ -221,6 +246,7 @@ __all__ = [
     "MAX_BYTES",
     "PRESETS",
     "config",
+    "empty_instruction",
     "model",
     "num_parameters",
     "pipeline",

@@ -7,8 +7,6 @@ these and by 33 in the 17th. A VAE that knows six colours hardly composes them w
 read 85 of 89 circles right, but 10 of 38 green ones, which are held out. Hence [`RecoloredClips`].
 """
 
-import json
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,11 +19,11 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import set_seed
 
 from . import configuration
 from .dataset import ShapesDataset
+from .runs import check_settings, fit, save_folder, write_json
 from .scene import BACKGROUNDS, COLORS, HELD_OUT, NUM_FRAMES, render
 from .scores import Score, check_generation
 
@@ -191,33 +189,21 @@ def train(
     settings = {"steps": steps, "batch_size": batch_size, "num_frames": num_frames, "learning_rate": learning_rate}
     settings |= {"noise_steps": noise_steps, "kl_weight": kl_weight, "recolor": recolor, "seed": seed}
     settings |= {"save_steps": save_steps}
-    _check_settings(settings, output)
+    check_settings(settings, output)
     set_seed(seed)
     objective = VaeObjective(configuration.vae(), noise_steps, kl_weight, num_frames)
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(100, steps),
-        adam_beta2=0.99,
-        max_grad_norm=1.0,
-        logging_steps=min(50, save_steps),
-        save_steps=save_steps,
-        save_total_limit=2,
-        seed=seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        report_to="none",
-    )
-    trainer = Trainer(
+    dataset = RecoloredClips(steps * batch_size, seed, recolor)
+    fit(
         objective,
-        arguments,
-        train_dataset=RecoloredClips(steps * batch_size, seed, recolor),
-        data_collator=collate,
+        dataset,
+        collate,
+        output,
+        steps,
+        learning_rate,
+        save_steps,
+        seed,
+        per_device_train_batch_size=batch_size,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(output))
 
     vae = objective.vae.eval()
     dataset = ShapesDataset("t2v", "train", eval_clips, LATENT_STATISTICS_SEED)
@@ -226,39 +212,8 @@ def train(
         evaluate(vae, task, split, eval_clips, seed) for task in ("t2v", "t2i") for split in ("seen", "composition")
     ]
     Console().print(score_table(scores))
-    _save(vae, {"settings": settings, "scores": [score.to_dict() for score in scores]}, output)
-
-
-def _check_settings(settings: dict[str, Any], output: Path) -> None:
-    """Refuse to go on with a training that began otherwise; write down how a new one begins."""
-    path = output / "settings.json"
-    if not path.exists():
-        output.mkdir(parents=True, exist_ok=True)
-        _write_json(settings, path)
-        return
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    for name in sorted(stored.keys() | settings.keys()):
-        if stored.get(name) != settings.get(name):
-            raise typer.BadParameter(
-                f"{output}: this training began with {name} {stored.get(name)}, not {settings.get(name)}. Go on with "
-                "that, or begin another in an empty folder."
-            )
-
-
-def _save(vae: AutoencoderKLWan, results: dict[str, Any], output: Path) -> None:
-    """Write folder `vae` and `vae.json`; each comes to its name when it is complete, and replaces an older one."""
-    partial, folder = output / "vae.partial", output / "vae"
-    shutil.rmtree(partial, ignore_errors=True)
-    vae.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    _write_json(results, output / "vae.json")
-
-
-def _write_json(values: dict[str, Any], path: Path) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    save_folder(vae.save_pretrained, output / "vae")
+    write_json({"settings": settings, "scores": [score.to_dict() for score in scores]}, output / "vae.json")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Trains decoder and text encoder as a plain text-to-video and text-to-image model
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from .tokenizers import text_tokenizer
 
 # Colour and shape are decided where there is most noise, to which upstream's weights give nothing.
 LOSSES = OmniVideoLossConfig(timestep_weighting="none")
+SECOND_NAME = "text_encoder.encoder.embed_tokens.weight"
 
 
 class CaptionedBatches(Dataset):
@@ -81,6 +82,11 @@ class TextToVideoObjective(nn.Module):
         super().__init__()
         self.text_encoder, self.transformer = text_encoder, transformer
         self.context_length, self.prompt_dropout = context_length, prompt_dropout
+        self.register_state_dict_post_hook(drop_second_name)
+        self._keys_to_ignore_on_save = [SECOND_NAME]
+
+    def tie_weights(self) -> None:
+        """Called when a checkpoint is loaded: the two names are one tensor already."""
 
     def forward(
         self, latents: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
@@ -100,6 +106,11 @@ class TextToVideoObjective(nn.Module):
         noisy = add_noise(latents, noise, table[indices] / NUM_TRAIN_TIMESTEPS)
         velocity = self.transformer(noisy, table[indices], context, return_dict=False)[0]
         return {"loss": flow_matching_loss(velocity, velocity_target(latents, noise), weights[indices])}
+
+
+def drop_second_name(module: nn.Module, state: dict[str, torch.Tensor], *_: Any) -> None:  # noqa: ARG001
+    """UmT5 has one embedding under two names, of which a file of safetensors takes one."""
+    state.pop(SECOND_NAME, None)
 
 
 def train(

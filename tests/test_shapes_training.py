@@ -35,7 +35,9 @@ def built(tmp_path_factory):
 
 
 def text_to_video(output, folder):
-    train_text_to_video.train(folder / "latents", output, steps=2, batch_size=2, save_steps=1)
+    train_text_to_video.train(
+        folder / "vae", folder / "latents", output, steps=2, batch_size=2, save_steps=1, eval_clips=1
+    )
 
 
 @pytest.fixture(scope="module")

@@ -193,6 +193,11 @@ def text_encoder() -> UMT5EncoderModel:
     return UMT5EncoderModel(UMT5Config(**TEXT_ENCODER, pad_token_id=pad, eos_token_id=eos))
 
 
+def scheduler() -> UniPCMultistepScheduler:
+    """As upstream samples."""
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
 def pipeline() -> OmniVideoPipeline:
     """The whole pipeline, untrained: what training starts from, and the shape of what it ships."""
     whole = model()
@@ -206,7 +211,7 @@ def pipeline() -> OmniVideoPipeline:
         text_encoder=text_encoder(),
         tokenizer=text_tokenizer(),
         vae=vae(),
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        scheduler=scheduler(),
         presets=PRESETS,
     )
 
@@ -251,6 +256,7 @@ __all__ = [
     "num_parameters",
     "pipeline",
     "processor",
+    "scheduler",
     "size_table",
     "text_encoder",
     "vae",

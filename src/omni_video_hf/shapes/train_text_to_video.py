@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from rich.console import Console
+from rich.progress import track
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import UMT5EncoderModel, set_seed
@@ -18,13 +20,17 @@ from transformers import UMT5EncoderModel, set_seed
 from ..flow_matching_omni_video import NUM_TRAIN_TIMESTEPS, add_noise, flow_matching_loss, velocity_target
 from ..losses_omni_video import OmniVideoLossConfig, draw_timestep_indices, timestep_tables
 from . import configuration
+from .dataset import ShapesDataset
 from .latents import ScenePairs
 from .prompts import generation_prompt
 from .runs import check_settings, fit, save_folder, the_batch, write_json
+from .scores import SHOWN_SPLITS, Score, check_generation
 from .tokenizers import text_tokenizer
+from .train_vae import score_table
 
 # Colour and shape are decided where there is most noise, to which upstream's weights give nothing.
 LOSSES = OmniVideoLossConfig(timestep_weighting="none")
+DRAWN_AT_ONCE = 20
 SECOND_NAME = "text_encoder.encoder.embed_tokens.weight"
 
 
@@ -108,12 +114,34 @@ class TextToVideoObjective(nn.Module):
         return {"loss": flow_matching_loss(velocity, velocity_target(latents, noise), weights[indices])}
 
 
+@torch.no_grad()
+def evaluate(pipe: WanPipeline, task: str, split: str, count: int, seed: int) -> Score:
+    """Whether the judge reads `count` clips (`t2v`) or images (`t2i`) as what was asked for; the text alone speaks."""
+    dataset, preset = ShapesDataset(task, split, count, seed), configuration.PRESETS[task]
+    names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+    verdicts = []
+    for start in track(range(0, count, DRAWN_AT_ONCE), f"Drawing {task}, {split}", console=Console(stderr=True)):
+        examples = [dataset.example(number) for number in range(start, min(start + DRAWN_AT_ONCE, count))]
+        frames = pipe(
+            [example.prompt for example in examples],
+            negative_prompt="",
+            max_sequence_length=configuration.ADAPTER["max_context_length"],
+            generator=[torch.Generator().manual_seed(seed + start + number) for number in range(len(examples))],
+            output_type="np",
+            **{name: preset[name] for name in names},
+        ).frames
+        clips = (frames * 255).round().astype(np.uint8)
+        verdicts += [check_generation(example, clip) for example, clip in zip(examples, clips, strict=True)]
+    return Score.of(task, split, verdicts)
+
+
 def drop_second_name(module: nn.Module, state: dict[str, torch.Tensor], *_: Any) -> None:  # noqa: ARG001
     """UmT5 has one embedding under two names, of which a file of safetensors takes one."""
     state.pop(SECOND_NAME, None)
 
 
 def train(
+    vae: Annotated[Path, typer.Option(help="Folder of the trained VAE.")],
     latents: Annotated[Path, typer.Option(help="Folder of omni_video_hf.shapes.latents.")],
     output: Annotated[Path, typer.Option(help="For checkpoints, and the results: transformer and text_encoder.")],
     steps: Annotated[int, typer.Option(min=1)] = 12000,
@@ -123,6 +151,7 @@ def train(
     prompt_dropout: Annotated[float, typer.Option(min=0, max=1)] = 0.1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
+    eval_clips: Annotated[int, typer.Option(min=1, help="Clips, and images, of each split drawn at the end.")] = 100,
 ) -> None:
     """Train decoder and text encoder, from the last checkpoint where there is one."""
     settings = {"steps": steps, "batch_size": batch_size, "video_share": video_share, "seed": seed}
@@ -147,9 +176,21 @@ def train(
         per_device_train_batch_size=1,  # an item is a batch
         bf16=True,
     )
+    objective.eval().to("cpu")
+    pipe = WanPipeline(
+        text_tokenizer(),
+        objective.text_encoder,
+        AutoencoderKLWan.from_pretrained(vae),
+        configuration.scheduler(),
+        objective.transformer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    scores = [evaluate(pipe, task, split, eval_clips, seed) for task in ("t2v", "t2i") for split in SHOWN_SPLITS]
+    Console().print(score_table(scores, "Drawn as asked for, by the text alone, %"))
     for name in ("transformer", "text_encoder"):
         save_folder(getattr(objective, name).save_pretrained, output / name)
-    write_json({"settings": settings}, output / "text_to_video.json")
+    results = {"settings": settings, "scores": [score.to_dict() for score in scores]}
+    write_json(results, output / "text_to_video.json")
 
 
 if __name__ == "__main__":

@@ -154,9 +154,9 @@ def _mode(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
     return vae.encode(to_pixels(clips).to(vae.device, vae.dtype)).latent_dist.mode()
 
 
-def score_table(scores: list[Score]) -> Table:
-    """Percentages of reconstructions that the judge reads right, by attribute."""
-    table = Table(title="Reconstructions read as what they show, %")
+def score_table(scores: list[Score], title: str = "Reconstructions read as what they show, %") -> Table:
+    """Percentages of clips and images that the judge reads right, by attribute."""
+    table = Table(title=title)
     names = list(max((score.counts for score in scores), key=len))
     for header in ("", "split", *names, "of"):
         table.add_column(header)

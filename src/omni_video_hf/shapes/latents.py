@@ -17,7 +17,7 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 
 from .dataset import Example, ShapesDataset
-from .runs import check_settings
+from .runs import check_settings, write_json
 from .train_vae import to_pixels
 
 EDITS = {"video": "v2v", "image": "i2i"}
@@ -88,6 +88,7 @@ def main(
     check_settings({"videos": videos, "images": images, "latents_mean": model.config.latents_mean}, output)
     for kind, count in (("image", images), ("video", videos)):
         encode_pairs(model, kind, count, output)
+    write_json({"videos": videos, "images": images}, output / "latents.json")
 
 
 __all__ = ["ScenePairs", "encode_pairs"]

@@ -21,7 +21,7 @@ from ..training.run import load_for_stage, parameter_table, save_result
 from ..training.sampling import OmniVideoBatchSampler
 from ..training.trainer import OmniVideoTrainer
 from .latents import ScenePairs
-from .runs import check_settings
+from .runs import check_settings, write_json
 from .stage_data import StageCollator, StageSamples, siglip_features
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -70,7 +70,9 @@ def train(stage: str, words: Sequence[str]) -> Path:
     trainer = OmniVideoTrainer(model, args, train_dataset=samples, data_collator=collator, train_batch_sampler=sampler)
     Console(stderr=True).print(parameter_table(model, stage))
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
-    return save_result(trainer, folder)
+    result = save_result(trainer, folder)
+    write_json({"command": list(words), "log": trainer.state.log_history}, Path(args.output_dir) / "stage.json")
+    return result
 
 
 if __name__ == "__main__":

@@ -70,6 +70,8 @@ LANGUAGE_MODEL = {
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
     "max_position_embeddings": 1024,
+    # Of the whole model. 0.02 is for widths of thousands: from 0.06 the loss was half of its after 80 steps.
+    "initializer_range": 0.05,
 }
 VISION_TOWER = {  # 8x8 patches, merged to 16 tokens an image
     "model_type": "siglip_vision_model",

@@ -115,10 +115,10 @@ class TextToVideoObjective(nn.Module):
 
 
 @torch.no_grad()
-def evaluate(pipe: WanPipeline, task: str, split: str, count: int, seed: int) -> Score:
+def evaluate(pipe: WanPipeline, task: str, split: str, count: int, seed: int, steps: int) -> Score:
     """Whether the judge reads `count` clips (`t2v`) or images (`t2i`) as what was asked for; the text alone speaks."""
     dataset, preset = ShapesDataset(task, split, count, seed), configuration.PRESETS[task]
-    names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+    names = ("height", "width", "num_frames", "guidance_scale")
     verdicts = []
     for start in track(range(0, count, DRAWN_AT_ONCE), f"Drawing {task}, {split}", console=Console(stderr=True)):
         examples = [dataset.example(number) for number in range(start, min(start + DRAWN_AT_ONCE, count))]
@@ -127,6 +127,7 @@ def evaluate(pipe: WanPipeline, task: str, split: str, count: int, seed: int) ->
             negative_prompt="",
             max_sequence_length=configuration.ADAPTER["max_context_length"],
             generator=[torch.Generator().manual_seed(seed + start + number) for number in range(len(examples))],
+            num_inference_steps=steps,
             output_type="np",
             **{name: preset[name] for name in names},
         ).frames
@@ -152,6 +153,7 @@ def train(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
     eval_clips: Annotated[int, typer.Option(min=1, help="Clips, and images, of each split drawn at the end.")] = 100,
+    eval_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of these.")] = 20,
 ) -> None:
     """Train decoder and text encoder, from the last checkpoint where there is one."""
     settings = {"steps": steps, "batch_size": batch_size, "video_share": video_share, "seed": seed}
@@ -185,7 +187,8 @@ def train(
         objective.transformer,
     )
     pipe.set_progress_bar_config(disable=True)
-    scores = [evaluate(pipe, task, split, eval_clips, seed) for task in ("t2v", "t2i") for split in SHOWN_SPLITS]
+    lines = [(task, split) for task in ("t2v", "t2i") for split in SHOWN_SPLITS]
+    scores = [evaluate(pipe, *line, eval_clips, seed, eval_steps) for line in lines]
     Console().print(score_table(scores, "Drawn as asked for, by the text alone, %"))
     for name in ("transformer", "text_encoder"):
         save_folder(getattr(objective, name).save_pretrained, output / name)

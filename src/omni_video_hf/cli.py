@@ -22,6 +22,7 @@ from .model_card_omni_video import write_model_card
 from .pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
 from .publishing_omni_video import push_completed, push_repository, repository_files
 from .repository_omni_video import missing_parts
+from .shapes import cli as shapes_cli
 from .training import cli as training_cli
 from .training import data_cli
 
@@ -31,6 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+evaluations = typer.Typer(help="Measure a checkpoint.", no_args_is_help=True)
+app.add_typer(evaluations, name="eval")
 console = Console(stderr=True)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -274,6 +277,31 @@ def card(
         if not write_model_card(folder, name, base):
             raise ValueError(f"{folder / 'README.md'}: was written or edited by a person; move it away for a new one.")
         print(folder / "README.md")  # noqa: T201
+
+
+@evaluations.command("shapes")
+def evaluate_shapes(
+    model: Model,
+    count: shapes_cli.Count = 200,
+    seed: shapes_cli.Seed = 0,
+    batch_size: shapes_cli.BatchSize = 20,
+    steps: Steps = None,
+    line: shapes_cli.Lines = None,
+    output: shapes_cli.Folder = None,
+    device: Device = None,
+    dtype: DtypeOption = None,
+    revision: Revision = None,
+    token: Token = None,
+    verbose: Verbose = False,
+) -> None:
+    """
+    Score a checkpoint of Omni-Video Shapes: a table with confidence intervals, as JSON and as pictures.
+
+    A judge without any learned part reads what was drawn off its pixels.
+    """
+    with _one_line_errors(verbose):
+        pipe = _load(model, dtype, device, None, None, None, revision, token)
+        shapes_cli.evaluate(pipe, count, seed, batch_size, steps, line, output)
 
 
 app.command("precompute")(data_cli.precompute_command)

@@ -1,0 +1,94 @@
+"""What the training scripts of Omni-Video Shapes share: settings that stay, exact resuming, results that are whole."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+
+def check_settings(settings: dict[str, Any], output: Path) -> None:
+    """Refuse to go on with a training that began otherwise; write down how a new one begins."""
+    path = output / "settings.json"
+    if not path.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(settings, path)
+        return
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    for name in sorted(stored.keys() | settings.keys()):
+        if stored.get(name) != settings.get(name):
+            raise typer.BadParameter(
+                f"{output}: this training began with {name} {stored.get(name)}, not {settings.get(name)}. Go on with "
+                "that, or begin another in an empty folder."
+            )
+
+
+def fit(
+    objective: nn.Module,
+    dataset: Dataset,
+    collate: Callable[[list[Any]], dict[str, Any]],
+    output: Path,
+    steps: int,
+    learning_rate: float,
+    save_steps: int,
+    seed: int,
+    **overrides: Any,
+) -> None:
+    """
+    Train `objective`, whose `forward` gives a dict with its `loss`, from the last checkpoint of `output` if any.
+
+    Args:
+        dataset: one item a sample, `steps` times `per_device_train_batch_size` of them.
+        overrides: other [`TrainingArguments`].
+    """
+    arguments = {
+        "max_steps": steps,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": min(100, steps),
+        "adam_beta2": 0.99,
+        "max_grad_norm": 1.0,
+        "logging_steps": min(50, save_steps),
+        "save_steps": save_steps,
+        "save_total_limit": 2,
+        "seed": seed,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),  # for bf16, which transformers does not take for granted there
+    }
+    settings = TrainingArguments(output_dir=str(output), **(arguments | overrides))
+    trainer = Trainer(objective, settings, train_dataset=dataset, data_collator=collate)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(output))
+
+
+def the_batch(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """The one item of a data set of batches."""
+    (item,) = items
+    return dict(item)
+
+
+def save_folder(write: Callable[[Path], Any], folder: Path) -> None:
+    """Let `write` fill a folder, which comes to its name when it is complete and replaces an older one."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def write_json(values: dict[str, Any], path: Path) -> None:
+    """Write a file that comes to its name when it is complete."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+__all__ = ["check_settings", "fit", "save_folder", "the_batch", "write_json"]

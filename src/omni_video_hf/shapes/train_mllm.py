@@ -1,0 +1,190 @@
+"""
+Trains the VILA of Omni-Video Shapes to understand, which the paper takes as given.
+
+`python -m omni_video_hf.shapes.train_mllm --output FOLDER`, resumable. It learns to answer questions on images and
+clips. Asked to draw or to edit, it says in the data set's plain words what there would be to see: that is as far as a
+model without a decoder goes, and its states then hold what the paper's stages, which leave its body as it is, need.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import set_seed
+
+from ..modeling_vila import VilaForConditionalGeneration
+from ..processing_omni_video import TASKS, OmniVideoProcessor
+from ..training.data import IGNORED_LABEL, OmniVideoDataCollator, encode_conversation
+from . import configuration
+from .dataset import Example, ShapesDataset
+from .prompts import describe
+from .runs import check_settings, fit, save_folder, the_batch, write_json
+from .scene import render
+from .scores import SHOWN_SPLITS, Score, check_answer
+
+# Share of the batches by what they are about. All of a batch show the MLLM as many pictures.
+SHARES = {
+    ("understand", "video"): 0.3,
+    ("understand", "image"): 0.2,
+    ("t2v", "video"): 0.1,
+    ("t2i", "image"): 0.1,
+    ("v2v", "video"): 0.15,
+    ("i2i", "image"): 0.15,
+}
+QUESTIONS_AT_ONCE = 25
+LONGEST_ANSWER = 32
+
+
+class ConversationBatches(Dataset):
+    """
+    Whole batches of conversations, newly drawn.
+
+    Args:
+        processor: makes ids and pictures.
+        steps: number of batches.
+        batch_size: conversations of a batch.
+        seed: batch `index` is a function of it and `index` alone.
+    """
+
+    def __init__(self, processor: OmniVideoProcessor, steps: int, batch_size: int, seed: int) -> None:
+        self.processor, self.steps, self.batch_size, self.seed = processor, steps, batch_size, seed
+        self.collate = OmniVideoDataCollator(processor.tokenizer.pad_token_id)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        rng = np.random.default_rng((self.seed, index))
+        names = list(SHARES)
+        task, kind = names[rng.choice(len(names), p=list(SHARES.values()))]
+        dataset = ShapesDataset(task, "train", self.steps * self.batch_size, self.seed, kind)
+        examples = [dataset.example(index * self.batch_size + number) for number in range(self.batch_size)]
+        # With the words that upstream puts around a prompt, or as a user who names no task writes.
+        as_task = bool(rng.random() < 0.5)
+        batch = self.collate([{"task": "understand"} | conversation(self.processor, e, as_task) for e in examples])
+        return {name: value for name, value in batch.items() if name != "task"}
+
+
+def conversation(processor: OmniVideoProcessor, example: Example, as_task: bool) -> dict[str, torch.Tensor]:
+    """
+    An example as the MLLM learns it.
+
+    Args:
+        as_task: as the task's prompt is written; otherwise as the bare question that leaves the task open.
+    """
+    shown = {} if example.source is None else {example.kind: render(example.source, example.num_frames)}
+    if example.answer is not None:
+        shown = _as_media(shown)
+        return encode_conversation(processor, "understand", example.prompt, example.answer, **shown)
+    prompt, said_of = example.prompt, example.kind
+    if as_task:
+        prompt = TASKS[example.task].user.format(prompt=prompt)
+        if example.task == "v2v":  # upstream's MLLM sees the first frame of a clip to edit, and no motion
+            shown = {"image": shown["video"][:1]}
+            said_of = "video" if example.attribute == "motion" else "image"
+    answer = f"{example.kind}: {describe(example.target, said_of)}"
+    return encode_conversation(processor, "understand", prompt, answer, **_as_media(shown))
+
+
+def _as_media(shown: dict[str, np.ndarray]) -> dict[str, Any]:
+    """An image is one frame, a video all of them."""
+    return {kind: frames[0] if kind == "image" else frames for kind, frames in shown.items()}
+
+
+class AnswerObjective(nn.Module):
+    """Cross-entropy of the answers, and of the token that ends them."""
+
+    def __init__(self, mllm: VilaForConditionalGeneration) -> None:
+        super().__init__()
+        self.mllm = mllm
+
+    def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Where no answer is learned, no logits are computed; it is most of every prompt."""
+        labels = inputs.pop("labels")
+        learned = labels != IGNORED_LABEL
+        states = self.mllm.model(**inputs, use_cache=False).last_hidden_state
+        before = learned.roll(-1, dims=1)  # the state that predicts a token is the one before it
+        logits = self.mllm.lm_head(states[before])
+        return {"loss": nn.functional.cross_entropy(logits.float(), labels[learned])}
+
+
+@torch.no_grad()
+def evaluate(mllm: VilaForConditionalGeneration, processor: OmniVideoProcessor, count: int, seed: int) -> list[Score]:
+    """Exact answers to `count` questions of each split, half of them on clips."""
+    scores = []
+    for split in SHOWN_SPLITS:
+        verdicts = []
+        for kind in ("video", "image"):
+            dataset = ShapesDataset("understand", split, (count + 1) // 2, seed, kind)
+            starts = range(0, len(dataset), QUESTIONS_AT_ONCE)
+            for start in track(starts, f"Asking about {kind}s, {split}", console=Console(stderr=True)):
+                numbers = range(start, min(start + QUESTIONS_AT_ONCE, len(dataset)))
+                items = [dataset[number] for number in numbers]
+                sources = [item["source"] if kind == "video" else item["source"][0] for item in items]
+                prompts = [item["prompt"] for item in items]
+                inputs = processor.apply_task_template(
+                    "understand", prompts, **{f"{kind}s": sources}, return_tensors="pt"
+                )
+                ids = mllm.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)
+                answers = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+                verdicts += [check_answer(dataset.example(n), a) for n, a in zip(numbers, answers, strict=True)]
+        scores.append(Score.of("understand", split, verdicts))
+    return scores
+
+
+def score_table(scores: list[Score]) -> Table:
+    """Percentages of exact answers, by what the question is on."""
+    table = Table(title="Exact answers, %")
+    names = sorted(scores[0].counts, key=lambda name: (name != "all", name))
+    for header in ("split", *names, "of"):
+        table.add_column(header)
+    for score in scores:
+        rates = [f"{100 * score.counts[name].rate:.1f}" if name in score.counts else "-" for name in names]
+        table.add_row(score.split, *rates, str(score.counts["all"].total))
+    return table
+
+
+def train(
+    output: Annotated[Path, typer.Option(help="Folder of checkpoints; the result comes to its sub-folder mllm.")],
+    steps: Annotated[int, typer.Option(min=1)] = 6000,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    learning_rate: float = 1e-3,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
+    eval_questions: Annotated[int, typer.Option(min=1, help="Questions of each split asked at the end.")] = 200,
+) -> None:
+    """Train the MLLM, from the last checkpoint where there is one, and ask it questions."""
+    settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+    settings |= {"save_steps": save_steps}
+    check_settings(settings, output)
+    set_seed(seed)
+    processor = configuration.processor()
+    objective = AnswerObjective(configuration.model(adapter_config=None, decoder_config=None).mllm)
+    fit(
+        objective,
+        ConversationBatches(processor, steps, batch_size, seed),
+        the_batch,
+        output,
+        steps,
+        learning_rate,
+        save_steps,
+        seed,
+        per_device_train_batch_size=1,  # an item is a batch
+        bf16=True,
+    )
+    mllm = objective.mllm.eval()
+    scores = evaluate(mllm, processor, eval_questions, seed)
+    Console().print(score_table(scores))
+    save_folder(mllm.save_pretrained, output / "mllm")
+    write_json({"settings": settings, "scores": [score.to_dict() for score in scores]}, output / "mllm.json")
+
+
+if __name__ == "__main__":
+    typer.run(train)

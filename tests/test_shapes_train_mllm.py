@@ -1,0 +1,93 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from omni_video_hf.modeling_vila import VilaForConditionalGeneration
+from omni_video_hf.shapes import ShapesDataset, configuration
+from omni_video_hf.shapes.scene import HELD_OUT
+from omni_video_hf.shapes.train_mllm import AnswerObjective, ConversationBatches, conversation, evaluate, train
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return configuration.processor()
+
+
+@pytest.fixture
+def mllm():
+    torch.manual_seed(0)
+    return configuration.model(adapter_config=None, decoder_config=None).mllm
+
+
+def learned(processor, sample):
+    return processor.tokenizer.decode(sample["labels"][sample["labels"] != -100])
+
+
+def test_questions_are_answered_and_ended(processor):
+    example = ShapesDataset("understand", "train", 5, kind="image").example(3)
+    sample = conversation(processor, example, as_task=True)
+    assert learned(processor, sample) == f"{example.answer}<|end_of_text|>"
+    assert sample["pixel_values"].shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize(("task", "pictures"), [("t2v", 0), ("t2i", 0), ("i2i", 1), ("v2v", 4)])
+def test_requests_are_answered_by_what_there_would_be_to_see(processor, task, pictures):
+    example = ShapesDataset(task, "train", 5).example(1)
+    sample = conversation(processor, example, as_task=False)
+    said = learned(processor, sample)
+    assert said.startswith(f"{example.kind}: a {example.target.size} {example.target.color} {example.target.shape}")
+    assert (f"moving {example.target.motion}" in said or "standing still" in said) == (example.kind == "video")
+    assert len(sample.get("pixel_values", ())) == pictures
+
+
+def test_the_prompt_of_a_task_is_the_one_that_the_pipeline_writes(processor):
+    """Up to the answer, which the pipeline forces, the MLLM has seen in training what the vision head will read."""
+    for task, source in (("t2v", {}), ("v2v", {"videos": 1}), ("i2i", {"images": 1})):
+        dataset = ShapesDataset(task, "train", 3)
+        sample = conversation(processor, dataset.example(2), as_task=True)
+        question = sample["input_ids"][sample["labels"] == -100]
+        frames = dataset[2].get("source")
+        media = {name: [frames if name == "videos" else frames[0]] for name in source}
+        inputs = processor.apply_task_template(task, dataset[2]["prompt"], return_tensors="pt", **media)
+        assert torch.equal(inputs["input_ids"][0, : len(question)], question)
+        if source:
+            torch.testing.assert_close(inputs["pixel_values"], sample["pixel_values"])
+
+
+def test_what_is_held_out_is_never_said(processor):
+    batches = ConversationBatches(processor, 12, 8, 0)
+    said = {processor.tokenizer.decode(ids) for index in range(12) for ids in batches[index]["input_ids"]}
+    assert len(said) > 60
+    assert not [text for text in said for color, shape in HELD_OUT if f"{color} {shape}" in text]
+    assert all(torch.equal(value, batches[3][name]) for name, value in batches[3].items())
+
+
+@torch.no_grad()
+def test_the_loss_is_the_models_own(processor, mllm):
+    batch = ConversationBatches(processor, 3, 4, 0)[1]
+    torch.testing.assert_close(AnswerObjective(mllm)(**batch)["loss"], mllm(**batch).loss)
+
+
+def test_an_untrained_mllm_answers_nothing_right(processor, mllm):
+    scores = evaluate(mllm, processor, count=3, seed=0)
+    assert [(score.split, score.counts["all"].right, score.counts["all"].total) for score in scores] == [
+        ("seen", 0, 4),
+        ("composition", 0, 4),
+    ]
+
+
+def test_training_resumes_as_if_it_had_not_stopped(tmp_path):
+    settings = {"steps": 4, "batch_size": 2, "learning_rate": 1e-3, "seed": 3, "save_steps": 2, "eval_questions": 1}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(whole, **settings)
+    stopped.mkdir()
+    shutil.copytree(whole / "checkpoint-2", stopped / "checkpoint-2")
+    train(stopped, **settings)
+    first, second = (VilaForConditionalGeneration.from_pretrained(folder / "mllm") for folder in (whole, stopped))
+    for (name, one), two in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(one, two), name
+    results = json.loads((whole / "mllm.json").read_text())
+    assert results["settings"]["steps"] == 4
+    assert first.lm_head.weight.isfinite().all()

@@ -207,12 +207,12 @@ def pipeline() -> OmniVideoPipeline:
     half.mllm, half.vision_head = whole.mllm, whole.vision_head
     return OmniVideoPipeline(
         processor=processor(),
-        mllm=half,
-        adapter=whole.adapter,
-        transformer=whole.decoder,
-        text_encoder=text_encoder(),
+        mllm=half.eval(),  # without dropout, as `from_pretrained` has it
+        adapter=whole.adapter.eval(),
+        transformer=whole.decoder.eval(),
+        text_encoder=text_encoder().eval(),
         tokenizer=text_tokenizer(),
-        vae=vae(),
+        vae=vae().eval(),
         scheduler=scheduler(),
         presets=PRESETS,
     )

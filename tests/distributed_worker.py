@@ -12,12 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
-import torch
 import training
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 
 from omni_video_hf.training import OmniVideoTrainer
+from omni_video_hf.training.run import leave_process_group
 
 
 class Sharded(OmniVideoTrainer):
@@ -51,8 +51,7 @@ def main(folder: Path, case: dict) -> None:
     if run.is_world_process_zero():
         save_file(weights, folder / "weights.safetensors")
         (folder / "log.json").write_text(json.dumps(run.state.log_history))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_process_group(run)
 
 
 if __name__ == "__main__":

@@ -69,8 +69,22 @@ def train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console 
                 summarize(trainer, names_of_data(run)).save(written)
         if args.push_to_hub:
             push(trainer, result.with_name(LORA_FOLDER) if args.training_stage.lora else result)
-    trainer.accelerator.end_training()  # a process that leaves its group open can die at its exit
+    leave_process_group(trainer)
     return result
+
+
+def leave_process_group(trainer: OmniVideoTrainer) -> None:
+    """
+    End what the processes of a run share; every process must call, after its last work.
+
+    A thread of the group that lets go of its last tensor while Python exits aborts the process, and the launcher then
+    kills the others. Destroying the group waits for its threads, but only when nothing holds it any more: the wrapper
+    of the model does.
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
 
 
 def load_for_stage(
@@ -160,4 +174,4 @@ def _checkpoint_to_resume(run: RunArguments, args: OmniVideoTrainingArguments) -
     return last
 
 
-__all__ = ["load_for_stage", "save_pipeline", "train"]
+__all__ = ["leave_process_group", "load_for_stage", "save_pipeline", "train"]

@@ -111,6 +111,7 @@ def test_info(run, converted):
         (["generate", "a", "-o", "x.mp4", "--frames", "6"], "5 and 9 are the nearest"),
         (["generate", "", "-o", "x.mp4"], "non-empty"),
         (["generate", "a", "-o", "x.mp4", "--cpu-offload", "model", "--device", "cpu"], "needs an accelerator"),
+        (["ask", CLIP, "a", "--memory", "16GB", "--device", "cpu"], "`--memory 16GB` needs an accelerator"),
         (["generate", "a", "-o", "x.mp4", "--attention-backend", "quick"], "must be one of"),
         (["generate", "a", "-o", "x.mp4", "--lora", "nowhere.safetensors"], "nowhere"),
         (["edit", "nothing.mp4", "a"], "no such file"),
@@ -151,7 +152,7 @@ def test_help_names_every_flag_of_diffusers_cli():
     text = CliRunner().invoke(app, ["generate", "--help"], terminal_width=200).output
     for flag in (
         "--model", "--dtype", "--device", "--seed", "--steps", "--guidance-scale", "--size", "--frames", "--fps",
-        "--cpu-offload", "--attention-backend", "--lora", "--output", "--verbose",
+        "--cpu-offload", "--memory", "--attention-backend", "--lora", "--output", "--verbose",
     ):  # fmt: skip
         assert flag in text
     commands = CliRunner().invoke(app, ["--help"]).output

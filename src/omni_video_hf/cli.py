@@ -18,6 +18,7 @@ from rich.table import Table
 
 from .hub import memory_rows, memory_table, repository_headers, repository_parts, repository_table
 from .media_omni_video import open_media, save_image, save_video
+from .memory_omni_video import PROFILES
 from .model_card_omni_video import write_model_card
 from .pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
 from .publishing_omni_video import push_completed, push_repository, repository_files
@@ -57,6 +58,7 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+Memory = StrEnum("Memory", {name: name for name in PROFILES})
 Model = Annotated[str, typer.Option("--model", "-m", help="Folder or Hub repository.", envvar="OMNI_VIDEO_MODEL")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="File to write: .mp4, or .png .jpg .webp.")]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="As stored by default.")]
@@ -71,6 +73,10 @@ Fps = Annotated[float | None, typer.Option(help="Frames per second of the output
 NegativePrompt = Annotated[str | None, typer.Option(help="The checkpoint's stored one by default.")]
 MaxContextLength = Annotated[int | None, typer.Option(help="Let a longer source in than the model was trained with.")]
 Offload = Annotated[CpuOffload | None, typer.Option("--cpu-offload", help="Keep idle weights in main memory.")]
+MemoryOption = Annotated[
+    Memory | None,
+    typer.Option("--memory", help="Format, quantisation, offloading for an accelerator of this size."),
+]
 AttentionBackend = Annotated[str | None, typer.Option(help="A diffusers attention backend, e.g. flash, sage.")]
 Lora = Annotated[str | None, typer.Option(help="LoRA file or repository, or JSON arguments of load_lora_weights.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")]
@@ -95,6 +101,7 @@ def generate(
     dtype: DtypeOption = None,
     device: Device = None,
     cpu_offload: Offload = None,
+    memory: MemoryOption = None,
     attention_backend: AttentionBackend = None,
     lora: Lora = None,
     revision: Revision = None,
@@ -112,7 +119,7 @@ def generate(
         if output is not None:
             task = "t2i" if _checked_output(output, overwrite) == "image" else "t2v"
         settings = _settings(size, frames, fps, steps, guidance_scale, flow_shift, seed, negative_prompt)
-        pipe = _load(model, dtype, device, cpu_offload, attention_backend, lora, revision, token)
+        pipe = _load(model, dtype, device, cpu_offload, memory, attention_backend, lora, revision, token)
         _finish(pipe(prompt, task=task, **settings), output, overwrite)
 
 
@@ -134,6 +141,7 @@ def edit(
     dtype: DtypeOption = None,
     device: Device = None,
     cpu_offload: Offload = None,
+    memory: MemoryOption = None,
     attention_backend: AttentionBackend = None,
     lora: Lora = None,
     revision: Revision = None,
@@ -153,7 +161,7 @@ def edit(
         if output is not None and _checked_output(output, overwrite) != kind:
             raise ValueError(f"`--output {output}` does not fit an edit of the {kind} {source}.")
         settings = _settings(size, frames, fps, steps, guidance_scale, flow_shift, seed, negative_prompt)
-        pipe = _load(model, dtype, device, cpu_offload, attention_backend, lora, revision, token)
+        pipe = _load(model, dtype, device, cpu_offload, memory, attention_backend, lora, revision, token)
         task = "i2i" if kind == "image" else "v2v"
         _finish(
             pipe(instruction, **media, task=task, max_context_length=max_context_length, **settings), output, overwrite
@@ -170,6 +178,7 @@ def ask(
     dtype: DtypeOption = None,
     device: Device = None,
     cpu_offload: Offload = None,
+    memory: MemoryOption = None,
     lora: Lora = None,
     revision: Revision = None,
     token: Token = None,
@@ -178,7 +187,7 @@ def ask(
     """Answer a question about a video or an image."""
     with _one_line_errors(verbose):
         media = _open_source(source)
-        pipe = _load(model, dtype, device, cpu_offload, None, lora, revision, token)
+        pipe = _load(model, dtype, device, cpu_offload, memory, None, lora, revision, token)
         output = pipe(question, **media, task="understand", max_new_tokens=max_new_tokens, **_generator(seed))
         _finish(output)
 
@@ -371,6 +380,7 @@ def _load(
     dtype: Dtype | None,
     device: str | None,
     cpu_offload: CpuOffload | None,
+    memory: Memory | None,
     attention_backend: str | None,
     lora: str | None,
     revision: str | None,
@@ -379,11 +389,10 @@ def _load(
     """The pipeline, on its device and set up as asked."""
     _check_repository(model)
     device = device or _best_device()
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"`--device {device}`: this machine, or this build of torch, has no CUDA device.")
-    if cpu_offload is not None and device == "cpu":
-        raise ValueError(f"`--cpu-offload {cpu_offload.value}` needs an accelerator; the device is the CPU.")
-    arguments = {} if dtype is None else {"dtype": getattr(torch, dtype.value)}
+    _check_device(device, cpu_offload, memory)
+    arguments: dict[str, Any] = {} if dtype is None else {"dtype": getattr(torch, dtype.value)}
+    if memory is not None:
+        arguments |= {"memory": memory.value, "memory_device": device}
     pipe = OmniVideoPipeline.from_pretrained(model, revision=revision, token=token, **arguments)
     if lora is not None and lora.endswith(".safetensors") and not Path(lora).is_file():
         raise ValueError(f"`--lora {lora}`: no such file.")
@@ -392,6 +401,8 @@ def _load(
         pipe.load_lora_weights(given.pop("pretrained_model_name_or_path_or_dict", given.pop("path", None)), **given)
     if attention_backend is not None:
         pipe.transformer.set_attention_backend(attention_backend)
+    if memory is not None:
+        return pipe
     if cpu_offload is None:
         return pipe.to(device)
     if cpu_offload is CpuOffload.model:
@@ -401,6 +412,17 @@ def _load(
     else:
         pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level")
     return pipe
+
+
+def _check_device(device: str, cpu_offload: CpuOffload | None, memory: Memory | None) -> None:
+    """Refuse what the device cannot do, before anything is loaded."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"`--device {device}`: this machine, or this build of torch, has no CUDA device.")
+    for flag, choice in (("--cpu-offload", cpu_offload), ("--memory", memory)):
+        if choice is not None and device == "cpu":
+            raise ValueError(f"`{flag} {choice.value}` needs an accelerator; the device is the CPU.")
+    if memory is not None and cpu_offload is not None:
+        raise ValueError(f"`--memory {memory.value}` chooses the offloading by itself: leave `--cpu-offload` out.")
 
 
 def _check_repository(name: str) -> None:

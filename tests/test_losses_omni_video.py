@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import tiny
 import torch
@@ -7,7 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
 
-from omni_video_hf import OmniVideoConfig, OmniVideoForConditionalGeneration
+from omni_video_hf import OmniVideoConfig, OmniVideoForConditionalGeneration, modeling_omni_video
 from omni_video_hf.losses_omni_video import (
     OmniVideoLossConfig,
     alignment_loss,
@@ -258,21 +260,33 @@ def test_vision_embeds_do_not_stand_for_states_or_come_with_tokens(model):
             model.adapter(**arguments)
 
 
-def test_padding_is_folded_in_training_with_the_same_gradients(model):
-    """Against a decoder with gradient checkpointing, whose context is padded."""
-    inputs = batch()
+@pytest.mark.parametrize("checkpointing", ["none", "diffusers'", "transformers'", "reentrant"])
+def test_padding_is_folded_in_training_with_the_same_gradients(checkpointing):
+    model, inputs = tiny.model(enable_mllm=False), batch()
     del inputs["target_features"]
-    lengths = []
-    hook = model.decoder.blocks[0].register_forward_pre_hook(lambda _, args: lengths.append(args[1].shape[1]))
-    found = loss_and_gradients(model, inputs)
-    model.decoder.enable_gradient_checkpointing()
+    lengths, processors = [], [block.attn2.processor for block in model.decoder.blocks]
+    model.decoder.blocks[0].register_forward_pre_hook(lambda _, args: lengths.append(args[1].shape[1]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_omni_video, "folded_context", padded_context)
+        wanted = loss_and_gradients(model, inputs)
     model.train()
-    wanted = loss_and_gradients(model, inputs)
-    model.eval()
-    model.decoder.disable_gradient_checkpointing()
-    hook.remove()
-    assert lengths[0] < lengths[1] == model.adapter.config.max_context_length
+    if checkpointing == "diffusers'":
+        model.decoder.enable_gradient_checkpointing()
+    elif checkpointing != "none":
+        model.activation_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+        model.decoder.patch_embedding.register_forward_hook(lambda _, __, output: output.requires_grad_())
+    own = getattr(model.decoder, "_gradient_checkpointing_func", None)
+    found = loss_and_gradients(model, inputs)
+    assert len(lengths) == (2 if checkpointing == "none" else 3)
+    assert lengths[0] == model.adapter.config.max_context_length > lengths[1] == lengths[-1]
+    assert [block.attn2.processor for block in model.decoder.blocks] == processors
+    assert getattr(model.decoder, "_gradient_checkpointing_func", None) is own
     assert_same_training(found, wanted)
+
+
+@contextlib.contextmanager
+def padded_context(decoder, context, length):
+    yield torch.nn.functional.pad(context, (0, 0, 0, length - context.shape[1]))
 
 
 def test_a_wrapper_that_runs_blocks_again_gets_the_padded_context():

@@ -10,6 +10,7 @@ meets the context after the first block's self-attention, which is thus the same
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 
 import torch
@@ -238,14 +239,11 @@ def constant_context(
         length: tokens a context acts like.
     """
     own = {block.attn2: block.attn2.processor for block in transformer.blocks}
-    default, _ = _AttentionBackendRegistry.get_active_backend()
-    backends = {getattr(processor, "_attention_backend", None) or default for processor in own.values()}
+    can_fold = _backends(transformer) <= BACKENDS_WITH_BIAS
     replacements = {attn: ConstantContextAttnProcessor() for attn in own}
     for attn, replacement in replacements.items():
         replacement._attention_backend = getattr(own[attn], "_attention_backend", None)
-    constant = ConstantContext(
-        list(replacements.values()), None, length, backends <= BACKENDS_WITH_BIAS, is_compiled(transformer)
-    )
+    constant = ConstantContext(list(replacements.values()), None, length, can_fold, is_compiled(transformer))
     if not constant.compiled:  # a second graph of one block would cost more than its self-attention
         attn = transformer.blocks[0].attn1
         own[attn] = attn.processor
@@ -267,8 +265,9 @@ def folded_context(transformer: WanTransformer3DModel, context: torch.Tensor, le
     Fold the padding of a context for one pass of the decoder, backward included: for training, where keys and values
     change with every step and nothing is kept.
 
-    Where blocks run again in the backward pass (gradient checkpointing, diffusers' own or a wrapper of torch's, as
-    accelerate puts around blocks), or are compiled, the context is padded: by then the processors are gone.
+    With gradient checkpointing each block gets its processor anew whenever it runs, in the backward pass as well.
+    Where a wrapper of torch's runs blocks again, as accelerate puts around them, or blocks are compiled, the context
+    is padded.
 
     Args:
         transformer: the decoder.
@@ -278,13 +277,44 @@ def folded_context(transformer: WanTransformer3DModel, context: torch.Tensor, le
     Yields:
         What to pass to the decoder.
     """
-    wrapped = any(isinstance(module, CheckpointWrapper) for module in transformer.modules())
-    runs_again = torch.is_grad_enabled() and (transformer.gradient_checkpointing or wrapped)
-    if runs_again or is_compiled(transformer):
+    wrapped = torch.is_grad_enabled() and any(isinstance(part, CheckpointWrapper) for part in transformer.modules())
+    if wrapped or is_compiled(transformer) or not _backends(transformer) <= BACKENDS_WITH_BIAS:
         yield torch.nn.functional.pad(context, (0, 0, 0, max(0, length - context.shape[1])))
-        return
-    with constant_context(transformer, {"only": context}, length) as constant, constant.enter("only") as folded:
-        yield folded
+    elif torch.is_grad_enabled() and transformer.gradient_checkpointing:
+        folded, bias = fold_padding(context, length)
+        with _checkpointed_with_bias(transformer, bias):
+            yield folded
+    else:
+        with constant_context(transformer, {"only": context}, length) as constant, constant.enter("only") as folded:
+            yield folded
+
+
+@contextmanager
+def _checkpointed_with_bias(transformer: WanTransformer3DModel, bias: torch.Tensor | None) -> Iterator[None]:
+    """Let checkpointed blocks add `bias` to the logits of the context, in this pass and when they run again for it."""
+    own = transformer._gradient_checkpointing_func
+
+    def run(block: torch.nn.Module, *args: torch.Tensor) -> torch.Tensor:
+        processor = block.attn2.processor
+        replacement = ConstantContextAttnProcessor()
+        replacement._attention_backend, replacement.bias = getattr(processor, "_attention_backend", None), bias
+        block.attn2.set_processor(replacement)
+        try:
+            return block(*args)
+        finally:
+            block.attn2.set_processor(processor)
+
+    transformer.enable_gradient_checkpointing(lambda block, *args: own(partial(run, block), *args))
+    try:
+        yield
+    finally:
+        transformer.enable_gradient_checkpointing(own)
+
+
+def _backends(transformer: WanTransformer3DModel) -> set[AttentionBackendName]:
+    """Attention backends of the decoder's cross-attention."""
+    default, _ = _AttentionBackendRegistry.get_active_backend()
+    return {getattr(block.attn2.processor, "_attention_backend", None) or default for block in transformer.blocks}
 
 
 def is_compiled(transformer: WanTransformer3DModel) -> bool:

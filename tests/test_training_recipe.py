@@ -133,6 +133,7 @@ def test_all_bad_samples_are_named_before_anything_trains(base, tmp_path):
 
 
 def test_data_that_do_not_fit_the_stage_are_refused(base, data, tmp_path):
+    refused("nowhere", data, tmp_path / "run", "`model` nowhere is neither a folder nor a Hub repository")
     refused(base, tmp_path / "none", tmp_path / "run", "holds no manifest.json, so it is no feature cache")
     questions = write_samples(tmp_path / "data", [training.sample("understand"), training.sample("t2v")])
     refused(base, questions, tmp_path / "run", "1 samples of the task 'understand', but `losses.answer_weight` is 0")

@@ -40,6 +40,8 @@ def train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console 
     """
     console = console or Console(stderr=True)
     checkpoint = _checkpoint_to_resume(run, args)
+    if not Path(run.model).is_dir() and run.model.count("/") != 1:
+        raise ValueError(f"`model` {run.model} is neither a folder nor a Hub repository (`owner/name`).")
     folder = Path(run.model if Path(run.model).is_dir() else snapshot_download(run.model, revision=run.revision))
     processor = OmniVideoProcessor.from_pretrained(folder)
     data = load_training_data(run, processor, console)

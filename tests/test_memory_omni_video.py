@@ -5,8 +5,8 @@ import json
 import pytest
 import tiny
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from transformers import UMT5Config, UMT5EncoderModel
+from diffusers import AutoencoderKLWan, PipelineQuantizationConfig, WanTransformer3DModel
+from transformers import QuantoConfig, UMT5Config, UMT5EncoderModel
 from typer.testing import CliRunner
 
 from omni_video_hf import OmniVideoAdapter, OmniVideoConfig, OmniVideoForConditionalGeneration, OmniVideoPipeline
@@ -14,6 +14,7 @@ from omni_video_hf.cli import app
 from omni_video_hf.configuration_omni_video import WAN_2_1_T2V_1_3B
 from omni_video_hf.hub import repository_headers
 from omni_video_hf.memory_omni_video import COMPONENTS, DTYPES, PROFILES, estimate_memory, get_memory_profile
+from omni_video_hf.training.lora import add_lora, save_lora
 
 UMT5_XXL = {
     "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
@@ -132,6 +133,52 @@ def test_the_released_model_fits_every_profile():
     assert order == sorted(order, reverse=True)
     for larger, smaller in zip(PROFILES.values(), list(PROFILES)[1:], strict=False):
         assert peaks[larger.name] > PROFILES[smaller].gibibytes * 2**30, "the smaller profile would not be needed"
+
+
+# --- by hand --------------------------------------------------------------------------------------------------------
+
+
+OFFLOADS = {
+    "none": lambda pipe: pipe,
+    "model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "group": lambda pipe: pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level"),
+}
+
+
+@pytest.fixture(scope="module")
+def lora(repository, tmp_path_factory):
+    """Matrices in every part, none of them zero."""
+    model = OmniVideoForConditionalGeneration.from_pretrained(repository)
+    add_lora(model, {"r": 2})
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    folder = tmp_path_factory.mktemp("lora")
+    save_lora(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("quantized", [(), ("mllm", "text_encoder")], ids=["plain", "int8"])
+@pytest.mark.parametrize(
+    ("offload", "first"),
+    # diffusers switches model offload on again after it has loaded a LoRA, then without naming the device.
+    [("none", "lora"), ("model", "lora"), ("group", "lora"), ("group", "offload")],
+)
+def test_offloading_with_quantisation_and_lora(repository, lora, quantized, offload, first):
+    mapping = {name: QuantoConfig(weights="int8") for name in quantized}
+    settings = {"quantization_config": PipelineQuantizationConfig(quant_mapping=mapping)} if mapping else {}
+    wanted = load(repository, **settings)
+    untouched = run(wanted)
+    wanted.load_lora_weights(lora)
+    wanted = run(wanted)
+    assert not torch.allclose(wanted, untouched, atol=1e-3)
+
+    pipe = load(repository, **settings)
+    for step in (first, {"lora": "offload", "offload": "lora"}[first]):
+        OFFLOADS[offload](pipe) if step == "offload" else pipe.load_lora_weights(lora)
+    assert torch.allclose(run(pipe), wanted, atol=1e-5)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

@@ -309,7 +309,7 @@ def evaluate_shapes(
     A judge without any learned part reads what was drawn off its pixels.
     """
     with _one_line_errors(verbose):
-        pipe = _load(model, dtype, device, None, None, None, revision, token)
+        pipe = _load(model, dtype, device, None, None, None, None, revision, token)
         shapes_cli.evaluate(pipe, count, seed, batch_size, steps, line, output)
 
 

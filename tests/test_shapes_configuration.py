@@ -46,7 +46,7 @@ def test_the_longest_prompt_of_the_data_set_fits_beside_a_source(pipe):
     prompts = sorted((dataset.example(index).prompt for index in range(500)), key=len)
     clip = ShapesDataset("v2v", "train", 1)[0]["source"]
     output = pipe(prompts[-1], video=clip, fps=8, task="v2v", num_inference_steps=1, output_type="latent")
-    assert output.frames.shape == (1, 8, 5, 8, 8)
+    assert output.frames.shape == (1, 16, 5, 8, 8)
 
 
 def test_questions_on_clips_fit_the_language_model(pipe):

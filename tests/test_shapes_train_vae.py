@@ -12,6 +12,7 @@ from omni_video_hf.shapes.scene import COLORS, HELD_OUT
 from omni_video_hf.shapes.train_vae import (
     RecoloredClips,
     VaeObjective,
+    close_branches,
     evaluate,
     foreground_mask,
     set_latent_statistics,
@@ -76,7 +77,8 @@ def test_the_foreground_is_the_shape_and_its_edge():
 def test_shape_and_background_count_the_same(vae):
     objective, frames = VaeObjective(vae, noise_steps=10, kl_weight=0.0, num_frames=5).eval(), clips()
     pixels = to_pixels(frames)
-    error = (vae(pixels).sample - pixels).abs().mean(1)
+    error = vae(pixels).sample - pixels
+    error = (error.abs() + error.square()).mean(1)
     mask = foreground_mask(pixels)
     assert mask.float().mean() < 0.3
     torch.testing.assert_close(objective(frames)["loss"], error[mask].mean() + error[~mask].mean())
@@ -97,6 +99,20 @@ def test_latents_begin_as_the_mode_and_become_noisy(vae):
     posterior = vae.encode(to_pixels(frames)).latent_dist
     # diffusers sums over all but the last dimension
     torch.testing.assert_close(first["kl"] * posterior.mean[0, ..., 0].numel(), posterior.kl().mean())
+
+
+@torch.no_grad()
+def test_at_the_start_only_shortcuts_are_open(vae):
+    close_branches(vae)
+    video = torch.randn(1, 32, 4, 4, 4)
+    for block in (*vae.encoder.mid_block.resnets, *vae.decoder.mid_block.resnets):
+        assert torch.equal(block(video), video)
+    assert torch.equal(vae.decoder.mid_block.attentions[0](video), video)
+    (halving,) = (down.downsampler for down in vae.encoder.down_blocks[1:2])
+    half = halving.time_conv(video)
+    assert torch.equal(half, video[:, :, 1::2]) or torch.equal(half, video[:, :, 2::2])
+    doubling = vae.decoder.up_blocks[0].upsampler.time_conv
+    assert torch.equal(doubling(video), video.repeat(1, 2, 1, 1, 1))
 
 
 @torch.no_grad()
@@ -121,8 +137,8 @@ def test_normalised_latents_have_unit_scale(vae):
         torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     normalised = ((vae.encode(to_pixels(frames)).latent_dist.mode() - mean) / std).movedim(1, 0).flatten(1)
-    torch.testing.assert_close(normalised.mean(1), torch.zeros(8), atol=1e-4, rtol=0)
-    torch.testing.assert_close(normalised.std(1), torch.ones(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normalised.mean(1), torch.zeros(16), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normalised.std(1), torch.ones(16), atol=1e-4, rtol=0)
 
 
 def test_an_untrained_vae_is_not_judged_right(vae):
@@ -131,13 +147,15 @@ def test_an_untrained_vae_is_not_judged_right(vae):
     assert (score.counts["all"].right, score.counts["all"].total) == (0, 9)
 
 
-def test_training_resumes_as_if_it_had_not_stopped(tmp_path):
+@pytest.mark.parametrize("kind", ["images", "clips"])
+def test_training_resumes_as_if_it_had_not_stopped(tmp_path, kind):
     settings = {"steps": 4, "batch_size": 2, "num_frames": 5, "noise_steps": 2, "save_steps": 2, "eval_clips": 1}
-    settings |= {"learning_rate": 1e-3, "kl_weight": 1e-4, "seed": 3}
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    settings |= {"image_steps": 4, "image_batch_size": 2, "learning_rate": 1e-3, "kl_weight": 1e-4, "seed": 3}
+    whole, stopped = tmp_path / "whole", tmp_path / f"stopped_in_{kind}"
     train(whole, **settings)
-    stopped.mkdir()
-    shutil.copytree(whole / "checkpoint-2", stopped / "checkpoint-2")
+    shutil.copytree(whole / kind / "checkpoint-2", stopped / kind / "checkpoint-2")
+    if kind == "clips":
+        shutil.copytree(whole / "images" / "checkpoint-4", stopped / "images" / "checkpoint-4")
     train(stopped, **settings)
     first, second = (AutoencoderKLWan.from_pretrained(folder / "vae") for folder in (whole, stopped))
     assert first.config.latents_mean == pytest.approx(second.config.latents_mean)
@@ -151,7 +169,7 @@ def test_training_resumes_as_if_it_had_not_stopped(tmp_path):
         ("t2i", "seen"),
         ("t2i", "composition"),
     ]
-    names = ["checkpoint-2", "checkpoint-4", "settings.json", "vae", "vae.json"]
+    names = ["clips", "images", "settings.json", "vae", "vae.json"]
     assert sorted(path.name for path in whole.iterdir()) == names
     with pytest.raises(typer.BadParameter, match=r"began with kl_weight 0\.0001, not 0\.1"):
         train(whole, **(settings | {"kl_weight": 0.1}))

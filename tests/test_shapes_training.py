@@ -60,7 +60,7 @@ def test_latents_are_written_once_and_normalised_pairs(built):
     latents.main(built / "vae", built / "latents", videos=3, images=3)
     assert before == {path: path.stat().st_mtime_ns for path in (built / "latents").glob("*.safetensors")}
     pairs = ScenePairs(built / "latents", "video")
-    assert pairs.latents.shape == (3, 2, 8, 5, 8, 8)
+    assert pairs.latents.shape == (3, 2, 16, 5, 8, 8)
     assert [example.task for example in pairs.examples] == ["v2v"] * 3
     with pytest.raises(typer.BadParameter, match="began with videos 3, not 4"):
         latents.main(built / "vae", built / "latents", videos=4, images=3)
@@ -70,7 +70,7 @@ def test_batches_of_captions_show_both_kinds(built):
     pairs = {kind: ScenePairs(built / "latents", kind) for kind in ("video", "image")}
     batches = CaptionedBatches(pairs, 20, 3, video_share=0.5, seed=0)
     shapes = {tuple(batches[index]["latents"].shape) for index in range(20)}
-    assert shapes == {(3, 8, 5, 8, 8), (3, 8, 1, 8, 8)}
+    assert shapes == {(3, 16, 5, 8, 8), (3, 16, 1, 8, 8)}
     assert all(torch.equal(batches[4][name], value) for name, value in batches[4].items())
 
 

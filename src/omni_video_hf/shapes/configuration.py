@@ -36,15 +36,15 @@ MLLM_FRAMES = 4  # of a clip; each costs the MLLM 16 tokens
 CONTEXT_SIZE = 128  # width of umT5, of the adapter and of what the decoder attends to
 VISION_TOKEN_SIZE = 128
 
-# Wan 2.2's residual, patchified form: 8 pixels and 4 frames a latent, 8 channels.
+# Wan 2.2's residual, patchified form: 8 pixels and 4 frames a latent, 16 channels.
 VAE = {
     "base_dim": 16,
-    "z_dim": 8,
+    "z_dim": 16,
     "dim_mult": [1, 2, 2],
     "num_res_blocks": 1,
     "temperal_downsample": [True, True],
-    "latents_mean": [0.0] * 8,  # measured when it is trained
-    "latents_std": [1.0] * 8,
+    "latents_mean": [0.0] * 16,  # measured when it is trained
+    "latents_std": [1.0] * 16,
     "is_residual": True,
     "patch_size": 2,
     "in_channels": 12,

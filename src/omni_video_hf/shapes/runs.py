@@ -13,6 +13,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from .muon import MuonFactory
+
 
 def check_settings(settings: dict[str, Any], output: Path) -> None:
     """Refuse to go on with a training that began otherwise; write down how a new one begins."""
@@ -52,8 +54,7 @@ def fit(
         "max_steps": steps,
         "learning_rate": learning_rate,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": min(100, steps),
-        "adam_beta2": 0.99,
+        "warmup_steps": min(50, steps),
         "max_grad_norm": 1.0,
         "logging_steps": min(50, save_steps),
         "save_steps": save_steps,
@@ -65,7 +66,10 @@ def fit(
         "use_cpu": not torch.cuda.is_available(),  # for bf16, which transformers does not take for granted there
     }
     settings = TrainingArguments(output_dir=str(output), **(arguments | overrides))
-    trainer = Trainer(objective, settings, train_dataset=dataset, data_collator=collate)
+    optimizer = (MuonFactory, {"lr": learning_rate})
+    trainer = Trainer(
+        objective, settings, train_dataset=dataset, data_collator=collate, optimizer_cls_and_kwargs=optimizer
+    )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(output))
 
 

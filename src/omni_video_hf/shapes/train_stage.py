@@ -21,6 +21,7 @@ from ..training.run import load_for_stage, parameter_table, save_result
 from ..training.sampling import OmniVideoBatchSampler
 from ..training.trainer import OmniVideoTrainer
 from .latents import ScenePairs
+from .muon import MuonFactory
 from .runs import check_settings, write_json
 from .stage_data import StageCollator, StageSamples, siglip_features
 
@@ -67,7 +68,14 @@ def train(stage: str, words: Sequence[str]) -> Path:
     sampler = OmniVideoBatchSampler(
         samples.buckets, args.train_batch_size, args.world_size, weights=SHARES[stage], seed=args.seed
     )
-    trainer = OmniVideoTrainer(model, args, train_dataset=samples, data_collator=collator, train_batch_sampler=sampler)
+    trainer = OmniVideoTrainer(
+        model,
+        args,
+        train_dataset=samples,
+        data_collator=collator,
+        train_batch_sampler=sampler,
+        optimizer_cls_and_kwargs=(MuonFactory, {"lr": args.learning_rate}),
+    )
     Console(stderr=True).print(parameter_table(model, stage))
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     result = save_result(trainer, folder)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import UMT5EncoderModel, set_seed
 
+from ..attention_omni_video import folded_context
 from ..flow_matching_omni_video import NUM_TRAIN_TIMESTEPS, add_noise, flow_matching_loss, velocity_target
 from ..losses_omni_video import OmniVideoLossConfig, draw_timestep_indices, timestep_tables
 from . import configuration
@@ -74,7 +75,7 @@ class TextToVideoObjective(nn.Module):
     Args:
         text_encoder: trained as well.
         transformer: the decoder.
-        context_length: to which contexts are padded with zeros, as later among visual tokens.
+        context_length: tokens of zeros that contexts act as padded to, as later among visual tokens.
         prompt_dropout: share of the samples that see the empty prompt, for guidance.
     """
 
@@ -105,12 +106,12 @@ class TextToVideoObjective(nn.Module):
         input_ids = torch.where(dropped, empty, input_ids)
         attention_mask = torch.where(dropped, is_first.long(), attention_mask)
         context = self.text_encoder(input_ids, attention_mask).last_hidden_state * attention_mask[..., None]
-        context = nn.functional.pad(context, (0, 0, 0, self.context_length - context.shape[1]))
         table, weights = (values.to(device) for values in timestep_tables(LOSSES))
         indices = draw_timestep_indices(len(latents), LOSSES).to(device)
         noise = torch.randn_like(latents)
         noisy = add_noise(latents, noise, table[indices] / NUM_TRAIN_TIMESTEPS)
-        velocity = self.transformer(noisy, table[indices], context, return_dict=False)[0]
+        with folded_context(self.transformer, context, self.context_length) as folded:
+            velocity = self.transformer(noisy, table[indices], folded, return_dict=False)[0]
         return {"loss": flow_matching_loss(velocity, velocity_target(latents, noise), weights[indices])}
 
 

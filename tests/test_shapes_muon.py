@@ -1,0 +1,110 @@
+"""torch's two optimizers, joined: each parameter moves as its own optimizer alone would move it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from omni_video_hf.shapes.muon import MuonWithAdamW, split_parameters
+
+
+class Net(nn.Module):
+    """A part of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.conv = nn.Conv3d(4, 6, (3, 1, 1), padding=(1, 0, 0))
+        self.linear = nn.Linear(6, 5)
+        self.frozen = nn.Linear(5, 5).requires_grad_(False)
+        self.lm_head = nn.Linear(5, 7, bias=False)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, ids):
+        features = self.conv(self.embed(ids).mT[..., None, None])[..., 0, 0].mT
+        return self.lm_head(self.frozen(self.linear(features))).square().mean()
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 1, 1]])
+
+
+def run(net, optimizer, steps):
+    for _ in range(steps):
+        net.zero_grad()
+        net(IDS).backward()
+        optimizer.step()
+
+
+def test_matrices_and_kernels_are_told_from_tokens_rows(net):
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    matrices, rest = ([names[id(parameter)] for parameter in part] for part in split_parameters(net))
+    assert matrices == ["conv.weight", "linear.weight", "unused.weight"]
+    assert rest == ["embed.weight", "conv.bias", "linear.bias", "lm_head.weight", "unused.bias"]
+
+
+def test_every_parameter_moves_as_by_its_own_optimizer(net):
+    other = copy.deepcopy(net)
+    # Seen as a matrix, the kernel is a linear layer of the three frames around; its own Muon sees that.
+    kernel = nn.Parameter(other.conv.weight.detach().flatten(1).clone())
+    muon = torch.optim.Muon([kernel, other.linear.weight], 0.02, 0.0, adjust_lr_fn="match_rms_adamw")
+    vectors = [other.embed.weight, other.conv.bias, other.linear.bias, other.lm_head.weight]
+    adamw = torch.optim.AdamW(vectors, 0.02, (0.9, 0.99), weight_decay=0.0)
+    run(net, MuonWithAdamW(net, 0.02), 3)
+    for _ in range(3):
+        other.zero_grad()
+        other(IDS).backward()
+        kernel.grad = other.conv.weight.grad.flatten(1)
+        muon.step()
+        adamw.step()
+        other.conv.weight.data.copy_(kernel.detach().view_as(other.conv.weight))
+    for (name, one), two in zip(net.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_schedules_reach_both(net):
+    optimizer = MuonWithAdamW(net, 0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step > 0))
+    before = copy.deepcopy(net.state_dict())
+    run(net, optimizer, 1)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    schedule.step()
+    run(net, optimizer, 1)
+    moved = {name for name, value in net.state_dict().items() if not torch.equal(before[name], value)}
+    assert moved == {"embed.weight", "conv.weight", "conv.bias", "linear.weight", "linear.bias", "lm_head.weight"}
+
+
+def test_resuming_is_exact(net, tmp_path):
+    def fresh(model):
+        optimizer = MuonWithAdamW(model, 0.05)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    def steps(model, optimizer, schedule, count):
+        for _ in range(count):
+            run(model, optimizer, 1)
+            schedule.step()
+
+    whole, resumed = net, copy.deepcopy(net)
+    optimizer, schedule = fresh(whole)
+    steps(whole, optimizer, schedule, 2)
+    resumed.load_state_dict(whole.state_dict())
+    torch.save([optimizer.state_dict(), schedule.state_dict()], tmp_path / "state.pt")
+    steps(whole, optimizer, schedule, 2)
+    optimizer, schedule = fresh(resumed)
+    for part, state in zip((optimizer, schedule), torch.load(tmp_path / "state.pt"), strict=True):
+        part.load_state_dict(state)
+    steps(resumed, optimizer, schedule, 2)
+    for (name, one), two in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_a_kernel_that_cannot_be_seen_as_a_matrix_is_refused(net):
+    net.conv.weight = nn.Parameter(net.conv.weight.detach().transpose(0, 1).contiguous().transpose(0, 1))
+    with pytest.raises(ValueError, match=r"shape \(6, 4, 3, 1, 1\) is not contiguous"):
+        MuonWithAdamW(net, 0.1)

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -37,13 +38,12 @@ def test_every_line_of_the_table_is_measured_and_an_untrained_model_fails(evalua
 
 def test_results_are_written_as_json_and_pictures(evaluated, tmp_path):
     evaluation, report = evaluated
-    save_evaluation(report, evaluation.pictures, tmp_path)
+    save_evaluation(report, evaluation.shown, tmp_path)
     written = json.loads((tmp_path / "scores.json").read_text())
     assert written["settings"]["count"] == 2
     assert len(written["scores"]) == len(report.scores)
-    drawing = {f"{line}_{split}.png" for line in LINES for split in ("seen", "composition")}
-    drawing -= {f"{line}_{split}.png" for line in ("understand", "routing") for split in ("seen", "composition")}
-    assert {path.name for path in tmp_path.iterdir()} == {"scores.json", *drawing}
+    sheets = {f"{line}_{split}.png" for line in LINES if line != "routing" for split in ("seen", "composition")}
+    assert {path.name for path in tmp_path.iterdir()} == {"scores.json", "strip.png", *sheets}
 
 
 def test_what_is_nulled_changes_what_is_drawn(pipe):
@@ -51,7 +51,7 @@ def test_what_is_nulled_changes_what_is_drawn(pipe):
     for line in ("t2v", "t2v_visual_only", "t2v_text_only"):
         evaluation = Evaluation(pipe, count=1, steps=1)
         evaluation.run([line])
-        drawn[line] = evaluation.pictures[line, "seen"].tobytes()
+        drawn[line] = evaluation.shown[line, "seen"][0].result.tobytes()
     assert len(set(drawn.values())) == 3
 
 
@@ -60,8 +60,9 @@ def test_the_same_seed_draws_the_same_whatever_the_batch(pipe):
     for batch_size in (1, 3):
         evaluation = Evaluation(pipe, count=3, batch_size=batch_size, steps=1)
         evaluation.run(["i2i"])
-        pictures.append(torch.frombuffer(bytearray(evaluation.pictures["i2i", "seen"].tobytes()), dtype=torch.uint8))
-    assert (pictures[0].int() - pictures[1].int()).abs().max() <= 1
+        pictures.append(np.stack([shown.result for shown in evaluation.shown["i2i", "seen"]]).astype(int))
+    assert pictures[0].shape == (3, 1, 64, 64, 3)
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
 @pytest.mark.parametrize(("arguments", "message"), [({"count": 0}, "`count` must be at least 1, got 0")])

@@ -16,7 +16,6 @@ from omni_video_hf.shapes.scores import (
     check_edit,
     check_generation,
     check_routing,
-    results_sheet,
     wilson_interval,
 )
 
@@ -150,18 +149,3 @@ def test_a_report_is_json_and_a_table():
     assert "60.0 % (53.1 to 66.5) of 200, wanted 80 %" in text
     assert LINES["t2v_text_only"].title in text
     assert LINES["i2i"].title not in text
-
-
-def test_a_sheet_has_a_row_per_result():
-    clips, images = ([render(replace(SOURCE, color=color), count) for color in ("red", "blue")] for count in (17, 1))
-    assert results_sheet(clips).size == (5 * 66 - 2, 2 * 66 - 2)
-    assert results_sheet(images, images).size == (2 * 66 - 2, 2 * 66 - 2)
-    sheet = np.asarray(results_sheet(clips, clips[::-1], frames_per_clip=3))
-    assert sheet.shape == (2 * 66 - 2, 6 * 66 - 2, 3)
-    for row, (source, result) in enumerate(zip(clips[::-1], clips, strict=True)):
-        for column, frame in enumerate([source[0], source[8], source[16], result[0], result[8], result[16]]):
-            assert (sheet[66 * row : 66 * row + 64, 66 * column : 66 * column + 64] == frame).all()
-    with pytest.raises(ValueError, match="got 2 and 1"):
-        results_sheet(clips, clips[:1])
-    with pytest.raises(ValueError, match="got 0 and none"):
-        results_sheet([])

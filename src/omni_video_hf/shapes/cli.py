@@ -33,7 +33,7 @@ def evaluate(
     report = evaluation.run(lines) if lines else evaluation.run()
     Console().print(report.table())
     if output is not None:
-        module.save_evaluation(report, evaluation.pictures, output)
+        module.save_evaluation(report, evaluation.shown, output)
 
 
 __all__ = ["BatchSize", "Count", "Folder", "Lines", "Seed", "evaluate"]

@@ -14,6 +14,7 @@ from rich.progress import track
 from ..pipeline_omni_video import OmniVideoPipeline
 from ..source_omni_video import Source
 from .dataset import ShapesDataset
+from .pictures import Shown, results_sheet
 from .runs import write_json
 from .scene import FPS
 from .scores import (
@@ -25,12 +26,12 @@ from .scores import (
     check_edit,
     check_generation,
     check_routing,
-    results_sheet,
 )
 
 ROUTED = ("t2v", "t2i", "v2v", "i2i", "understand")
 LONGEST_ANSWER = 32  # tokens; the longest right one takes about 16
-SHOWN = 4  # results of each line and split on the contact sheet
+SHOWN = 4  # results of each line and split on its contact sheet
+STRIP = ("t2v", "v2v", "t2i", "i2i", "understand")  # whose first results, of seen combinations, are on the strip
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Evaluation:
         steps: denoising steps; by default those of the checkpoint.
 
     Attributes:
-        pictures: by line and split, a contact sheet of the first results beside their sources.
+        shown: by line and split, the first results: not chosen, so that they show what the scores say.
 
     Raises:
         ValueError: unless `count` and `batch_size` are positive.
@@ -57,7 +58,7 @@ class Evaluation:
     seed: int = 0
     batch_size: int = 20
     steps: int | None = None
-    pictures: dict[tuple[str, str], Image.Image] = field(default_factory=dict)
+    shown: dict[tuple[str, str], list[Shown]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("count", "batch_size"):
@@ -90,7 +91,7 @@ class Evaluation:
         """Draw and judge the examples of a line that makes pictures."""
         task = line.partition("_")[0]
         dataset = ShapesDataset(task, split, self.count, self.seed)
-        verdicts, results, sources = [], [], []
+        verdicts, shown = [], []
         for numbers in self._batches(range(self.count), f"{line}, {split}"):
             items = [dataset[number] for number in numbers]
             prompts = [item["prompt"] for item in items]
@@ -106,9 +107,8 @@ class Evaluation:
             clips = (np.asarray(frames) * 255).round().astype(np.uint8)
             check = check_edit if "source" in items[0] else check_generation
             verdicts += [check(dataset.example(n), clip) for n, clip in zip(numbers, clips, strict=True)]
-            results += list(clips)[: SHOWN - len(results)] if len(results) < SHOWN else []
-            sources += [item["source"] for item in items if "source" in item][: max(0, SHOWN - len(sources))]
-        self.pictures[line, split] = results_sheet(results, sources or None)
+            shown += [Shown(i["prompt"], i.get("source"), clip) for i, clip in zip(items, clips, strict=True)][:SHOWN]
+        self.shown[line, split] = shown[:SHOWN]
         return verdicts
 
     def _nulled(self, line: str, count: int) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class Evaluation:
 
     def _understand(self, split: str) -> list[dict[str, bool]]:
         """Ask the questions of a split, half of them on clips."""
-        verdicts = []
+        verdicts, shown = [], []
         for kind, count in (("video", (self.count + 1) // 2), ("image", self.count // 2)):
             dataset = ShapesDataset("understand", split, count, self.seed, kind)
             for numbers in self._batches(range(count), f"understand, {kind}s, {split}"):
@@ -131,6 +131,8 @@ class Evaluation:
                 media.pop("fps", None)
                 answers = self.pipe(prompts, task="understand", max_new_tokens=LONGEST_ANSWER, **media).text
                 verdicts += [check_answer(dataset.example(n), a) for n, a in zip(numbers, answers, strict=True)]
+                shown += [Shown(f"{i['prompt']}  -  {a}", i["source"]) for i, a in zip(items, answers, strict=True)]
+        self.shown["understand", split] = shown[:SHOWN]
         return verdicts
 
     def _routing(self, split: str) -> list[dict[str, bool]]:
@@ -166,13 +168,19 @@ def _media(dataset: ShapesDataset, items: Sequence[dict[str, Any]]) -> dict[str,
     return {"image": [Image.fromarray(item["source"][0]) for item in items]}
 
 
-def save_evaluation(report: Report, pictures: dict[tuple[str, str], Image.Image], folder: Path) -> None:
-    """Write `scores.json` and a contact sheet for each line and split, each complete when it has its name."""
+def save_evaluation(report: Report, shown: dict[tuple[str, str], list[Shown]], folder: Path) -> None:
+    """
+    Write `scores.json`, a contact sheet for each line and split, and `strip.png`, a row of each task.
+
+    Each comes to its name when it is complete.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for (line, split), picture in pictures.items():
-        partial = folder / f"{line}_{split}.partial.png"
-        picture.save(partial)
-        partial.replace(folder / f"{line}_{split}.png")
+    sheets = {f"{line}_{split}": rows for (line, split), rows in shown.items()}
+    first = [shown[line, SHOWN_SPLITS[0]][0] for line in STRIP if (line, SHOWN_SPLITS[0]) in shown]
+    for name, rows in (sheets | ({"strip": first} if first else {})).items():
+        partial = folder / f"{name}.partial.png"
+        results_sheet(rows).save(partial)
+        partial.replace(folder / f"{name}.png")
     write_json(report.to_dict(), folder / "scores.json")
 
 

@@ -6,16 +6,14 @@ Scores of Omni-Video Shapes: what a model made of examples, judged, counted and 
     report.table(), report.to_dict()
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from rich.table import Table
 
-from ..media_omni_video import contact_sheet, load_video
+from ..media_omni_video import load_video
 from .dataset import Example
 from .judge import read_scene
 
@@ -235,36 +233,6 @@ def wilson_interval(right: int, total: int, confidence: float = CONFIDENCE) -> t
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def results_sheet(
-    results: Sequence[Any], sources: Sequence[Any] | None = None, frames_per_clip: int = 5
-) -> Image.Image:
-    """
-    A contact sheet with a row per result, beside its source where there is one.
-
-    Args:
-        results: clips or images as in [`load_video`], all of one kind.
-        sources: likewise, one per result.
-        frames_per_clip: how many frames of each clip are shown, evenly chosen; an image takes one place.
-
-    Raises:
-        ValueError: without results, or with another number of sources.
-    """
-    if not len(results) or (sources is not None and len(sources) != len(results)):
-        raise ValueError(
-            f"`results` must not be empty and `sources` as many, got {len(results)} and "
-            f"{'none' if sources is None else len(sources)}."
-        )
-    columns = [results] if sources is None else [sources, results]
-    rows = [np.concatenate([_chosen(clip, frames_per_clip) for clip in row]) for row in zip(*columns, strict=True)]
-    frames = np.concatenate(rows)
-    return contact_sheet(frames, columns=len(rows[0]), max_frames=len(frames))
-
-
-def _chosen(clip: Any, count: int) -> np.ndarray:
-    frames = load_video(clip).frames
-    return frames[np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
-
-
 def _cell(score: Score | None) -> str:
     if score is None:
         return "-"
@@ -287,6 +255,5 @@ __all__ = [
     "check_edit",
     "check_generation",
     "check_routing",
-    "results_sheet",
     "wilson_interval",
 ]

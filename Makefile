@@ -38,7 +38,7 @@ SHAPES := build/shapes
 RUN := $(BIN)/python -m omni_video_hf.shapes
 STAGE = $(RUN).train_stage $(notdir $(@D)) --data $(SHAPES)/latents --output_dir $(@D) --model
 
-shapes: $(SHAPES)/scores/scores.json ## train Omni-Video Shapes from nothing (hours); run again to go on
+shapes: $(SHAPES)/omni-video-shapes/README.md ## train Omni-Video Shapes from nothing (hours); run again to go on
 
 $(SHAPES)/vae/vae.json: | $(INSTALLED)
 	$(RUN).train_vae --output $(@D)
@@ -69,6 +69,9 @@ $(SHAPES)/omni-video-shapes/model_index.json: $(SHAPES)/joint/stage.json
 
 $(SHAPES)/scores/scores.json: $(SHAPES)/omni-video-shapes/model_index.json
 	$(BIN)/omni-video eval shapes --model $(<D) --output $(@D)
+
+$(SHAPES)/omni-video-shapes/README.md: $(SHAPES)/scores/scores.json
+	$(RUN).card --build $(SHAPES) --model $(@D)
 
 clean: ## remove everything that make created
 	rm -rf $(VENV) demo

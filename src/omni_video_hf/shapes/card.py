@@ -1,0 +1,119 @@
+"""Writes the card of Omni-Video Shapes from what its training left: `python -m omni_video_hf.shapes.card`."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from huggingface_hub import ModelCard, ModelCardData
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..model_card_omni_video import TAGS
+from .scores import LINES, SHOWN_SPLITS
+
+TEMPLATE = "omni-video-shapes.md.jinja"
+STRIP = "strip.png"
+# What was trained, by the folder of its checkpoints, in order.
+RUNS = {
+    "vae/images": "VAE, images",
+    "vae/clips": "VAE, clips",
+    "mllm": "SigLIP and Llama",
+    "text_to_video": "Wan transformer and umT5",
+    "align": "stage `align`",
+    "connect": "stage `connect`",
+    "joint": "stage `joint`",
+}
+
+
+def write_card(build: Path, model: Path, template: Path) -> None:
+    """
+    Write `README.md`, and the strip of pictures it shows, into a repository.
+
+    Args:
+        build: what `make shapes` wrote: the folders of `RUNS`, and `scores`.
+        model: the repository.
+        template: of the card.
+    """
+    report = _read(build / "scores" / "scores.json")
+    data = ModelCardData(
+        library_name="diffusers", pipeline_tag="any-to-any", tags=[*TAGS, "custom_code"], license="apache-2.0"
+    )
+    files = sorted(model.rglob("*.safetensors"))
+    size = sum(path.stat().st_size for path in files)
+    strip = build / "scores" / STRIP
+    if strip.is_file():
+        shutil.copyfile(strip, model / STRIP)
+    card = ModelCard.from_template(
+        data,
+        template_path=str(template),
+        parameters=f"{size / 2 / 1e6:.1f}",  # two bytes each
+        megabytes=f"{size / 1e6:.1f}",
+        strip=STRIP if strip.is_file() else None,
+        settings=report["settings"],
+        scores=score_rows(report),
+        training=[training_row(build, folder) for folder in RUNS],
+        reconstructions=", ".join(_percent(score) for score in _read(build / "vae" / "vae.json")["scores"]),
+    )
+    (model / "README.md").write_text(str(card).rstrip() + "\n", encoding="utf-8")
+
+
+def score_rows(report: dict[str, Any]) -> list[list[str]]:
+    """Title, and rate and bar of each split, of every line that was measured."""
+    found = {(score["line"], score["split"]): score for score in report["scores"]}
+    rows = []
+    for key, line in LINES.items():
+        scores = [found.get((key, split)) for split in SHOWN_SPLITS]
+        if any(scores):
+            cells = [(_with_interval(score), _bar(score)) if score else ("", "") for score in scores]
+            rows.append([line.title, *(text for cell in cells for text in cell)])
+    return rows
+
+
+def training_row(build: Path, folder: str) -> list[str]:
+    """What was trained, steps, batch size, learning rate, seed and last loss, from a run's last checkpoint."""
+    checkpoint = get_last_checkpoint(build / folder)
+    if checkpoint is None:
+        raise ValueError(f"{build / folder}: no checkpoint of {RUNS[folder]}: run `make shapes`.")
+    state = _read(Path(checkpoint) / "trainer_state.json")
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    settings = _read(build / folder.partition("/")[0] / "settings.json")
+    settings = settings.get("recipe", settings)
+    batch = settings.get("per_device_train_batch_size", settings.get("batch_size"))
+    if folder == "vae/images":
+        batch = settings["image_batch_size"]
+    values = [state["global_step"], batch, settings["learning_rate"], settings["seed"], f"{float(losses[-1]):.4f}"]
+    return [RUNS[folder], *map(str, values)]
+
+
+def _with_interval(score: dict[str, Any]) -> str:
+    low, high = score["counts"]["all"]["interval"]
+    return f"{_percent(score)} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _percent(score: dict[str, Any]) -> str:
+    return f"{100 * score['counts']['all']['rate']:.1f} %"
+
+
+def _bar(score: dict[str, Any]) -> str:
+    return "" if score["bar"] is None else f"{100 * score['bar']:.0f} %"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def main(
+    build: Annotated[Path, typer.Option(help="What `make shapes` wrote.")],
+    model: Annotated[Path, typer.Option(help="The repository that gets the card.")],
+    template: Annotated[Path, typer.Option(help="Of the card.")] = Path("model_cards") / TEMPLATE,
+) -> None:
+    """Write the card."""
+    write_card(build, model, template)
+
+
+__all__ = ["score_rows", "training_row", "write_card"]
+
+
+if __name__ == "__main__":
+    typer.run(main)

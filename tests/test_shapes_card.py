@@ -1,0 +1,65 @@
+"""The card of the small checkpoint says what its training left."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hub_cards import card_problems
+from PIL import Image
+from safetensors.torch import save_file
+
+from omni_video_hf.shapes.card import RUNS, TEMPLATE, training_row, write_card
+from omni_video_hf.shapes.scores import Report, Score
+
+ROOT = Path(__file__).parents[1]
+
+
+def write(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values))
+
+
+@pytest.fixture
+def build(tmp_path):
+    """What `make shapes` leaves, without weights."""
+    for number, folder in enumerate(RUNS):
+        log = [{"loss": 3.0, "step": 1}, {"loss": number + 0.125, "step": 2}, {"train_runtime": 5.0, "step": 2}]
+        write(tmp_path / folder / "checkpoint-2" / "trainer_state.json", {"global_step": 2, "log_history": log})
+        settings = {"learning_rate": 1e-3, "seed": number, "batch_size": 4, "image_batch_size": 8}
+        if number > 3:
+            settings = {"recipe": {"learning_rate": 5e-4, "seed": number, "per_device_train_batch_size": 32}}
+        write(tmp_path / folder.partition("/")[0] / "settings.json", settings)
+    scores = (
+        Score.of("t2v", "seen", [{"all": True}] * 3 + [{"all": False}]),
+        Score.of("t2v", "composition", [{"all": True}, {"all": False}]),
+        Score.of("routing", "seen", [{"all": True}] * 4),
+    )
+    write(tmp_path / "vae" / "vae.json", {"scores": [scores[0].to_dict(), scores[1].to_dict()]})
+    write(tmp_path / "scores" / "scores.json", Report(scores, {"count": 4, "seed": 9}).to_dict())
+    Image.new("RGB", (4, 4)).save(tmp_path / "scores" / "strip.png")
+    return tmp_path
+
+
+def test_the_card_is_valid_and_says_everything(build, tmp_path):
+    model = tmp_path / "model"
+    (model / "vae").mkdir(parents=True)
+    save_file({"a": torch.zeros(1_000_000, dtype=torch.float16)}, model / "vae" / "model.safetensors")
+    write_card(build, model, ROOT / "model_cards" / TEMPLATE)
+    card = (model / "README.md").read_text()
+    assert card_problems(card) == ([], [])
+    assert "1.0 million\nparameters, 2.0 MB" in card
+    assert "--count 4 --seed 9" in card
+    assert "| 75.0 % (30.1 to 95.4) | 95 % | 50.0 % (9.5 to 90.5) | 80 % |" in card
+    assert "| 100.0 % (51.0 to 100.0) | 99 % |  |  |" in card
+    assert "| VAE, images | 2 | 8 | 0.001 | 1 | 0.1250 |" in card
+    assert "| stage `joint` | 2 | 32 | 0.0005 | 6 | 6.1250 |" in card
+    assert "right in 75.0 %, 50.0 % of" in card
+    assert (model / "strip.png").read_bytes() == (build / "scores" / "strip.png").read_bytes()
+
+
+def test_a_training_that_is_missing_is_named(build):
+    (build / "align" / "checkpoint-2" / "trainer_state.json").unlink()
+    (build / "align" / "checkpoint-2").rmdir()
+    with pytest.raises(ValueError, match="align: no checkpoint of stage `align`: run `make shapes`"):
+        training_row(build, "align")

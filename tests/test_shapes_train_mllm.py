@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,9 +26,54 @@ def learned(processor, sample):
     return processor.tokenizer.decode(sample["labels"][sample["labels"] != -100])
 
 
+class Draws:
+    """Stands for a generator whose uniform numbers are known."""
+
+    def __init__(self, value):
+        self.value, self.rng = value, np.random.default_rng(0)
+
+    def random(self):
+        return self.value
+
+    def integers(self, *arguments):
+        return self.rng.integers(*arguments)
+
+
+NEVER_RECOLORS = Draws(1.0)
+
+
+def test_questions_come_in_colors_that_they_do_not_ask_for(processor):
+    dataset = ShapesDataset("understand", "train", 60, kind="image")
+    for index in range(60):
+        example = dataset.example(index)
+        plain, recolored = (conversation(processor, example, True, Draws(value)) for value in (1.0, 0.0))
+        assert torch.equal(plain["labels"], recolored["labels"])
+        (corner, center), (other_corner, other_center) = (
+            (sample["pixel_values"][0, :, 0, 0], pixel_at(sample, example.source)) for sample in (plain, recolored)
+        )
+        assert torch.equal(corner, other_corner) == (example.attribute in ("background", "describe"))
+        assert torch.equal(center, other_center) == (example.attribute in ("color", "describe"))
+
+
+def pixel_at(sample, scene):
+    x, y = (int(value) for value in scene.center)
+    return sample["pixel_values"][0, :, y, x]
+
+
+def test_attributes_are_asked_for_before_sentences(processor):
+    batches = ConversationBatches(processor, 40, 8, 0)
+    said = [
+        processor.tokenizer.decode(batches[index]["labels"][row][batches[index]["labels"][row] != -100])
+        for index in (*range(3), *range(30, 36))
+        for row in range(8)
+    ]
+    assert all(len(text.split()) == 1 for text in said[:24])
+    assert any(len(text.split()) > 5 for text in said[24:])
+
+
 def test_questions_are_answered_and_ended(processor):
     example = ShapesDataset("understand", "train", 5, kind="image").example(3)
-    sample = conversation(processor, example, as_task=True)
+    sample = conversation(processor, example, as_task=True, rng=NEVER_RECOLORS)
     assert learned(processor, sample) == f"{example.answer}<|end_of_text|>"
     assert sample["pixel_values"].shape == (1, 3, 64, 64)
 
@@ -35,7 +81,7 @@ def test_questions_are_answered_and_ended(processor):
 @pytest.mark.parametrize(("task", "pictures"), [("t2v", 0), ("t2i", 0), ("i2i", 1), ("v2v", 4)])
 def test_requests_are_answered_by_what_there_would_be_to_see(processor, task, pictures):
     example = ShapesDataset(task, "train", 5).example(1)
-    sample = conversation(processor, example, as_task=False)
+    sample = conversation(processor, example, as_task=False, rng=NEVER_RECOLORS)
     said = learned(processor, sample)
     assert said.startswith(f"{example.kind}: a {example.target.size} {example.target.color} {example.target.shape}")
     assert (f"moving {example.target.motion}" in said or "standing still" in said) == (example.kind == "video")
@@ -46,7 +92,7 @@ def test_the_prompt_of_a_task_is_the_one_that_the_pipeline_writes(processor):
     """Up to the answer, which the pipeline forces, the MLLM has seen in training what the vision head will read."""
     for task, source in (("t2v", {}), ("v2v", {"videos": 1}), ("i2i", {"images": 1})):
         dataset = ShapesDataset(task, "train", 3)
-        sample = conversation(processor, dataset.example(2), as_task=True)
+        sample = conversation(processor, dataset.example(2), as_task=True, rng=NEVER_RECOLORS)
         question = sample["input_ids"][sample["labels"] == -100]
         frames = dataset[2].get("source")
         media = {name: [frames if name == "videos" else frames[0]] for name in source}

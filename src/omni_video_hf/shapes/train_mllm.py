@@ -6,6 +6,7 @@ clips. Asked to draw or to edit, it says in the data set's plain words what ther
 model without a decoder goes, and its states then hold what the paper's stages, which leave its body as it is, need.
 """
 
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ from ..training.data import IGNORED_LABEL, OmniVideoDataCollator, encode_convers
 from . import configuration
 from .dataset import Example, ShapesDataset
 from .prompts import describe
+from .recolor import any_colors
 from .runs import check_settings, fit, save_folder, the_batch, write_json
 from .scene import render
 from .scores import SHOWN_SPLITS, Score, check_answer
@@ -38,6 +40,18 @@ SHARES = {
     ("v2v", "video"): 0.15,
     ("i2i", "image"): 0.15,
 }
+# Which colours may be any where the answer names neither, and the share of these questions.
+FREE = {
+    "shape": {"color": True, "background": True},
+    "size": {"color": True, "background": True},
+    "motion": {"color": True, "background": True},
+    "background": {"color": True, "background": False},
+    "color": {"color": False, "background": True},
+}
+RECOLORED = 0.7
+# Share of the steps, the first ones, with questions on one attribute alone. In whole sentences the colour, which is
+# learned first, would soon stand for the shapes it comes with, and held-out shapes be called by their names.
+QUESTIONS_FIRST = 0.3
 QUESTIONS_AT_ONCE = 25
 LONGEST_ANSWER = 32
 
@@ -62,24 +76,38 @@ class ConversationBatches(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng((self.seed, index))
-        names = list(SHARES)
-        task, kind = names[rng.choice(len(names), p=list(SHARES.values()))]
-        dataset = ShapesDataset(task, "train", self.steps * self.batch_size, self.seed, kind)
-        examples = [dataset.example(index * self.batch_size + number) for number in range(self.batch_size)]
+        on_attributes = index < QUESTIONS_FIRST * self.steps
+        shares = {name: share for name, share in SHARES.items() if name[0] == "understand" or not on_attributes}
+        names, total = list(shares), sum(shares.values())
+        task, kind = names[rng.choice(len(names), p=[share / total for share in shares.values()])]
+        room = 4 * self.batch_size  # far more than are passed over
+        dataset = ShapesDataset(task, "train", self.steps * room, self.seed, kind)
+        drawn = (dataset.example(number) for number in range(index * room, (index + 1) * room))
+        wanted = (example for example in drawn if not (on_attributes and example.attribute == "describe"))
+        examples = list(islice(wanted, self.batch_size))
         # With the words that upstream puts around a prompt, or as a user who names no task writes.
         as_task = bool(rng.random() < 0.5)
-        batch = self.collate([{"task": "understand"} | conversation(self.processor, e, as_task) for e in examples])
+        batch = self.collate(
+            [{"task": "understand"} | conversation(self.processor, example, as_task, rng) for example in examples]
+        )
         return {name: value for name, value in batch.items() if name != "task"}
 
 
-def conversation(processor: OmniVideoProcessor, example: Example, as_task: bool) -> dict[str, torch.Tensor]:
+def conversation(
+    processor: OmniVideoProcessor, example: Example, as_task: bool, rng: np.random.Generator
+) -> dict[str, torch.Tensor]:
     """
     An example as the MLLM learns it.
 
     Args:
         as_task: as the task's prompt is written; otherwise as the bare question that leaves the task open.
+        rng: draws whether what a question is about comes in other colours.
     """
-    shown = {} if example.source is None else {example.kind: render(example.source, example.num_frames)}
+    shown = {}
+    if example.source is not None:
+        recolored = rng.random() < RECOLORED and example.attribute in FREE
+        colors = any_colors(rng, example.source, **FREE[example.attribute]) if recolored and example.answer else {}
+        shown = {example.kind: render(example.source, example.num_frames, **colors)}
     if example.answer is not None:
         shown = _as_media(shown)
         return encode_conversation(processor, "understand", example.prompt, example.answer, **shown)

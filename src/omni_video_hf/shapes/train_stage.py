@@ -22,7 +22,7 @@ from ..training.sampling import OmniVideoBatchSampler
 from ..training.trainer import OmniVideoTrainer
 from .latents import ScenePairs
 from .muon import MuonFactory
-from .runs import check_settings, write_json
+from .runs import check_settings, plain_attention_on_cpu, write_json
 from .stage_data import StageCollator, StageSamples, siglip_features
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -77,7 +77,8 @@ def train(stage: str, words: Sequence[str]) -> Path:
         optimizer_cls_and_kwargs=(MuonFactory, {"lr": args.learning_rate}),
     )
     Console(stderr=True).print(parameter_table(model, stage))
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    with plain_attention_on_cpu():
+        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     result = save_result(trainer, folder)
     write_json({"command": list(words), "log": trainer.state.log_history}, Path(args.output_dir) / "stage.json")
     return result

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from omni_video_hf.modeling_vila import VilaForConditionalGeneration
-from omni_video_hf.shapes import ShapesDataset, configuration
-from omni_video_hf.shapes.scene import HELD_OUT
+from omni_video_hf.shapes import Scene, ShapesDataset, configuration
+from omni_video_hf.shapes.recolor import any_colors
+from omni_video_hf.shapes.scene import COLORS, HELD_OUT
 from omni_video_hf.shapes.train_mllm import AnswerObjective, ConversationBatches, conversation, evaluate, train
 
 
@@ -46,18 +47,24 @@ def test_questions_come_in_colors_that_they_do_not_ask_for(processor):
     dataset = ShapesDataset("understand", "train", 60, kind="image")
     for index in range(60):
         example = dataset.example(index)
-        plain, recolored = (conversation(processor, example, True, Draws(value)) for value in (1.0, 0.0))
-        assert torch.equal(plain["labels"], recolored["labels"])
-        (corner, center), (other_corner, other_center) = (
-            (sample["pixel_values"][0, :, 0, 0], pixel_at(sample, example.source)) for sample in (plain, recolored)
-        )
-        assert torch.equal(corner, other_corner) == (example.attribute in ("background", "describe"))
-        assert torch.equal(center, other_center) == (example.attribute in ("color", "describe"))
+        own = processor.preprocess_images([dataset[index]["source"][0]])[0]
+        x, y = (int(value) for value in example.source.center)
+        for draw, may_differ in ((Draws(0.0), True), (Draws(1.0), example.attribute == "shape")):
+            sample = conversation(processor, example, True, draw)
+            picture = sample["pixel_values"][0]
+            assert processor.tokenizer.decode(sample["labels"][sample["labels"] != -100]).startswith(example.answer)
+            same_behind, same_shape = (torch.equal(picture[:, j, i], own[:, j, i]) for i, j in ((0, 0), (x, y)))
+            assert same_behind == (not may_differ or example.attribute in ("background", "describe"))
+            assert same_shape == (not may_differ or example.attribute in ("color", "describe"))
 
 
-def pixel_at(sample, scene):
-    x, y = (int(value) for value in scene.center)
-    return sample["pixel_values"][0, :, y, x]
+def test_shapes_are_asked_for_in_colors_that_say_nothing_of_them():
+    rng = np.random.default_rng(0)
+    for shape in ("circle", "square", "triangle"):
+        scene = Scene("yellow", shape, "large", "grey")
+        colors = np.array([any_colors(rng, scene, tells_shape=False)["color"] for _ in range(300)])
+        for name in ("red", "green", "blue"):
+            assert np.linalg.norm(colors - COLORS[name], axis=1).min() > 90
 
 
 def test_attributes_are_asked_for_before_sentences(processor):

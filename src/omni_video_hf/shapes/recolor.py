@@ -15,13 +15,15 @@ HELD_OUT_DISTANCE = 90.0  # twice what the judge takes for a colour
 
 
 def any_colors(
-    rng: np.random.Generator, scene: Scene, color: bool = True, background: bool = True
+    rng: np.random.Generator, scene: Scene, color: bool = True, background: bool = True, tells_shape: bool = True
 ) -> dict[str, np.ndarray]:
     """
     RGB values in place of a scene's, for [`render`].
 
     Args:
         color, background: whether the shape's colour, and the background's, may be any.
+        tells_shape: whether colours near the held-out ones may come with the other shapes, so that they speak against
+            one; otherwise they come with none.
     """
     behind = rng.integers(0, 256, 3) if background else np.array(BACKGROUNDS[scene.background])
     if not color:
@@ -29,7 +31,7 @@ def any_colors(
         while np.linalg.norm(shape - behind) <= MIN_CONTRAST:
             behind = rng.integers(0, 256, 3)
         return {"background": behind}
-    far = [(COLORS[name], HELD_OUT_DISTANCE) for name, shape in HELD_OUT if shape == scene.shape]
+    far = [(COLORS[name], HELD_OUT_DISTANCE) for name, shape in HELD_OUT if shape == scene.shape or not tells_shape]
     far.append((behind, MIN_CONTRAST))
     while True:
         chosen = rng.integers(0, 256, 3)

@@ -184,7 +184,7 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder of checkpoints; the result comes to its sub-folder mllm.")],
     steps: Annotated[int, typer.Option(min=1)] = 6000,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 1e-3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
     eval_questions: Annotated[int, typer.Option(min=1, help="Questions of each split asked at the end.")] = 200,

@@ -149,7 +149,7 @@ def train(
     steps: Annotated[int, typer.Option(min=1)] = 12000,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     video_share: Annotated[float, typer.Option(min=0, max=1, help="Of the batches; the others are images.")] = 0.7,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 1e-2,
     prompt_dropout: Annotated[float, typer.Option(min=0, max=1)] = 0.1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,

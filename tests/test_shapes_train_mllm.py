@@ -4,12 +4,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from transformers import default_data_collator
 
 from omni_video_hf.modeling_vila import VilaForConditionalGeneration
 from omni_video_hf.shapes import Scene, ShapesDataset, configuration
 from omni_video_hf.shapes.recolor import any_colors
 from omni_video_hf.shapes.scene import COLORS, HELD_OUT
 from omni_video_hf.shapes.train_mllm import AnswerObjective, ConversationBatches, conversation, evaluate, train
+from omni_video_hf.shapes.vision import NOT_LEARNED, SPEAKING_COLORS, SeeingObjective, SeenImages
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,8 @@ def test_questions_come_in_colors_that_they_do_not_ask_for(processor):
         example = dataset.example(index)
         own = processor.preprocess_images([dataset[index]["source"][0]])[0]
         x, y = (int(value) for value in example.source.center)
-        for draw, may_differ in ((Draws(0.0), True), (Draws(1.0), example.attribute == "shape")):
+        speaks = example.attribute == "shape" and example.source.color in SPEAKING_COLORS
+        for draw, may_differ in ((Draws(0.0), True), (Draws(1.0), speaks)):
             sample = conversation(processor, example, True, draw)
             picture = sample["pixel_values"][0]
             assert processor.tokenizer.decode(sample["labels"][sample["labels"] != -100]).startswith(example.answer)
@@ -131,12 +134,44 @@ def test_an_untrained_mllm_answers_nothing_right(processor, mllm):
     ]
 
 
-def test_training_resumes_as_if_it_had_not_stopped(tmp_path):
+def test_the_tower_sees_what_the_processor_shows(processor):
+    """In the pixels that the MLLM will be given; in colours that speak for a shape, none is learned."""
+    images, dataset = SeenImages(60, seed=0), ShapesDataset("t2i", "train", 60)
+    own = 0
+    for index in range(60):
+        seen, scene = images[index], dataset.example(index).target
+        (pixels,) = processor.preprocess_images([dataset[index]["target"][0]])
+        x, y = (int(value) for value in scene.center)
+        torch.testing.assert_close(seen["pixel_values"][:, y, x], seen["color"])
+        torch.testing.assert_close(seen["pixel_values"][:, 0, 0], seen["background"])
+        torch.testing.assert_close(seen["center"] * 32 + 32, torch.tensor(scene.center, dtype=torch.float32))
+        if torch.allclose(seen["pixel_values"], pixels):
+            own += 1
+            assert (seen["shape"] == NOT_LEARNED) == (scene.color in SPEAKING_COLORS)
+        else:
+            assert seen["shape"] == ("circle", "square", "triangle").index(scene.shape)
+    assert 8 < own < 30
+
+
+def test_what_is_not_to_be_learned_has_no_gradient(mllm):
+    objective = SeeingObjective(mllm.model.vision_tower)
+    batch = default_data_collator([SeenImages(8, seed=0)[index] for index in range(4)])
+    batch["shape"][:] = NOT_LEARNED
+    objective(**batch)["loss"].backward()
+    of_shapes, others = objective.head.weight.grad.split([3, 10])
+    assert not of_shapes.any()
+    assert others.abs().sum(dim=1).all()
+
+
+@pytest.mark.parametrize("phase", ["vision", "answers"])
+def test_training_resumes_as_if_it_had_not_stopped(tmp_path, phase):
     settings = {"steps": 4, "batch_size": 2, "learning_rate": 1e-3, "seed": 3, "save_steps": 2, "eval_questions": 1}
+    settings |= {"vision_steps": 4, "vision_batch_size": 2}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(whole, **settings)
-    stopped.mkdir()
-    shutil.copytree(whole / "checkpoint-2", stopped / "checkpoint-2")
+    shutil.copytree(whole / phase / "checkpoint-2", stopped / phase / "checkpoint-2")
+    if phase == "answers":
+        shutil.copytree(whole / "vision" / "checkpoint-4", stopped / "vision" / "checkpoint-4")
     train(stopped, **settings)
     first, second = (VilaForConditionalGeneration.from_pretrained(folder / "mllm") for folder in (whole, stopped))
     for (name, one), two in zip(first.state_dict().items(), second.state_dict().values(), strict=True):

@@ -147,15 +147,32 @@ def test_an_untrained_vae_is_not_judged_right(vae):
     assert (score.counts["all"].right, score.counts["all"].total) == (0, 9)
 
 
-@pytest.mark.parametrize("kind", ["images", "clips"])
-def test_training_resumes_as_if_it_had_not_stopped(tmp_path, kind):
+@torch.no_grad()
+def test_noise_is_relative_to_the_latents(vae):
+    objective = VaeObjective(vae, noise_steps=10, kl_weight=0.0, num_frames=5, latent_noise=0.8)
+    scales = torch.tensor([0.1, 1.0, 10.0]).view(1, 3, 1, 1, 1)
+    latents = scales * torch.randn(512, 3, 2, 8, 8)
+    strengths = (objective._latent_noise(latents) / scales).std(dim=(2, 3, 4))
+    assert strengths.max() < 1.0
+    torch.testing.assert_close(strengths.mean(0), torch.full((3,), 0.4), atol=0.05, rtol=0)
+    quiet = VaeObjective(vae, noise_steps=10, kl_weight=0.0, num_frames=5).eval()
+    frames = clips()
+    assert objective.eval()(frames)["loss"] != objective(frames)["loss"]
+    assert quiet(frames)["loss"] == quiet(frames)["loss"]
+
+
+PHASES = ("images", "clips", "noisy")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_training_resumes_as_if_it_had_not_stopped(tmp_path, phase):
     settings = {"steps": 4, "batch_size": 2, "num_frames": 5, "noise_steps": 2, "save_steps": 2, "eval_clips": 1}
-    settings |= {"image_steps": 4, "image_batch_size": 2, "learning_rate": 1e-3, "kl_weight": 1e-4, "seed": 3}
-    whole, stopped = tmp_path / "whole", tmp_path / f"stopped_in_{kind}"
+    settings |= {"image_steps": 4, "image_batch_size": 2, "noisy_steps": 4, "learning_rate": 1e-3, "seed": 3}
+    whole, stopped = tmp_path / "whole", tmp_path / f"stopped_in_{phase}"
     train(whole, **settings)
-    shutil.copytree(whole / kind / "checkpoint-2", stopped / kind / "checkpoint-2")
-    if kind == "clips":
-        shutil.copytree(whole / "images" / "checkpoint-4", stopped / "images" / "checkpoint-4")
+    shutil.copytree(whole / phase / "checkpoint-2", stopped / phase / "checkpoint-2")
+    for before in PHASES[: PHASES.index(phase)]:
+        shutil.copytree(whole / before / "checkpoint-4", stopped / before / "checkpoint-4")
     train(stopped, **settings)
     first, second = (AutoencoderKLWan.from_pretrained(folder / "vae") for folder in (whole, stopped))
     assert first.config.latents_mean == pytest.approx(second.config.latents_mean)
@@ -169,10 +186,10 @@ def test_training_resumes_as_if_it_had_not_stopped(tmp_path, kind):
         ("t2i", "seen"),
         ("t2i", "composition"),
     ]
-    names = ["clips", "images", "settings.json", "vae", "vae.json"]
+    names = ["clips", "images", "noisy", "settings.json", "vae", "vae.json"]
     assert sorted(path.name for path in whole.iterdir()) == names
-    with pytest.raises(typer.BadParameter, match=r"began with kl_weight 0\.0001, not 0\.1"):
-        train(whole, **(settings | {"kl_weight": 0.1}))
+    with pytest.raises(typer.BadParameter, match=r"began with learning_rate 0\.001, not 0\.1"):
+        train(whole, **(settings | {"learning_rate": 0.1}))
 
 
 def test_a_length_the_vae_cannot_encode_is_refused(tmp_path):

@@ -38,7 +38,15 @@ def built(tmp_path_factory):
 
 def text_to_video(output, folder):
     train_text_to_video.train(
-        folder / "vae", folder / "latents", output, steps=2, batch_size=2, save_steps=1, eval_clips=1
+        folder / "vae",
+        folder / "latents",
+        output,
+        image_steps=2,
+        image_batch_size=3,
+        steps=2,
+        batch_size=2,
+        save_steps=1,
+        eval_clips=1,
     )
 
 
@@ -68,19 +76,21 @@ def test_latents_are_written_once_and_normalised_pairs(built):
 
 def test_batches_of_captions_show_both_kinds(built):
     pairs = {kind: ScenePairs(built / "latents", kind) for kind in ("video", "image")}
-    batches = CaptionedBatches(pairs, 20, 3, video_share=0.5, seed=0)
+    batches = CaptionedBatches(pairs, 20, {"video": 3, "image": 4}, video_share=0.5, seed=0)
     shapes = {tuple(batches[index]["latents"].shape) for index in range(20)}
-    assert shapes == {(3, 16, 5, 8, 8), (3, 16, 1, 8, 8)}
+    assert shapes == {(3, 16, 5, 8, 8), (4, 16, 1, 8, 8)}
     assert all(torch.equal(batches[4][name], value) for name, value in batches[4].items())
 
 
-def test_text_to_video_resumes_as_if_it_had_not_stopped(built, tmp_path):
-    stopped = tmp_path / "stopped"
-    stopped.mkdir()
-    shutil.copytree(built / "text_to_video" / "checkpoint-1", stopped / "checkpoint-1")
+@pytest.mark.parametrize("phase", ["images", "clips"])
+def test_text_to_video_resumes_as_if_it_had_not_stopped(built, tmp_path, phase):
+    whole, stopped = built / "text_to_video", tmp_path / "stopped"
+    shutil.copytree(whole / phase / "checkpoint-1", stopped / phase / "checkpoint-1")
+    if phase == "clips":
+        shutil.copytree(whole / "images" / "checkpoint-2", stopped / "images" / "checkpoint-2")
     text_to_video(stopped, built)
     for part in ("transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
-        first, second = (load_file(folder / part) for folder in (built / "text_to_video", stopped))
+        first, second = (load_file(folder / part) for folder in (whole, stopped))
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 

@@ -1,9 +1,10 @@
 """
 Trains the VILA of Omni-Video Shapes to understand, which the paper takes as given.
 
-`python -m omni_video_hf.shapes.train_mllm --output FOLDER`, resumable. It learns to answer questions on images and
-clips. Asked to draw or to edit, it says in the data set's plain words what there would be to see: that is as far as a
-model without a decoder goes, and its states then hold what the paper's stages, which leave its body as it is, need.
+`python -m omni_video_hf.shapes.train_mllm --output FOLDER`, resumable. Its vision tower learns to see, as SigLIP comes
+pretrained to a VILA (see vision.py); then all of it learns to answer questions on images and clips. Asked to draw or
+to edit, it says in the data set's plain words what there would be to see: that is as far as a model without a decoder
+goes, and its states then hold what the paper's stages, which leave its body as it is, need.
 """
 
 from itertools import islice
@@ -18,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import set_seed
+from transformers import default_data_collator, set_seed
 
 from ..modeling_vila import VilaForConditionalGeneration
 from ..processing_omni_video import TASKS, OmniVideoProcessor
@@ -30,18 +31,19 @@ from .recolor import any_colors
 from .runs import check_settings, fit, save_folder, the_batch, write_json
 from .scene import render
 from .scores import SHOWN_SPLITS, Score, check_answer
+from .vision import SPEAKING_COLORS, SeeingObjective, SeenImages
 
 # Share of the batches by what they are about. All of a batch show the MLLM as many pictures.
 SHARES = {
-    ("understand", "video"): 0.3,
+    ("understand", "video"): 0.35,
     ("understand", "image"): 0.2,
     ("t2v", "video"): 0.1,
     ("t2i", "image"): 0.1,
-    ("v2v", "video"): 0.15,
+    ("v2v", "video"): 0.1,
     ("i2i", "image"): 0.15,
 }
-# Which colours may be any where the answer names neither, and the share of these questions. Shapes are asked for in
-# such colours alone: of the data set's, three come with two shapes only, and would answer for the shape.
+# Which colours may be any where the answer names neither, and the share of these questions. Of the data set's own
+# colours three come with two shapes only, and would answer for the shape: they are never asked for shapes in.
 FREE = {
     "shape": {"color": True, "background": True, "tells_shape": False},
     "size": {"color": True, "background": True},
@@ -54,6 +56,7 @@ RECOLORED = 0.7
 # learned first, would soon stand for the shapes it comes with, and held-out shapes be called by their names.
 QUESTIONS_FIRST = 0.3
 QUESTIONS_AT_ONCE = 25
+VISION_LEARNING_RATE = 2e-3
 LONGEST_ANSWER = 32
 
 
@@ -106,8 +109,9 @@ def conversation(
     """
     shown = {}
     if example.source is not None:
-        recolored = example.attribute == "shape" or (rng.random() < RECOLORED and example.attribute in FREE)
-        colors = any_colors(rng, example.source, **FREE[example.attribute]) if recolored and example.answer else {}
+        speaks = example.attribute == "shape" and example.source.color in SPEAKING_COLORS
+        recolored = example.answer and example.attribute in FREE and (speaks or rng.random() < RECOLORED)
+        colors = any_colors(rng, example.source, **FREE[example.attribute]) if recolored else {}
         shown = {example.kind: render(example.source, example.num_frames, **colors)}
     if example.answer is not None:
         shown = _as_media(shown)
@@ -182,7 +186,9 @@ def score_table(scores: list[Score]) -> Table:
 
 def train(
     output: Annotated[Path, typer.Option(help="Folder of checkpoints; the result comes to its sub-folder mllm.")],
-    steps: Annotated[int, typer.Option(min=1)] = 6000,
+    vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower alone, before.")] = 2000,
+    vision_batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Steps on questions and requests.")] = 3500,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     learning_rate: float = 1e-3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -190,17 +196,29 @@ def train(
     eval_questions: Annotated[int, typer.Option(min=1, help="Questions of each split asked at the end.")] = 200,
 ) -> None:
     """Train the MLLM, from the last checkpoint where there is one, and ask it questions."""
-    settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
-    settings |= {"save_steps": save_steps}
+    settings = {"vision_steps": vision_steps, "vision_batch_size": vision_batch_size, "steps": steps}
+    settings |= {"batch_size": batch_size, "learning_rate": learning_rate, "seed": seed, "save_steps": save_steps}
     check_settings(settings, output)
     set_seed(seed)
     processor = configuration.processor()
-    objective = AnswerObjective(configuration.model(adapter_config=None, decoder_config=None).mllm)
+    mllm = configuration.model(adapter_config=None, decoder_config=None).mllm
     fit(
-        objective,
+        SeeingObjective(mllm.model.vision_tower),
+        SeenImages(vision_steps * vision_batch_size, seed),
+        default_data_collator,
+        output / "vision",
+        vision_steps,
+        VISION_LEARNING_RATE,
+        save_steps,
+        seed,
+        per_device_train_batch_size=vision_batch_size,
+        bf16=True,
+    )
+    fit(
+        AnswerObjective(mllm),
         ConversationBatches(processor, steps, batch_size, seed),
         the_batch,
-        output,
+        output / "answers",
         steps,
         learning_rate,
         save_steps,
@@ -208,8 +226,7 @@ def train(
         per_device_train_batch_size=1,  # an item is a batch
         bf16=True,
     )
-    mllm = objective.mllm.eval()
-    scores = evaluate(mllm, processor, eval_questions, seed)
+    scores = evaluate(mllm.eval(), processor, eval_questions, seed)
     Console().print(score_table(scores))
     save_folder(mllm.save_pretrained, output / "mllm")
     write_json({"settings": settings, "scores": [score.to_dict() for score in scores]}, output / "mllm.json")

@@ -49,11 +49,14 @@ $(SHAPES)/mllm/mllm.json: | $(INSTALLED)
 $(SHAPES)/latents/latents.json: $(SHAPES)/vae/vae.json
 	$(RUN).latents --vae $(SHAPES)/vae/vae --output $(@D)
 
-$(SHAPES)/text_to_video/text_to_video.json: $(SHAPES)/latents/latents.json
-	$(RUN).train_text_to_video --vae $(SHAPES)/vae/vae --latents $(SHAPES)/latents --output $(@D)
+$(SHAPES)/text_encoder/text_encoder.json: | $(INSTALLED)
+	$(RUN).train_text_encoder --output $(@D)
+
+$(SHAPES)/text_to_video/text_to_video.json: $(SHAPES)/latents/latents.json $(SHAPES)/text_encoder/text_encoder.json
+	$(RUN).train_text_to_video --vae $(SHAPES)/vae/vae --text-encoder $(SHAPES)/text_encoder/text_encoder --latents $(SHAPES)/latents --output $(@D)
 
 $(SHAPES)/given/model_index.json: $(SHAPES)/text_to_video/text_to_video.json $(SHAPES)/mllm/mllm.json
-	$(RUN).assemble given --vae $(SHAPES)/vae/vae --text-to-video $(SHAPES)/text_to_video --mllm $(SHAPES)/mllm/mllm --output $(@D)
+	$(RUN).assemble given --vae $(SHAPES)/vae/vae --text-encoder $(SHAPES)/text_encoder/text_encoder --transformer $(SHAPES)/text_to_video/transformer --mllm $(SHAPES)/mllm/mllm --output $(@D)
 
 $(SHAPES)/align/stage.json: $(SHAPES)/given/model_index.json
 	$(STAGE) $(<D)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from omni_video_hf.shapes.card import RUNS, TEMPLATE, training_row, write_card
 from omni_video_hf.shapes.scores import Report, Score
+from omni_video_hf.shapes.train_text_to_video import PHASES
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,10 +27,15 @@ def build(tmp_path):
     for number, folder in enumerate(RUNS):
         log = [{"loss": 3.0, "step": 1}, {"loss": number + 0.125, "step": 2}, {"train_runtime": 5.0, "step": 2}]
         write(tmp_path / folder / "checkpoint-2" / "trainer_state.json", {"global_step": 2, "log_history": log})
-        settings = {"learning_rate": 1e-3, "seed": number, "batch_size": 4, "image_batch_size": 8}
-        if number > 3:
-            settings = {"recipe": {"learning_rate": 5e-4, "seed": number, "per_device_train_batch_size": 32}}
-        write(tmp_path / folder.partition("/")[0] / "settings.json", settings)
+        name, _, phase = folder.partition("/")
+        settings = {"learning_rate": 1e-3, "seed": 7, "batch_size": 4, "image_batch_size": 8}
+        settings |= {"vision_batch_size": 64, "vision_learning_rate": 2e-3}
+        if name == "text_to_video":  # where every phase has its own
+            del settings["learning_rate"]
+            settings["phases"] = {phase: {"learning_rate": 1e-2} for phase in PHASES}
+        if not phase:
+            settings = {"recipe": {"learning_rate": 5e-4, "seed": 8, "per_device_train_batch_size": 32}}
+        write(tmp_path / name / "settings.json", settings)
     scores = (
         Score.of("t2v", "seen", [{"all": True}] * 3 + [{"all": False}]),
         Score.of("t2v", "composition", [{"all": True}, {"all": False}]),
@@ -52,8 +58,14 @@ def test_the_card_is_valid_and_says_everything(build, tmp_path):
     assert "--count 4 --seed 9" in card
     assert "| 75.0 % (30.1 to 95.4) | 95 % | 50.0 % (9.5 to 90.5) | 80 % |" in card
     assert "| 100.0 % (51.0 to 100.0) | 99 % |  |  |" in card
-    assert "| VAE, images | 2 | 8 | 0.001 | 1 | 0.1250 |" in card
-    assert "| stage `joint` | 2 | 32 | 0.0005 | 6 | 6.1250 |" in card
+    for training in (
+        "VAE, images | 2 | 8 | 0.001 | 7 | 0.1250",
+        "VAE, clips | 2 | 4 | 0.001 | 7 | 1.1250",
+        "SigLIP | 2 | 64 | 0.002 | 7 | 3.1250",
+        "Wan transformer, images | 2 | 8 | 0.01 | 7 | 6.1250",
+        f"stage `joint` | 2 | 32 | 0.0005 | 8 | {len(RUNS) - 1}.1250",
+    ):
+        assert f"| {training} |" in card
     assert "right in 75.0 %, 50.0 % of" in card
     assert (model / "strip.png").read_bytes() == (build / "scores" / "strip.png").read_bytes()
 

@@ -1,8 +1,11 @@
 """The whole training of the small checkpoint in a few steps: every stage feeds the next, and resumes exactly."""
 
+import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,10 +13,18 @@ import typer
 from safetensors.torch import load_file
 
 from omni_video_hf import OmniVideoPipeline
-from omni_video_hf.shapes import assemble, configuration, latents, train_stage, train_text_to_video
+from omni_video_hf.shapes import (
+    assemble,
+    configuration,
+    latents,
+    train_stage,
+    train_text_encoder,
+    train_text_to_video,
+)
 from omni_video_hf.shapes.latents import ScenePairs
 from omni_video_hf.shapes.stage_data import StageSamples
-from omni_video_hf.shapes.train_text_to_video import CaptionedBatches
+from omni_video_hf.shapes.train_text_encoder import NOT_SAID, PromptBatches
+from omni_video_hf.shapes.train_text_to_video import PHASES, CaptionedBatches, Phase, TextToVideoObjective
 
 STAGES = ("align", "connect", "joint")
 SHORT = {"max_steps": 2, "save_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 2, "warmup_steps": 0}
@@ -25,29 +36,36 @@ def words(**settings):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Untrained VAE and MLLM, latents of three pairs of each kind, decoder and text encoder after two steps."""
+    """Untrained VAE and MLLM, latents of three pairs of each kind, text encoder and decoder after two steps each."""
     folder = tmp_path_factory.mktemp("shapes")
     torch.manual_seed(0)
     configuration.vae().save_pretrained(folder / "vae")
     configuration.model(adapter_config=None, decoder_config=None).mllm.save_pretrained(folder / "mllm")
     latents.main(folder / "vae", folder / "latents", videos=3, images=3)
+    text_encoder(folder / "text_encoder")
     text_to_video(folder / "text_to_video", folder)
-    assemble.given(folder / "vae", folder / "text_to_video", folder / "mllm", folder / "given")
+    parts = (folder / "text_encoder" / "text_encoder", folder / "text_to_video" / "transformer")
+    assemble.given(folder / "vae", *parts, folder / "mllm", folder / "given")
     return folder
 
 
+def text_encoder(output):
+    train_text_encoder.train(output, steps=2, batch_size=4, save_steps=1, eval_texts=8)
+
+
 def text_to_video(output, folder):
-    train_text_to_video.train(
-        folder / "vae",
-        folder / "latents",
-        output,
-        image_steps=2,
-        image_batch_size=3,
-        steps=2,
-        batch_size=2,
-        save_steps=1,
-        eval_clips=1,
-    )
+    """Two steps of every phase."""
+    with patch.dict(PHASES, {name: replace(phase, steps=2) for name, phase in PHASES.items()}):
+        train_text_to_video.train(
+            folder / "vae",
+            folder / "text_encoder" / "text_encoder",
+            folder / "latents",
+            output,
+            batch_size=2,
+            image_batch_size=3,
+            save_steps=1,
+            eval_clips=1,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +100,91 @@ def test_batches_of_captions_show_both_kinds(built):
     assert all(torch.equal(batches[4][name], value) for name, value in batches[4].items())
 
 
-@pytest.mark.parametrize("phase", ["images", "clips"])
+@pytest.mark.parametrize("phase", list(PHASES))
 def test_text_to_video_resumes_as_if_it_had_not_stopped(built, tmp_path, phase):
     whole, stopped = built / "text_to_video", tmp_path / "stopped"
+    names = list(PHASES)
+    for before in names[: names.index(phase)]:
+        shutil.copytree(whole / before / "checkpoint-2", stopped / before / "checkpoint-2")
     shutil.copytree(whole / phase / "checkpoint-1", stopped / phase / "checkpoint-1")
-    if phase == "clips":
-        shutil.copytree(whole / "images" / "checkpoint-2", stopped / "images" / "checkpoint-2")
     text_to_video(stopped, built)
-    for part in ("transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
-        first, second = (load_file(folder / part) for folder in (whole, stopped))
-        assert all(torch.equal(first[name], second[name]) for name in first)
+    first, second = (
+        load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors") for folder in (whole, stopped)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_text_to_video_refuses_other_phases_than_it_began_with(built):
+    with pytest.raises(typer.BadParameter, match="this training began with phases"):
+        train_text_to_video.train(
+            built / "vae",
+            built / "text_encoder" / "text_encoder",
+            built / "latents",
+            built / "text_to_video",
+            batch_size=2,
+            image_batch_size=3,
+            save_steps=1,
+        )
+
+
+def test_a_clip_has_noise_as_its_phase_says():
+    """Even noise, a level for each frame, or one frame that is seen and says where from."""
+    torch.manual_seed(0)
+    objective = TextToVideoObjective(configuration.text_encoder(), configuration.model().decoder, 192, 0.0)
+    latents = torch.zeros(200, 16, 5, 8, 8)
+    seen = train_text_to_video.SEEN_SIGMA * 1000
+
+    objective.phase = Phase(steps=1)
+    timesteps = objective._timesteps(latents)
+    assert timesteps.shape == (200, 5)
+    assert (timesteps == timesteps[:, :1]).all()
+
+    objective.phase = Phase(steps=1, uneven=0.5)
+    timesteps = objective._timesteps(latents)
+    is_uneven = (timesteps != timesteps[:, :1]).any(dim=1)
+    assert 60 < is_uneven.sum() < 140
+
+    objective.phase = Phase(steps=1, uneven=1.0, only_first=1.0)
+    timesteps = objective._timesteps(latents)
+    assert (timesteps[:, 0] <= seen).all()
+    assert (timesteps[:, 1:].median(dim=0).values > 930).all()
+
+
+def test_a_decoder_takes_a_timestep_for_each_token(built):
+    """The same noise level said of every token is the same as said once."""
+    torch.manual_seed(0)
+    pairs = {kind: ScenePairs(built / "latents", kind) for kind in ("video", "image")}
+    batch = CaptionedBatches(pairs, 1, {"video": 2, "image": 2}, video_share=1.0, seed=0)[0]
+    objective = TextToVideoObjective(configuration.text_encoder(), configuration.model().decoder, 192, 0.0).eval()
+    losses = []
+    for phase in (Phase(steps=1), Phase(steps=1, uneven=1.0)):
+        objective.phase = phase
+        torch.manual_seed(1)
+        with torch.no_grad(), patch.object(objective, "_timesteps", return_value=torch.full((2, 5), 700)):
+            losses.append(objective(**batch)["loss"])
+    torch.testing.assert_close(*losses)
+
+
+def test_what_texts_say():
+    batches = PromptBatches("train", 3, 8, seed=0)
+    batch = batches[2]
+    assert all(torch.equal(batches[2][name], value) for name, value in batch.items())
+    said = batch["said"] != NOT_SAID  # colour, shape, size, background, motion; t2v, t2i, v2v, i2i in turn
+    assert said[0::4].all()
+    assert (said[1::4] == torch.tensor([True, True, True, True, False])).all()
+    assert (said[2::4].sum(dim=1) == 1).all()
+    assert (said[3::4].sum(dim=1) == 1).all()
+
+
+def test_the_text_encoder_resumes_as_if_it_had_not_stopped(built, tmp_path):
+    shutil.copytree(built / "text_encoder" / "meaning" / "checkpoint-1", tmp_path / "meaning" / "checkpoint-1")
+    text_encoder(tmp_path)
+    first, second = (
+        load_file(folder / "text_encoder" / "model.safetensors") for folder in (built / "text_encoder", tmp_path)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    rates = json.loads((tmp_path / "text_encoder.json").read_text())["rates"]
+    assert set(rates["composition"]) == {"color", "shape", "size", "background", "motion", "all"}
 
 
 def test_null_states_are_what_the_parts_say_of_nothing(built):
@@ -142,7 +235,7 @@ def test_make_knows_every_file_that_the_scripts_write_last(stages):
     """`make shapes` would begin again with what it does not find."""
     makefile = (Path(__file__).parent.parent / "Makefile").read_text()
     made = re.findall(r"^\$\(SHAPES\)/(\S+): ", makefile, flags=re.MULTILINE)
-    assert {"latents/latents.json", "text_to_video/text_to_video.json", "joint/stage.json"} < set(made)
+    assert {"text_encoder/text_encoder.json", "text_to_video/text_to_video.json", "joint/stage.json"} < set(made)
     missing = [name for name in made if not (stages / name).exists()]
     # Trained in tests of their own: tests/test_shapes_train_vae.py and so on.
     assert sorted(missing) == [

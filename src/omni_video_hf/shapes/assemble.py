@@ -27,7 +27,8 @@ Output = Annotated[Path, typer.Option(help="Folder of the repository.")]
 @torch.no_grad()
 def given(
     vae: Annotated[Path, typer.Option(help="Folder of the trained VAE.")],
-    text_to_video: Annotated[Path, typer.Option(help="Folder with transformer and text_encoder.")],
+    text_encoder: Annotated[Path, typer.Option(help="Folder of the trained text encoder.")],
+    transformer: Annotated[Path, typer.Option(help="Folder of the trained decoder.")],
     mllm: Annotated[Path, typer.Option(help="Folder of the trained MLLM.")],
     output: Output,
 ) -> None:
@@ -36,8 +37,8 @@ def given(
     pipe = configuration.pipeline()
     for name, part in (
         ("vae", AutoencoderKLWan.from_pretrained(vae)),
-        ("transformer", WanTransformer3DModel.from_pretrained(text_to_video / "transformer")),
-        ("text_encoder", UMT5EncoderModel.from_pretrained(text_to_video / "text_encoder")),
+        ("transformer", WanTransformer3DModel.from_pretrained(transformer)),
+        ("text_encoder", UMT5EncoderModel.from_pretrained(text_encoder)),
     ):
         pipe.register_modules(**{name: part.eval()})
     pipe.mllm.mllm.load_state_dict(VilaForConditionalGeneration.from_pretrained(mllm).state_dict())

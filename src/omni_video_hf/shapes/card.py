@@ -11,18 +11,27 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..model_card_omni_video import TAGS
 from .scores import LINES, SHOWN_SPLITS
+from .train_text_to_video import PHASES
 
 TEMPLATE = "omni-video-shapes.md.jinja"
 STRIP = "strip.png"
-# What was trained, by the folder of its checkpoints, in order.
+# What was trained, by the folder of its checkpoints, in order; what the batch of a phase is called in the settings.
 RUNS = {
     "vae/images": "VAE, images",
     "vae/clips": "VAE, clips",
-    "mllm": "SigLIP and Llama",
-    "text_to_video": "Wan transformer and umT5",
+    "vae/noisy": "VAE, noisy latents",
+    "mllm/vision": "SigLIP",
+    "mllm/answers": "SigLIP and Llama, answers",
+    "text_encoder/meaning": "umT5",
+    **{f"text_to_video/{name}": f"Wan transformer, {name}" for name in PHASES},
     "align": "stage `align`",
     "connect": "stage `connect`",
     "joint": "stage `joint`",
+}
+BATCHES = {
+    "vae/images": "image_batch_size",
+    "mllm/vision": "vision_batch_size",
+    "text_to_video/images": "image_batch_size",
 }
 
 
@@ -77,12 +86,13 @@ def training_row(build: Path, folder: str) -> list[str]:
         raise ValueError(f"{build / folder}: no checkpoint of {RUNS[folder]}: run `make shapes`.")
     state = _read(Path(checkpoint) / "trainer_state.json")
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-    settings = _read(build / folder.partition("/")[0] / "settings.json")
+    name, _, phase = folder.partition("/")
+    settings = _read(build / name / "settings.json")
     settings = settings.get("recipe", settings)
-    batch = settings.get("per_device_train_batch_size", settings.get("batch_size"))
-    if folder == "vae/images":
-        batch = settings["image_batch_size"]
-    values = [state["global_step"], batch, settings["learning_rate"], settings["seed"], f"{float(losses[-1]):.4f}"]
+    settings |= settings.get("phases", {}).get(phase, {})
+    batch = settings[BATCHES.get(folder, "batch_size" if phase else "per_device_train_batch_size")]
+    rate = settings["vision_learning_rate" if phase == "vision" else "learning_rate"]
+    values = [state["global_step"], batch, rate, settings["seed"], f"{float(losses[-1]):.4f}"]
     return [RUNS[folder], *map(str, values)]
 
 

@@ -68,7 +68,7 @@ def fit(
         "use_cpu": not torch.cuda.is_available(),  # for bf16, which transformers does not take for granted there
     }
     settings = TrainingArguments(output_dir=str(output), **(arguments | overrides))
-    optimizer = (MuonFactory, {"lr": learning_rate})
+    optimizer = (MuonFactory, {"lr": learning_rate, "weight_decay": settings.weight_decay})
     trainer = Trainer(
         objective, settings, train_dataset=dataset, data_collator=collate, optimizer_cls_and_kwargs=optimizer
     )

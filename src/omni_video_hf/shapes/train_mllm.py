@@ -197,6 +197,7 @@ def train(
 ) -> None:
     """Train the MLLM, from the last checkpoint where there is one, and ask it questions."""
     settings = {"vision_steps": vision_steps, "vision_batch_size": vision_batch_size, "steps": steps}
+    settings |= {"vision_learning_rate": VISION_LEARNING_RATE}
     settings |= {"batch_size": batch_size, "learning_rate": learning_rate, "seed": seed, "save_steps": save_steps}
     check_settings(settings, output)
     set_seed(seed)

@@ -79,7 +79,7 @@ def encode_pairs(vae: AutoencoderKLWan, kind: str, count: int, folder: Path) -> 
 def main(
     vae: Annotated[Path, typer.Option(help="Folder of the trained VAE.")],
     output: Annotated[Path, typer.Option(help="Folder for the latents.")],
-    videos: Annotated[int, typer.Option(min=1, help="Pairs of clips.")] = 5000,
+    videos: Annotated[int, typer.Option(min=1, help="Pairs of clips.")] = 4000,
     images: Annotated[int, typer.Option(min=1, help="Pairs of images.")] = 5000,
 ) -> None:
     """Encode pairs of training scenes; goes on where it was stopped."""

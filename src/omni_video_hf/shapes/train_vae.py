@@ -213,7 +213,7 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder of checkpoints; the VAE comes to its sub-folder vae.")],
     image_steps: Annotated[int, typer.Option(min=1, help="Steps on images alone, before clips.")] = 2500,
     image_batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Steps on clips.")] = 2000,
+    steps: Annotated[int, typer.Option(min=1, help="Steps on clips.")] = 1000,
     noisy_steps: Annotated[int, typer.Option(min=1, help="Steps on clips whose latents are noisy, the last.")] = 1500,
     batch_size: Annotated[int, typer.Option(min=1)] = 4,
     num_frames: Annotated[

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from golden import CORE_EXPECTED, TASKS, relative_error
 
@@ -7,6 +8,7 @@ from omni_video_hf.flow_matching_omni_video import (
     flow_matching_loss,
     sampling_sigmas,
     shift_sigmas,
+    token_timesteps,
     training_sigmas,
     training_weights,
     velocity_target,
@@ -38,6 +40,26 @@ def test_noising_ends_at_data_and_noise():
     mixed = add_noise(latents, noise, torch.tensor([0.0, 1.0]))
     assert torch.equal(mixed[0], latents[0])
     assert torch.equal(mixed[1], noise[1])
+
+
+def test_every_frame_may_have_its_own_noise():
+    latents, noise = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2)
+    sigmas = torch.rand(2, 4)
+    mixed = add_noise(latents, noise, sigmas)
+    for frame in range(4):
+        alone = add_noise(latents[:, :, [frame]], noise[:, :, [frame]], sigmas[:, frame])
+        assert torch.equal(mixed[:, :, [frame]], alone)
+    losses = [flow_matching_loss(mixed[:, :, [f]], noise[:, :, [f]], sigmas[:, f]) for f in range(4)]
+    torch.testing.assert_close(flow_matching_loss(mixed, noise, sigmas), torch.stack(losses).mean())
+
+
+def test_tokens_have_the_timesteps_of_their_frames():
+    tokens = token_timesteps(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.zeros(2, 16, 2, 4, 6), (1, 2, 2))
+    assert tokens.tolist() == [[1.0] * 6 + [2.0] * 6, [3.0] * 6 + [4.0] * 6]
+    with pytest.raises(ValueError, match=r"must be \(2, 2\)"):
+        token_timesteps(torch.zeros(2, 3), torch.zeros(2, 16, 2, 4, 6), (1, 2, 2))
+    with pytest.raises(ValueError, match="tokens of 2"):
+        token_timesteps(torch.zeros(2, 2), torch.zeros(2, 16, 2, 4, 6), (2, 2, 2))
 
 
 def test_velocity_carries_noise_to_data():

@@ -157,6 +157,22 @@ def test_generators_decide_what_is_drawn(model):
 
 
 @torch.no_grad()
+def test_every_frame_may_have_its_own_noise(model):
+    inputs = batch() | {"noise": torch.randn(2, 16, 2, 8, 4)}
+    config = OmniVideoLossConfig(alignment_weight=0.0, timestep_weighting="none")
+
+    def output(timesteps):
+        return model(**inputs, timesteps=torch.tensor(timesteps), loss_config=config)
+
+    once, of_frames = output([500.0, 100.0]), output([[500.0, 500.0], [100.0, 100.0]])
+    torch.testing.assert_close(of_frames.velocity, once.velocity)
+    torch.testing.assert_close(of_frames.loss, once.loss)
+    uneven = output([[500.0, 900.0], [100.0, 100.0]])
+    torch.testing.assert_close(uneven.velocity[1], once.velocity[1])
+    assert not torch.allclose(uneven.velocity[0], once.velocity[0], atol=1e-3)
+
+
+@torch.no_grad()
 def test_dropped_conditions_are_the_stored_null_states(model):
     inputs = batch() | {"noise": torch.randn(2, 16, 2, 8, 4), "timesteps": torch.tensor([500.0, 100.0])}
     inputs.pop("target_features")

@@ -17,6 +17,7 @@ from omni_video_hf.shapes import (
     assemble,
     configuration,
     latents,
+    noise,
     train_stage,
     train_text_encoder,
     train_text_to_video,
@@ -132,7 +133,7 @@ def test_a_clip_has_noise_as_its_phase_says():
     torch.manual_seed(0)
     objective = TextToVideoObjective(configuration.text_encoder(), configuration.model().decoder, 192, 0.0)
     latents = torch.zeros(200, 16, 5, 8, 8)
-    seen = train_text_to_video.SEEN_SIGMA * 1000
+    seen = noise.SEEN_SIGMA * 1000
 
     objective.phase = Phase(steps=1)
     assert objective._timesteps(latents).shape == (200,)
@@ -202,6 +203,9 @@ def test_samples_of_every_stream(built):
         if sample["task"] != "understand":
             assert ("source_latents" in sample) == sample["task"].endswith(("i2i", "v2v"))
             assert said.startswith("[GEN_IMG]" if sample["task"].endswith("i") else "[GEN_VID]")
+            is_uneven = samples.buckets[index].shapes[0][0] == "uneven"
+            assert ("timesteps" in sample) == is_uneven
+            assert not is_uneven or (sample["timesteps"].shape == (5,) and len(sample["timesteps"].unique()) > 1)
     asked = {bucket.shapes[0][0] for bucket in samples.buckets if bucket.task == "understand"}
     assert asked == {"image question", "video question", "t2i", "t2v", "i2i", "v2v"}
 

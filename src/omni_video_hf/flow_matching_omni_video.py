@@ -36,8 +36,15 @@ def training_weights(timesteps: torch.Tensor) -> torch.Tensor:
 
 
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """`(1 - sigma) * latents + sigma * noise`, `sigmas` `[batch]` for latents `[batch, ...]`."""
-    sigmas = sigmas.to(latents).view(-1, *[1] * (latents.ndim - 1))
+    """
+    `(1 - sigma) * latents + sigma * noise`.
+
+    Args:
+        latents, noise: `[batch, channels, frames, height, width]`.
+        sigmas: `[batch]`, or `[batch, frames]` where every latent frame has its own (diffusion forcing,
+            arXiv 2407.01392).
+    """
+    sigmas = _beside(latents, sigmas)
     return (1 - sigmas) * latents + sigmas * noise
 
 
@@ -47,9 +54,40 @@ def velocity_target(latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 def flow_matching_loss(velocity: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Mean over everything of `weight * (velocity - target) ** 2`, in float32; `weights` `[batch]`."""
+    """Mean over everything of `weight * (velocity - target) ** 2`, in float32; `weights` shaped as sigmas are."""
     error = (velocity.float() - target.float()) ** 2
-    return (weights.to(error).view(-1, *[1] * (error.ndim - 1)) * error).mean()
+    return (_beside(error, weights) * error).mean()
+
+
+def token_timesteps(timesteps: torch.Tensor, latents: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
+    """
+    Timesteps of latent frames as the decoder takes them, one for each of its tokens.
+
+    Args:
+        timesteps: `[batch, frames]`.
+        latents: `[batch, channels, frames, height, width]`.
+        patch_size: of the decoder, `(frames, height, width)`.
+
+    Returns:
+        `[batch, tokens]`
+
+    Raises:
+        ValueError: when there is not one timestep a frame, or a token covers several frames.
+    """
+    frames, height, width = latents.shape[2:]
+    if timesteps.shape != (len(latents), frames) or patch_size[0] != 1:
+        raise ValueError(
+            f"`timesteps` of frames must be {(len(latents), frames)}, [batch, frames], and tokens of one frame; got "
+            f"{tuple(timesteps.shape)} and tokens of {patch_size[0]}. Pass one timestep a sample, `[batch]`."
+        )
+    return timesteps.repeat_interleave((height // patch_size[1]) * (width // patch_size[2]), dim=1)
+
+
+def _beside(latents: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Values of samples `[batch]`, or of their frames `[batch, frames]`, so that they multiply `[batch, ...]`."""
+    if values.ndim == 2:
+        values = values[:, None]
+    return values.to(latents).view(*values.shape, *[1] * (latents.ndim - values.ndim))
 
 
 def sampling_sigmas(num_inference_steps: int) -> np.ndarray:
@@ -82,6 +120,7 @@ __all__ = [
     "flow_matching_loss",
     "sampling_sigmas",
     "shift_sigmas",
+    "token_timesteps",
     "training_sigmas",
     "training_weights",
     "velocity_target",

@@ -37,6 +37,7 @@ from .flow_matching_omni_video import (
     NUM_TRAIN_TIMESTEPS,
     add_noise,
     flow_matching_loss,
+    token_timesteps,
     velocity_target,
 )
 from .losses_omni_video import (
@@ -291,11 +292,13 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
 
         Args:
             latents: `[batch, channels, frames, height, width]`, noisy.
-            timesteps: `[batch]`, 0..1000.
+            timesteps: `[batch]`, 0..1000, or `[batch, frames]`, one for each latent frame.
             context: `[batch, length, text_dim]` from [`encode_condition`].
         """
         self._require("decoder")
         dtype = self.decoder.patch_embedding.weight.dtype
+        if timesteps.ndim == 2:
+            timesteps = token_timesteps(timesteps, latents, self.decoder.config.patch_size)
         with folded_context(self.decoder, context.to(dtype), self.adapter.config.max_context_length) as folded:
             return self.decoder(latents.to(dtype), timesteps, folded, return_dict=False)[0]
 
@@ -380,7 +383,9 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
                 `reference_latents` as in [`encode_condition`].
             output_kind: by default `"image"` for latents of one frame, else `"video"`.
             noise: like `latents`; drawn when left out.
-            timesteps: `[batch]`, 0..1000, the nearest of the training table is taken; drawn when left out.
+            timesteps: `[batch]`, 0..1000, the nearest of the training table is taken; drawn when left out. Or
+                `[batch, frames]`, where every latent frame has its own noise: with little in the first and much in the
+                others, a clip teaches what a prompt says of motion.
             generator: for what is drawn; one per sample makes a sample's noise independent of its batch.
             drop_instruction: `[batch]`, true where the decoder is shown the stored visual tokens of the empty
                 instruction instead of the sample's (condition dropout). Alignment losses see the sample's own.
@@ -538,7 +543,7 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
         if timesteps is None:
             indices = draw_timestep_indices(len(latents), config, generator).to(latents.device)
         else:
-            indices = (table[None] - timesteps.to(table)[:, None]).abs().argmin(dim=1)
+            indices = (table - timesteps.to(table)[..., None]).abs().argmin(dim=-1)
         if noise is None:
             noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
         timesteps = table[indices]

@@ -118,4 +118,12 @@ def write_json(values: dict[str, Any], path: Path) -> None:
     partial.replace(path)
 
 
-__all__ = ["check_settings", "fit", "multiplies_bfloat16", "plain_attention_on_cpu", "save_folder", "the_batch", "write_json"]
+__all__ = [
+    "check_settings",
+    "fit",
+    "multiplies_bfloat16",
+    "plain_attention_on_cpu",
+    "save_folder",
+    "the_batch",
+    "write_json",
+]

@@ -16,12 +16,16 @@ from ..training.data import IGNORED_LABEL, OmniVideoDataCollator, encode_convers
 from ..training.sampling import Bucket
 from .dataset import ShapesDataset
 from .latents import ScenePairs
+from .noise import uneven_timesteps
 from .prompts import edit_prompt, generation_prompt
 from .scene import Scene, render
 
 KINDS = {task: TASKS[task].output for task in ("t2i", "t2v", "i2i", "v2v")}
 # What the batches of `understand` are about: questions, and requests in which no task is named.
 UNDERSTAND = ("image question", "video question", *KINDS)
+# Half of the batches of clips have uneven noise (see noise.py).
+NOISES = {"image": ("even",), "video": ("even", "uneven")}
+ONLY_FIRST = 0.6  # share of the clips with uneven noise of which the first frame alone has little
 PAIRS_AT_ONCE = 16
 
 
@@ -50,7 +54,8 @@ class StageSamples(Dataset):
     ) -> None:
         self.pairs, self.processor, self.length, self.seed = pairs, processor, length, seed
         self.target_features = target_features
-        self.streams = [(task, "draw") for task in KINDS] + [("understand", about) for about in UNDERSTAND]
+        drawn = [(task, noise) for task, kind in KINDS.items() for noise in NOISES[kind]]
+        self.streams = drawn + [("understand", about) for about in UNDERSTAND]
         self.buckets = [Bucket(task, ((about, ()),)) for task, about in self.streams for _ in range(length)]
 
     def __len__(self) -> int:
@@ -61,7 +66,7 @@ class StageSamples(Dataset):
         task, about = self.streams[stream]
         rng = np.random.default_rng((self.seed, stream, number))
         if task != "understand":
-            return self._drawing(rng, task)
+            return self._drawing(rng, task, is_uneven=about == "uneven")
         if about in KINDS:
             return self._request(rng, about)
         kind = about.split()[0]
@@ -69,12 +74,15 @@ class StageSamples(Dataset):
         shown = {kind: item["source"][0] if kind == "image" else item["source"]}
         return {"task": task} | encode_conversation(self.processor, task, item["prompt"], item["answer"], **shown)
 
-    def _drawing(self, rng: np.random.Generator, task: str) -> dict[str, Any]:
+    def _drawing(self, rng: np.random.Generator, task: str, is_uneven: bool) -> dict[str, Any]:
         row, prompt, source, side = self._chosen(rng, task)
         pairs = self.pairs[KINDS[task]]
         sample = {"task": task, "prompt": prompt, "latents": pairs.latents[row, side].float()}
         if source is not None:
             sample["source_latents"] = pairs.latents[row, 0].float()
+        if is_uneven:
+            generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+            sample["timesteps"] = uneven_timesteps(sample["latents"].shape[1], ONLY_FIRST, generator)
         if self.target_features is not None:
             sample["target_features"] = self.target_features[pairs.kind][row, side]
         return sample | encode_conversation(self.processor, task, prompt, **_shown(pairs.kind, source))
@@ -129,7 +137,10 @@ class StageCollator:
     @torch.no_grad()
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Samples of one task and kind."""
-        batch = self.collate([{name: v for name, v in sample.items() if name != "prompt"} for sample in samples])
+        own = ("prompt", "timesteps")
+        batch = self.collate([{name: v for name, v in sample.items() if name not in own} for sample in samples])
+        if "timesteps" in samples[0]:
+            batch["timesteps"] = torch.stack([sample["timesteps"] for sample in samples])
         if "prompt" in samples[0]:
             tokens = self.tokenizer([sample["prompt"] for sample in samples], padding=True, return_tensors="pt")
             batch["prompt_embeds"] = self.text_encoder(**tokens).last_hidden_state

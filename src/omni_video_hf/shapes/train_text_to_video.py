@@ -20,11 +20,12 @@ from torch.utils.data import Dataset
 from transformers import UMT5EncoderModel, set_seed
 
 from ..attention_omni_video import folded_context
-from ..flow_matching_omni_video import NUM_TRAIN_TIMESTEPS, velocity_target
-from ..losses_omni_video import OmniVideoLossConfig, draw_timestep_indices, timestep_tables
+from ..flow_matching_omni_video import NUM_TRAIN_TIMESTEPS, add_noise, token_timesteps, velocity_target
+from ..losses_omni_video import draw_timestep_indices, timestep_tables
 from . import configuration
 from .dataset import ShapesDataset
 from .latents import ScenePairs
+from .noise import LOSSES, uneven_timesteps
 from .prompts import generation_prompt
 from .runs import check_settings, fit, multiplies_bfloat16, save_folder, the_batch, write_json
 from .scores import SHOWN_SPLITS, Score, check_generation
@@ -32,12 +33,7 @@ from .tokenizers import text_tokenizer
 from .train_text_encoder import SECOND_NAME, drop_second_name
 from .train_vae import score_table
 
-# Colour and shape are decided where there is most noise, to which upstream's weights give nothing.
-LOSSES = OmniVideoLossConfig(timestep_weighting="none")
 PROMPT_DROPOUT = 0.1
-SEEN_FRAMES, SEEN_SIGMA = 0.35, 0.9  # share of an uneven clip's frames with little noise, and the most they can have
-# Of the noise of its other frames, half of which have more than 0.95.
-HIDDEN = OmniVideoLossConfig(timestep_weighting="none", timestep_shift=20.0)
 DRAWN_AT_ONCE = 20
 
 
@@ -156,27 +152,21 @@ class TextToVideoObjective(nn.Module):
         attention_mask = torch.where(dropped, is_first.long(), attention_mask)
         context = self.text_encoder(input_ids, attention_mask).last_hidden_state * attention_mask[..., None]
         noise, timesteps = torch.randn_like(latents), self._timesteps(latents)
-        sigmas = timesteps.view(len(latents), 1, -1, 1, 1) / NUM_TRAIN_TIMESTEPS
-        noisy = torch.lerp(latents, noise, sigmas)
-        if timesteps.ndim == 2:  # the decoder takes one for each token, which costs half as much again
-            _, patch_height, patch_width = self.transformer.config.patch_size
-            tokens = (latents.shape[3] // patch_height) * (latents.shape[4] // patch_width)
-            timesteps = timesteps.repeat_interleave(tokens, dim=1)
+        noisy = add_noise(latents, noise, timesteps / NUM_TRAIN_TIMESTEPS)
+        if timesteps.ndim == 2:
+            timesteps = token_timesteps(timesteps, latents, self.transformer.config.patch_size)
         with folded_context(self.transformer, context, self.context_length) as folded:
             velocity = self.transformer(noisy, timesteps, folded, return_dict=False)[0]
         return {"loss": nn.functional.mse_loss(velocity.float(), velocity_target(latents, noise).float())}
 
     def _timesteps(self, latents: torch.Tensor) -> torch.Tensor:
-        """Timesteps `[batch]`, or in an uneven batch `[batch, frames]`: little noise in some, much in the others."""
-        shape = (latents.shape[0], latents.shape[2])
-        if shape[1] == 1 or torch.rand(()).item() >= self.phase.uneven:
-            return draw_timesteps(LOSSES, shape[0]).to(latents.device)
-        is_seen = torch.rand(shape) < SEEN_FRAMES
-        only_first = torch.rand(shape[0], 1) < self.phase.only_first
-        is_seen = torch.where(only_first, torch.arange(shape[1]) == 0, is_seen)
-        seen = torch.rand(shape) * SEEN_SIGMA * NUM_TRAIN_TIMESTEPS
-        hidden = draw_timesteps(HIDDEN, shape[0] * shape[1]).view(shape)
-        return torch.where(is_seen, seen, hidden).to(latents.device)
+        """Timesteps `[batch]`, or in an uneven batch `[batch, frames]`."""
+        count, frames = latents.shape[0], latents.shape[2]
+        if frames == 1 or torch.rand(()).item() >= self.phase.uneven:
+            timesteps = timestep_tables(LOSSES)[0][draw_timestep_indices(count, LOSSES)]
+        else:
+            timesteps = torch.stack([uneven_timesteps(frames, self.phase.only_first) for _ in range(count)])
+        return timesteps.to(latents.device)
 
 
 @torch.no_grad()
@@ -198,11 +188,6 @@ def evaluate(pipe: WanPipeline, task: str, split: str, count: int, seed: int) ->
         clips = (frames * 255).round().astype(np.uint8)
         verdicts += [check_generation(example, clip) for example, clip in zip(examples, clips, strict=True)]
     return Score.of(task, split, verdicts)
-
-
-def draw_timesteps(config: OmniVideoLossConfig, count: int) -> torch.Tensor:
-    """`[count]` timesteps, each of the table with the same chance."""
-    return timestep_tables(config)[0][draw_timestep_indices(count, config)]
 
 
 def train(
@@ -248,6 +233,7 @@ def train(
             bf16=multiplies_bfloat16(),
         )
     objective.eval().to("cpu")
+    save_folder(objective.transformer.save_pretrained, output / "transformer")
     pipe = WanPipeline(
         text_tokenizer(),
         objective.text_encoder,
@@ -259,7 +245,6 @@ def train(
     lines = [(task, split) for task in ("t2v", "t2i") for split in SHOWN_SPLITS]
     scores = [evaluate(pipe, *line, eval_clips, seed) for line in lines]
     Console().print(score_table(scores, "Drawn as asked for, by the text alone, %"))
-    save_folder(objective.transformer.save_pretrained, output / "transformer")
     results = {"settings": settings, "scores": [score.to_dict() for score in scores]}
     write_json(results, output / "text_to_video.json")
 

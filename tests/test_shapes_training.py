@@ -23,6 +23,7 @@ from omni_video_hf.shapes import (
     train_text_to_video,
 )
 from omni_video_hf.shapes.latents import ScenePairs
+from omni_video_hf.shapes.runs import multiplies_bfloat16
 from omni_video_hf.shapes.stage_data import StageSamples
 from omni_video_hf.shapes.train_text_encoder import NOT_SAID, PromptBatches
 from omni_video_hf.shapes.train_text_to_video import PHASES, CaptionedBatches, Phase, TextToVideoObjective
@@ -160,6 +161,13 @@ def test_a_decoder_takes_a_timestep_for_each_token(built):
         with torch.no_grad(), patch.object(objective, "_timesteps", return_value=timesteps):
             losses.append(objective(**batch)["loss"])
     torch.testing.assert_close(*losses)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU multiplies in bfloat16")
+@pytest.mark.parametrize("capabilities", [{}, {"avx512_bf16": False}, {"avx512_bf16": True}, {"amx_bf16": True}])
+def test_processors_without_bfloat16_train_in_float32(capabilities):
+    with patch.object(torch.cpu, "get_capabilities", return_value=capabilities):
+        assert multiplies_bfloat16() == any(capabilities.values())
 
 
 def test_what_texts_say():

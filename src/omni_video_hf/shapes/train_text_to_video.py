@@ -65,7 +65,7 @@ PHASES = {
     # A frame of little noise says where from, and words alone where to; with even noise words for motions explain too
     # little to be learned. By now matrices have grown, and decay keeps them from growing out of the steps' reach; from
     # the start it kept the words out.
-    "clips": Phase(steps=2600, video_share=0.9, uneven=0.5, only_first=0.6, weight_decay=0.1),
+    "clips": Phase(steps=3000, video_share=0.9, uneven=0.5, only_first=0.6, weight_decay=0.1),
 }
 
 

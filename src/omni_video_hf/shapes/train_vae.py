@@ -214,7 +214,7 @@ def train(
     image_steps: Annotated[int, typer.Option(min=1, help="Steps on images alone, before clips.")] = 2500,
     image_batch_size: Annotated[int, typer.Option(min=1)] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Steps on clips.")] = 1000,
-    noisy_steps: Annotated[int, typer.Option(min=1, help="Steps on clips whose latents are noisy, the last.")] = 1500,
+    noisy_steps: Annotated[int, typer.Option(min=1, help="Steps on clips whose latents are noisy, the last.")] = 2000,
     batch_size: Annotated[int, typer.Option(min=1)] = 4,
     num_frames: Annotated[
         int, typer.Option(min=1, max=NUM_FRAMES, help="Frames of a training clip, 4n+1.")

@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(INSTALLED) ## convert a tiny checkpoint, then generate, edit and ask with it
+demo: $(INSTALLED) ## draw, edit and ask with the model that comes along
 	$(BIN)/python demo.py
 
 test: $(INSTALLED) quality ## lint and run all tests
@@ -49,14 +49,17 @@ $(SHAPES)/mllm/mllm.json: | $(INSTALLED)
 $(SHAPES)/latents/latents.json: $(SHAPES)/vae/vae.json
 	$(RUN).latents --vae $(SHAPES)/vae/vae --output $(@D)
 
+$(SHAPES)/vae_decoder/vae.json: $(SHAPES)/vae/vae.json
+	$(RUN).train_vae_decoder --vae $(SHAPES)/vae/vae --output $(@D)
+
 $(SHAPES)/text_encoder/text_encoder.json: | $(INSTALLED)
 	$(RUN).train_text_encoder --output $(@D)
 
 $(SHAPES)/text_to_video/text_to_video.json: $(SHAPES)/latents/latents.json $(SHAPES)/text_encoder/text_encoder.json
 	$(RUN).train_text_to_video --vae $(SHAPES)/vae/vae --text-encoder $(SHAPES)/text_encoder/text_encoder --latents $(SHAPES)/latents --output $(@D)
 
-$(SHAPES)/given/model_index.json: $(SHAPES)/text_to_video/text_to_video.json $(SHAPES)/mllm/mllm.json
-	$(RUN).assemble given --vae $(SHAPES)/vae/vae --text-encoder $(SHAPES)/text_encoder/text_encoder --transformer $(SHAPES)/text_to_video/transformer --mllm $(SHAPES)/mllm/mllm --output $(@D)
+$(SHAPES)/given/model_index.json: $(SHAPES)/vae_decoder/vae.json $(SHAPES)/text_to_video/text_to_video.json $(SHAPES)/mllm/mllm.json
+	$(RUN).assemble given --vae $(SHAPES)/vae_decoder/vae --text-encoder $(SHAPES)/text_encoder/text_encoder --transformer $(SHAPES)/text_to_video/transformer --mllm $(SHAPES)/mllm/mllm --output $(@D)
 
 $(SHAPES)/align/stage.json: $(SHAPES)/given/model_index.json
 	$(STAGE) $(<D)

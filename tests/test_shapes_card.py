@@ -41,7 +41,7 @@ def build(tmp_path):
         Score.of("t2v", "composition", [{"all": True}, {"all": False}]),
         Score.of("routing", "seen", [{"all": True}] * 4),
     )
-    write(tmp_path / "vae" / "vae.json", {"scores": [scores[0].to_dict(), scores[1].to_dict()]})
+    write(tmp_path / "vae_decoder" / "vae.json", {"scores": [scores[0].to_dict(), scores[1].to_dict()]})
     write(tmp_path / "scores" / "scores.json", Report(scores, {"count": 4, "seed": 9}).to_dict())
     Image.new("RGB", (4, 4)).save(tmp_path / "scores" / "strip.png")
     return tmp_path

@@ -252,4 +252,5 @@ def test_make_knows_every_file_that_the_scripts_write_last(stages):
         "omni-video-shapes/model_index.json",
         "scores/scores.json",
         "vae/vae.json",
+        "vae_decoder/vae.json",
     ]

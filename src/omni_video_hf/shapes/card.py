@@ -20,6 +20,7 @@ RUNS = {
     "vae/images": "VAE, images",
     "vae/clips": "VAE, clips",
     "vae/noisy": "VAE, noisy latents",
+    "vae_decoder/clips": "VAE's decoder",
     "mllm/vision": "SigLIP",
     "mllm/answers": "SigLIP and Llama, answers",
     "text_encoder/meaning": "umT5",
@@ -62,7 +63,7 @@ def write_card(build: Path, model: Path, template: Path) -> None:
         settings=report["settings"],
         scores=score_rows(report),
         training=[training_row(build, folder) for folder in RUNS],
-        reconstructions=", ".join(_percent(score) for score in _read(build / "vae" / "vae.json")["scores"]),
+        reconstructions=", ".join(_percent(score) for score in _read(build / "vae_decoder" / "vae.json")["scores"]),
     )
     (model / "README.md").write_text(str(card).rstrip() + "\n", encoding="utf-8")
 

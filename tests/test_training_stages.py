@@ -5,7 +5,7 @@ import tiny
 import torch
 import training
 
-from omni_video_hf import OmniVideoConfig
+from omni_video_hf import OmniVideoConfig, OmniVideoForConditionalGeneration
 from omni_video_hf.training import STAGES
 from omni_video_hf.training.stages import freeze_all_but, stage_config
 
@@ -48,6 +48,18 @@ def test_parts_that_the_losses_do_not_run_are_left_out():
     assert parts("connect", precomputed=True, **text) == {"adapter"}
     assert parts("decoder", precomputed=False) == {"mllm", "adapter", "decoder"}
     assert parts("joint", precomputed=True) == {"mllm", "adapter", "decoder"}
+
+
+def test_what_no_loss_reaches_stays_frozen_and_need_not_be_there():
+    """As the beginning of the paper's stage 2, with the vision head: both bridges move into the space of texts."""
+    options = {"text_alignment_weight": 1.0, "flow_matching_weight": 0.0}
+    losses = STAGES["joint"].loss_config(options)
+    config = stage_config(tiny.config(), losses, precomputed=False)
+    assert config.decoder_config is None
+    model = OmniVideoForConditionalGeneration(config)
+    names = freeze_all_but(model, STAGES["joint"], losses)
+    assert {name.split(".")[0] for name in names} == {"mllm", "vision_head", "adapter"}
+    assert not any("visual_context_adapter" in name for name in names)
 
 
 def test_a_part_that_is_not_there_and_an_empty_stage_are_refused():

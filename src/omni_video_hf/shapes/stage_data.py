@@ -14,7 +14,7 @@ from ..modeling_vila import VilaForConditionalGeneration
 from ..processing_omni_video import TASKS, OmniVideoProcessor
 from ..training.data import IGNORED_LABEL, OmniVideoDataCollator, encode_conversation
 from ..training.sampling import Bucket
-from .dataset import ShapesDataset
+from .dataset import Example, ShapesDataset
 from .latents import ScenePairs
 from .noise import uneven_timesteps
 from .prompts import edit_prompt, generation_prompt
@@ -40,6 +40,8 @@ class StageSamples(Dataset):
             `index` alone.
         seed: not that of any other training, or the same would be asked.
         target_features: of [`siglip_features`], by kind; none where nothing is aligned.
+        edits_as_targets: the text encoder is shown what there will be to see, as far as the MLLM can know, in place of
+            the edit. Where nothing is drawn, this is what visual tokens align with.
 
     `buckets` is what [`OmniVideoBatchSampler`] wants.
     """
@@ -51,9 +53,10 @@ class StageSamples(Dataset):
         length: int,
         seed: int,
         target_features: dict[str, torch.Tensor] | None = None,
+        edits_as_targets: bool = False,
     ) -> None:
         self.pairs, self.processor, self.length, self.seed = pairs, processor, length, seed
-        self.target_features = target_features
+        self.target_features, self.edits_as_targets = target_features, edits_as_targets
         drawn = [(task, noise) for task, kind in KINDS.items() for noise in NOISES[kind]]
         self.streams = drawn + [("understand", about) for about in UNDERSTAND]
         self.buckets = [Bucket(task, ((about, ()),)) for task, about in self.streams for _ in range(length)]
@@ -80,12 +83,18 @@ class StageSamples(Dataset):
         sample = {"task": task, "prompt": prompt, "latents": pairs.latents[row, side].float()}
         if source is not None:
             sample["source_latents"] = pairs.latents[row, 0].float()
+            if self.edits_as_targets:
+                sample["prompt"] = self._target_text(rng, pairs.examples[row])
         if is_uneven:
             generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
             sample["timesteps"] = uneven_timesteps(sample["latents"].shape[1], ONLY_FIRST, generator)
         if self.target_features is not None:
             sample["target_features"] = self.target_features[pairs.kind][row, side]
         return sample | encode_conversation(self.processor, task, prompt, **_shown(pairs.kind, source))
+
+    def _target_text(self, rng: np.random.Generator, example: Example) -> str:
+        """Of a clip to edit the MLLM sees the first frame, and no motion."""
+        return generation_prompt(rng, example.target, "video" if example.attribute == "motion" else "image")
 
     def _request(self, rng: np.random.Generator, task: str) -> dict[str, Any]:
         """As a user writes who names no task; the answer is the token that asks for an image or a video."""

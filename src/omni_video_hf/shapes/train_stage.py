@@ -1,8 +1,9 @@
 """
 The paper's stages on Omni-Video Shapes, by the package's own trainer and from a recipe, resumable.
 
-`python -m omni_video_hf.shapes.train_stage align --model FOLDER --data FOLDER --output_dir FOLDER`, then `connect` and
-`joint`; `--model` is what the one before wrote into its `pipeline`, `--data` what `latents` wrote.
+`python -m omni_video_hf.shapes.train_stage align --model FOLDER --data FOLDER --output_dir FOLDER`, and then so with
+`connect_text`, `connect` and `joint`; `--model` is what the one before wrote into its `pipeline`, `--data` what
+`latents` wrote.
 """
 
 import sys
@@ -29,6 +30,7 @@ RECIPES = Path(__file__).parent / "recipes"
 # Shares of the batches by task; `understand` is questions and requests without a task.
 SHARES = {
     "align": {"t2v": 2, "t2i": 1, "v2v": 2, "i2i": 1, "understand": 6},
+    "connect_text": {"t2v": 4, "t2i": 2, "v2v": 3, "i2i": 2, "understand": 3},
     "connect": {"t2v": 4, "t2i": 2, "v2v": 3, "i2i": 2, "understand": 0},
     "joint": {"t2v": 6, "t2i": 3, "v2v": 6, "i2i": 3, "understand": 2},
 }
@@ -39,7 +41,7 @@ def train(stage: str, words: Sequence[str]) -> Path:
     Run a stage, from its last checkpoint where there is one.
 
     Args:
-        stage: `align`, `connect` or `joint`.
+        stage: `align`, `connect_text`, `connect` or `joint`.
         words: `--model`, `--data`, `--output_dir` and settings in place of the recipe's, as in `omni-video train`.
 
     Returns:
@@ -59,7 +61,14 @@ def train(stage: str, words: Sequence[str]) -> Path:
     features = None
     if args.loss_config.alignment_weight > 0:
         features = {kind: siglip_features(model.mllm, processor, pairs[kind]) for kind in pairs}
-    samples = StageSamples(pairs, processor, args.max_steps * args.train_batch_size, args.seed, features)
+    samples = StageSamples(
+        pairs,
+        processor,
+        args.max_steps * args.train_batch_size,
+        args.seed,
+        target_features=features,
+        edits_as_targets=args.loss_config.flow_matching_weight == 0,
+    )
     collator = StageCollator(
         processor,
         PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),

@@ -15,6 +15,14 @@ from .names import check_known
 
 # What can train, in the order of the figure.
 PARTS = ("text_head", "vision_head", "adapter", "visual_context_adapter", "decoder")
+# By which losses a part learns. Where the weights of all of them are 0, it stays frozen, and need not be there.
+LOSSES_OF = {
+    "text_head": ("answer",),
+    "vision_head": ("alignment", "text_alignment", "flow_matching"),
+    "adapter": ("text_alignment", "flow_matching"),
+    "visual_context_adapter": ("flow_matching",),
+    "decoder": ("flow_matching",),
+}
 
 
 @dataclass(frozen=True)
@@ -109,8 +117,9 @@ def freeze_all_but(model: OmniVideoForConditionalGeneration, stage: Stage, losse
     """
     Let exactly the parameters of the stage train.
 
-    The text head stays frozen where no answer is learned. With tied embeddings it is the token embedding as well.
-    A stage that trains low-rank matrices leaves those trainable that are there (see `lora.add_lora`).
+    A part stays frozen where no loss reaches it: the text head without answers, the decoder without flow matching.
+    With tied embeddings the text head is the token embedding as well. A stage that trains low-rank matrices leaves
+    those trainable that are there (see `lora.add_lora`).
 
     Returns:
         Names of the parameters that train.
@@ -122,7 +131,7 @@ def freeze_all_but(model: OmniVideoForConditionalGeneration, stage: Stage, losse
         model.requires_grad_(False)
         modules = part_modules(model)
         for name in stage.trains:
-            if name == "text_head" and losses.answer_weight == 0:
+            if not _is_reached(name, losses):
                 continue
             if modules[name] is None:
                 raise ValueError(
@@ -130,6 +139,8 @@ def freeze_all_but(model: OmniVideoForConditionalGeneration, stage: Stage, losse
                     f"`stage` ({', '.join(STAGES)})."
                 )
             modules[name].requires_grad_(True)
+        if model.adapter is not None and not _is_reached("visual_context_adapter", losses):
+            model.adapter.visual_context_adapter.requires_grad_(False)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError(
@@ -137,6 +148,10 @@ def freeze_all_but(model: OmniVideoForConditionalGeneration, stage: Stage, losse
             + ("add low-rank matrices first (`add_lora`)." if stage.lora else "the weights of all its losses are 0.")
         )
     return trained
+
+
+def _is_reached(part: str, losses: OmniVideoLossConfig) -> bool:
+    return any(losses.weight(name) > 0 for name in LOSSES_OF[part])
 
 
 def cast_frozen(model: OmniVideoForConditionalGeneration, dtype: torch.dtype) -> None:

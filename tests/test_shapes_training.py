@@ -28,7 +28,7 @@ from omni_video_hf.shapes.stage_data import StageSamples
 from omni_video_hf.shapes.train_text_encoder import NOT_SAID, PromptBatches
 from omni_video_hf.shapes.train_text_to_video import PHASES, CaptionedBatches, Phase, TextToVideoObjective
 
-STAGES = ("align", "connect_text", "connect", "joint")
+STAGES = ("align", "connect", "joint")
 SHORT = {"max_steps": 2, "save_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 2, "warmup_steps": 0}
 
 

@@ -26,7 +26,6 @@ RUNS = {
     "text_encoder/meaning": "umT5",
     **{f"text_to_video/{name}": f"Wan transformer, {name}" for name in PHASES},
     "align": "stage `align`",
-    "connect_text": "stage `connect`, in text space",
     "connect": "stage `connect`",
     "joint": "stage `joint`",
 }

@@ -1,9 +1,8 @@
 """
 The paper's stages on Omni-Video Shapes, by the package's own trainer and from a recipe, resumable.
 
-`python -m omni_video_hf.shapes.train_stage align --model FOLDER --data FOLDER --output_dir FOLDER`, and then so with
-`connect_text`, `connect` and `joint`; `--model` is what the one before wrote into its `pipeline`, `--data` what
-`latents` wrote.
+`python -m omni_video_hf.shapes.train_stage align --model FOLDER --data FOLDER --output_dir FOLDER`, then `connect` and
+`joint`; `--model` is what the one before wrote into its `pipeline`, `--data` what `latents` wrote.
 """
 
 import sys
@@ -29,8 +28,7 @@ from .stage_data import StageCollator, StageSamples, siglip_features
 RECIPES = Path(__file__).parent / "recipes"
 # Shares of the batches by task; `understand` is questions and requests without a task.
 SHARES = {
-    "align": {"t2v": 2, "t2i": 1, "v2v": 2, "i2i": 1, "understand": 6},
-    "connect_text": {"t2v": 4, "t2i": 2, "v2v": 3, "i2i": 2, "understand": 3},
+    "align": {"t2v": 5, "t2i": 2, "v2v": 3, "i2i": 2, "understand": 4},
     "connect": {"t2v": 4, "t2i": 2, "v2v": 3, "i2i": 2, "understand": 0},
     "joint": {"t2v": 6, "t2i": 3, "v2v": 6, "i2i": 3, "understand": 2},
 }
@@ -41,7 +39,7 @@ def train(stage: str, words: Sequence[str]) -> Path:
     Run a stage, from its last checkpoint where there is one.
 
     Args:
-        stage: `align`, `connect_text`, `connect` or `joint`.
+        stage: `align`, `connect` or `joint`.
         words: `--model`, `--data`, `--output_dir` and settings in place of the recipe's, as in `omni-video train`.
 
     Returns:

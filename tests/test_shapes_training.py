@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -22,8 +23,10 @@ from omni_video_hf.shapes import (
     train_text_encoder,
     train_text_to_video,
 )
-from omni_video_hf.shapes.latents import ScenePairs
+from omni_video_hf.shapes.latents import RecoloredScenes, ScenePairs
+from omni_video_hf.shapes.recolor import HELD_OUT_DISTANCE
 from omni_video_hf.shapes.runs import multiplies_bfloat16
+from omni_video_hf.shapes.scene import BACKGROUNDS, COLORS, HELD_OUT
 from omni_video_hf.shapes.stage_data import StageSamples
 from omni_video_hf.shapes.train_text_encoder import NOT_SAID, PromptBatches
 from omni_video_hf.shapes.train_text_to_video import PHASES, CaptionedBatches, Phase, TextToVideoObjective
@@ -43,12 +46,16 @@ def built(tmp_path_factory):
     torch.manual_seed(0)
     configuration.vae().save_pretrained(folder / "vae")
     configuration.model(adapter_config=None, decoder_config=None).mllm.save_pretrained(folder / "mllm")
-    latents.main(folder / "vae", folder / "latents", videos=3, images=3)
+    encode(folder)
     text_encoder(folder / "text_encoder")
     text_to_video(folder / "text_to_video", folder)
     parts = (folder / "text_encoder" / "text_encoder", folder / "text_to_video" / "transformer")
     assemble.given(folder / "vae", *parts, folder / "mllm", folder / "given")
     return folder
+
+
+def encode(folder, videos=3):
+    latents.main(folder / "vae", folder / "latents", videos, images=3, recolored_videos=3, recolored_images=3)
 
 
 def text_encoder(output):
@@ -85,13 +92,38 @@ def run_stage(built, stage, model, output):
 
 def test_latents_are_written_once_and_normalised_pairs(built):
     before = {path: path.stat().st_mtime_ns for path in (built / "latents").glob("*.safetensors")}
-    latents.main(built / "vae", built / "latents", videos=3, images=3)
+    encode(built)
     assert before == {path: path.stat().st_mtime_ns for path in (built / "latents").glob("*.safetensors")}
     pairs = ScenePairs(built / "latents", "video")
     assert pairs.latents.shape == (3, 2, 16, 5, 8, 8)
     assert [example.task for example in pairs.examples] == ["v2v"] * 3
     with pytest.raises(typer.BadParameter, match="began with videos 3, not 4"):
-        latents.main(built / "vae", built / "latents", videos=4, images=3)
+        encode(built, videos=4)
+
+
+@pytest.mark.parametrize(("kind", "frames"), [("video", 5), ("image", 1)])
+def test_recolored_scenes_are_encoded_and_never_near_what_is_held_out(built, kind, frames):
+    scenes = RecoloredScenes(built / "latents", kind)
+    assert scenes.latents.shape == (3, 16, frames, 8, 8)
+    drawn = latents.recolored(kind, 300)
+    assert scenes.scenes == [scene for scene, _ in drawn[:3]]
+    held_out = np.array([COLORS[color] for color, _ in HELD_OUT])
+    distances = np.linalg.norm(np.array([color for _, color in drawn])[:, None] - held_out, axis=-1)
+    assert distances.min() > HELD_OUT_DISTANCE
+
+
+def test_recolored_scenes_are_drawn_without_a_word_for_their_color(built):
+    pipe = OmniVideoPipeline.from_pretrained(built / "given")
+    pairs = {kind: ScenePairs(built / "latents", kind) for kind in ("video", "image")}
+    recolored = {kind: RecoloredScenes(built / "latents", kind) for kind in pairs}
+    null = pipe.mllm.vision_head.null_hidden_states()
+    samples = StageSamples(pairs, pipe.processor, 4, seed=0, recolored=recolored, null_states=null)
+    numbers = [n for n, bucket in enumerate(samples.buckets) if bucket.shapes[0][0] == "recolored"]
+    assert [samples.buckets[number].task for number in numbers] == ["t2i"] * 4 + ["t2v"] * 4
+    for sample in (samples[number] for number in numbers):
+        assert not any(color in sample["prompt"] for color in COLORS)
+        assert torch.equal(sample["mllm_hidden_states"], null)
+        assert "input_ids" not in sample
 
 
 def test_batches_of_captions_show_both_kinds(built):
@@ -216,6 +248,18 @@ def test_samples_of_every_stream(built):
             assert not is_uneven or (sample["timesteps"].shape == (5,) and len(sample["timesteps"].unique()) > 1)
     asked = {bucket.shapes[0][0] for bucket in samples.buckets if bucket.task == "understand"}
     assert asked == {"image question", "video question", "t2i", "t2v", "i2i", "v2v"}
+
+
+def test_edits_are_said_as_what_there_will_be_to_see_where_nothing_is_drawn(built):
+    pipe = OmniVideoPipeline.from_pretrained(built / "given")
+    pairs = {kind: ScenePairs(built / "latents", kind) for kind in ("video", "image")}
+    samples = StageSamples(pairs, pipe.processor, 4, seed=0, edits_as_targets=True)
+    edits = [number for number, bucket in enumerate(samples.buckets) if bucket.task in ("v2v", "i2i")]
+    assert len(edits) == 12
+    for number in edits:
+        text, asked = samples[number]["prompt"].lower(), pipe.processor.tokenizer.decode(samples[number]["input_ids"])
+        assert all(any(word in text for word in words) for words in (COLORS, BACKGROUNDS))
+        assert text not in asked.lower()
 
 
 @pytest.mark.parametrize("stage", STAGES)

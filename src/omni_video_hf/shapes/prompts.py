@@ -150,9 +150,10 @@ def describe(scene: Scene, kind: Kind) -> str:
     return f"a {scene.size} {scene.color} {scene.shape}{motion} on a {scene.background} background"
 
 
-def generation_prompt(rng: np.random.Generator, scene: Scene, kind: Kind) -> str:
+def generation_prompt(rng: np.random.Generator, scene: Scene, kind: Kind, names_color: bool = True) -> str:
     """One of many ways to ask for a scene. Every attribute is named; motion if, and only if, it is a video."""
-    it = f"a {_pick(rng, SIZE_WORDS[scene.size])} {scene.color} {_pick(rng, SHAPE_WORDS[scene.shape])}"
+    color = f" {scene.color}" if names_color else ""
+    it = f"a {_pick(rng, SIZE_WORDS[scene.size])}{color} {_pick(rng, SHAPE_WORDS[scene.shape])}"
     behind = _pick(rng, BACKGROUND_WORDS).format(scene.background)
     moves = _pick(rng, MOTION_WORDS[scene.motion])
     return _written(rng, _pick(rng, SENTENCES[kind]).format(it=it, moves=moves, behind=behind))

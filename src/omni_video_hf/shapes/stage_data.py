@@ -15,7 +15,7 @@ from ..processing_omni_video import TASKS, OmniVideoProcessor
 from ..training.data import IGNORED_LABEL, OmniVideoDataCollator, encode_conversation
 from ..training.sampling import Bucket
 from .dataset import Example, ShapesDataset
-from .latents import ScenePairs
+from .latents import RecoloredScenes, ScenePairs
 from .noise import uneven_timesteps
 from .prompts import edit_prompt, generation_prompt
 from .scene import Scene, render
@@ -25,6 +25,7 @@ KINDS = {task: TASKS[task].output for task in ("t2i", "t2v", "i2i", "v2v")}
 UNDERSTAND = ("image question", "video question", *KINDS)
 # Half of the batches of clips have uneven noise (see noise.py).
 NOISES = {"image": ("even",), "video": ("even", "uneven")}
+RECOLORED = "recolored"
 ONLY_FIRST = 0.6  # share of the clips with uneven noise of which the first frame alone has little
 PAIRS_AT_ONCE = 16
 
@@ -40,6 +41,8 @@ class StageSamples(Dataset):
             `index` alone.
         seed: not that of any other training, or the same would be asked.
         target_features: of [`siglip_features`], by kind; none where nothing is aligned.
+        recolored: scenes in any colours to draw besides, by kind, and
+        null_states: `[length, mllm width]`, what the MLLM says of them: nothing. It knows no words for their colours.
         edits_as_targets: the text encoder is shown what there will be to see, as far as the MLLM can know, in place of
             the edit. Where nothing is drawn, this is what visual tokens align with.
 
@@ -53,11 +56,16 @@ class StageSamples(Dataset):
         length: int,
         seed: int,
         target_features: dict[str, torch.Tensor] | None = None,
+        recolored: dict[str, RecoloredScenes] | None = None,
+        null_states: torch.Tensor | None = None,
         edits_as_targets: bool = False,
     ) -> None:
         self.pairs, self.processor, self.length, self.seed = pairs, processor, length, seed
         self.target_features, self.edits_as_targets = target_features, edits_as_targets
+        self.recolored, self.null_states = recolored, null_states
         drawn = [(task, noise) for task, kind in KINDS.items() for noise in NOISES[kind]]
+        if recolored is not None:
+            drawn += [(task, RECOLORED) for task in KINDS if TASKS[task].source is None]
         self.streams = drawn + [("understand", about) for about in UNDERSTAND]
         self.buckets = [Bucket(task, ((about, ()),)) for task, about in self.streams for _ in range(length)]
 
@@ -68,6 +76,8 @@ class StageSamples(Dataset):
         stream, number = divmod(range(len(self))[index], self.length)
         task, about = self.streams[stream]
         rng = np.random.default_rng((self.seed, stream, number))
+        if about == RECOLORED:
+            return self._recolored(rng, task)
         if task != "understand":
             return self._drawing(rng, task, is_uneven=about == "uneven")
         if about in KINDS:
@@ -91,6 +101,13 @@ class StageSamples(Dataset):
         if self.target_features is not None:
             sample["target_features"] = self.target_features[pairs.kind][row, side]
         return sample | encode_conversation(self.processor, task, prompt, **_shown(pairs.kind, source))
+
+    def _recolored(self, rng: np.random.Generator, task: str) -> dict[str, Any]:
+        scenes = self.recolored[KINDS[task]]
+        row = int(rng.integers(len(scenes.scenes)))
+        prompt = generation_prompt(rng, scenes.scenes[row], scenes.kind, names_color=False)
+        latents = scenes.latents[row].float()
+        return {"task": task, "prompt": prompt, "latents": latents, "mllm_hidden_states": self.null_states}
 
     def _target_text(self, rng: np.random.Generator, example: Example) -> str:
         """Of a clip to edit the MLLM sees the first frame, and no motion."""

@@ -20,7 +20,7 @@ from ..training.recipe import read_recipe
 from ..training.run import load_for_stage, parameter_table, save_result
 from ..training.sampling import OmniVideoBatchSampler
 from ..training.trainer import OmniVideoTrainer
-from .latents import ScenePairs
+from .latents import RecoloredScenes, ScenePairs
 from .muon import MuonFactory
 from .runs import check_settings, multiplies_bfloat16, plain_attention_on_cpu, write_json
 from .stage_data import StageCollator, StageSamples, siglip_features
@@ -28,9 +28,9 @@ from .stage_data import StageCollator, StageSamples, siglip_features
 RECIPES = Path(__file__).parent / "recipes"
 # Shares of the batches by task; `understand` is questions and requests without a task.
 SHARES = {
-    "align": {"t2v": 5, "t2i": 2, "v2v": 3, "i2i": 2, "understand": 4},
+    "align": {"t2v": 6, "t2i": 2, "v2v": 3, "i2i": 2, "understand": 4},
     "connect": {"t2v": 4, "t2i": 2, "v2v": 3, "i2i": 2, "understand": 0},
-    "joint": {"t2v": 6, "t2i": 3, "v2v": 6, "i2i": 3, "understand": 2},
+    "joint": {"t2v": 7, "t2i": 4, "v2v": 5, "i2i": 3, "understand": 2},
 }
 
 
@@ -59,12 +59,16 @@ def train(stage: str, words: Sequence[str]) -> Path:
     features = None
     if args.loss_config.alignment_weight > 0:
         features = {kind: siglip_features(model.mllm, processor, pairs[kind]) for kind in pairs}
+    trains_decoder = "decoder" in args.training_stage.trains and args.loss_config.flow_matching_weight > 0
+    recolored = {kind: RecoloredScenes(Path(run.data), kind) for kind in pairs} if trains_decoder else None
     samples = StageSamples(
         pairs,
         processor,
         args.max_steps * args.train_batch_size,
         args.seed,
         target_features=features,
+        recolored=recolored,
+        null_states=model.vision_head.null_hidden_states().clone(),
         edits_as_targets=args.loss_config.flow_matching_weight == 0,
     )
     collator = StageCollator(

@@ -59,9 +59,10 @@ def finished(
     model: Annotated[Path, typer.Option(help="Folder `pipeline` of the last stage.")],
     output: Output,
 ) -> None:
-    """Store the trained model in half precision."""
+    """Store the trained model in half precision, with the settings to draw with."""
     pipe = OmniVideoPipeline.from_pretrained(model)
     pipe.to(torch.float16)
+    pipe.register_to_config(presets=configuration.PRESETS)
     save_folder(pipe.save_pretrained, output)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     if size > MAX_BYTES:

@@ -123,7 +123,7 @@ _IMAGE = {
     "num_frames": 1,
     "fps": None,
     "num_inference_steps": 20,
-    "guidance_scale": 3.0,
+    "guidance_scale": 2.0,
     "flow_shift": 3.0,
 }
 _VIDEO = _IMAGE | {"num_frames": NUM_FRAMES, "fps": FPS}

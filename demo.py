@@ -1,8 +1,7 @@
 """
-What `make demo` runs: convert a tiny checkpoint, then generate, edit and ask with the command line.
+What `make demo` runs: draw, edit and ask with the command line, and show all of it on one sheet.
 
-The checkpoint is upstream's format at a thousandth of its size, with random weights: the pictures are noise, every
-step is real.
+The model is Omni-Video Shapes, the small trained checkpoint that comes with the package.
 """
 
 import shlex
@@ -12,17 +11,23 @@ import sys
 import time
 from pathlib import Path
 
+from PIL import Image
+
+from omni_video_hf.shapes.pictures import Shown, results_sheet
+
 ROOT = Path(__file__).parent
 FOLDER = ROOT / "demo"
+DRAW, EDIT, STILL = (
+    "a large red circle moving left on a black background",
+    "make it blue",
+    "a small yellow square on grey",
+)
+QUESTION = "describe the video"
 COMMANDS = {
-    "model": "python conversion/convert_omni_video.py --original tests/data/core_A/omni_ckpts"
-    " --output demo/omni-video-tiny",
-    "generated.mp4": "omni-video generate 'a red fox in the snow' --output demo/generated.mp4"
-    " --model demo/omni-video-tiny --size 256x160 --frames 9 --steps 2 --seed 0",
-    "edited.mp4": "omni-video edit tests/data/bigbuckbunny.mp4 'make it snow' --output demo/edited.mp4"
-    " --model demo/omni-video-tiny --size 256x160 --frames 9 --fps 8 --steps 2 --seed 0",
-    "answer.txt": "omni-video ask tests/data/bigbuckbunny.mp4 'What happens in this video?'"
-    " --model demo/omni-video-tiny --seed 0",
+    "circle.mp4": f"omni-video generate '{DRAW}' --output demo/circle.mp4 --seed 0",
+    "blue.mp4": f"omni-video edit demo/circle.mp4 '{EDIT}' --output demo/blue.mp4 --seed 0",
+    "square.png": f"omni-video generate '{STILL}' --output demo/square.png --seed 0",
+    "answer.txt": f"omni-video ask demo/blue.mp4 '{QUESTION}' --seed 0",
 }
 
 
@@ -45,10 +50,17 @@ def main() -> None:
         printed = run(command)
         if name.endswith(".txt"):
             (FOLDER / name).write_text(printed)
+    circle, blue, square, answer = (FOLDER / name for name in COMMANDS)
+    rows = [
+        Shown(DRAW, None, circle),
+        Shown(EDIT, circle, blue),
+        Shown(STILL, None, [Image.open(square)]),
+        Shown(f"{QUESTION}  -  {answer.read_text().strip()}", blue),
+    ]
+    results_sheet(rows).save(FOLDER / "sheet.png")
     print(f"\nmade in {time.time() - start:.0f} seconds:")  # noqa: T201
-    for name in COMMANDS:
-        if (FOLDER / name).is_file():
-            print(f"  demo/{name}  {(FOLDER / name).stat().st_size:,} bytes")  # noqa: T201
+    for path in sorted(FOLDER.iterdir()):
+        print(f"  demo/{path.name}  {path.stat().st_size:,} bytes")  # noqa: T201
 
 
 if __name__ == "__main__":

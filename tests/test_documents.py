@@ -84,13 +84,16 @@ def test_the_readmes_commands_run(folder, hub_server):
         words = shlex.split(line.replace("OWNER", OWNER))
         if words[1] == "train":
             words = [word.replace("1000", "1") for word in words] + shlex.split(SHORT_RUN)
+        if words[1] == "eval":
+            words += ["--count", "1"]
         code = f"import sys\nsys.argv = {words!r}\nfrom omni_video_hf.cli import main\nsys.exit(main())"
         if words[1] == "generate":  # a clip of this size is no source for what comes next
             (folder / "fox.mp4").rename(folder / "real.mp4")
         run_client(code, hub_server, timeout=300)
         if words[1] == "generate":
             (folder / "real.mp4").replace(folder / "fox.mp4")
-    assert {"fox.mp4", "autumn.mp4", "fox-tuned.mp4"} <= {path.name for path in folder.iterdir()}
+    made = {"circle.mp4", "blue.mp4", "scores", "fox.mp4", "autumn.mp4", "fox-tuned.mp4"}
+    assert made <= {path.name for path in folder.iterdir()}
     assert set(hub_server.repos) == {f"{OWNER}/{MODEL}"}
 
 

@@ -23,6 +23,7 @@ from .model_card_omni_video import write_model_card
 from .pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
 from .publishing_omni_video import push_completed, push_repository, repository_files
 from .repository_omni_video import missing_parts
+from .shapes import CHECKPOINT
 from .shapes import cli as shapes_cli
 from .training import cli as training_cli
 from .training import data_cli
@@ -59,7 +60,13 @@ class Dtype(StrEnum):
 
 
 Memory = StrEnum("Memory", {name: name for name in PROFILES})
-Model = Annotated[str, typer.Option("--model", "-m", help="Folder or Hub repository.", envvar="OMNI_VIDEO_MODEL")]
+SHAPES = str(CHECKPOINT)  # what there is to try without weights of one's own
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help="Folder or Hub repository.", envvar="OMNI_VIDEO_MODEL", show_default=CHECKPOINT.name
+    ),
+]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="File to write: .mp4, or .png .jpg .webp.")]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="As stored by default.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu ...; the best there is by default.")]
@@ -88,7 +95,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Show library messages,
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    model: Model,
+    model: Model = SHAPES,
     output: Output = None,
     negative_prompt: NegativePrompt = None,
     size: Size = None,
@@ -127,7 +134,7 @@ def generate(
 def edit(
     source: Annotated[str, typer.Argument(help="Video or image to edit: file or URL.")],
     instruction: Annotated[str, typer.Argument(help="What to change.")],
-    model: Model,
+    model: Model = SHAPES,
     output: Output = None,
     negative_prompt: NegativePrompt = None,
     size: Size = None,
@@ -172,7 +179,7 @@ def edit(
 def ask(
     source: Annotated[str, typer.Argument(help="Video or image to ask about: file or URL.")],
     question: Annotated[str, typer.Argument(help="The question.")],
-    model: Model,
+    model: Model = SHAPES,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     seed: Seed = None,
     dtype: DtypeOption = None,
@@ -290,7 +297,7 @@ def card(
 
 @evaluations.command("shapes")
 def evaluate_shapes(
-    model: Model,
+    model: Model = SHAPES,
     count: shapes_cli.Count = 200,
     seed: shapes_cli.Seed = 0,
     batch_size: shapes_cli.BatchSize = 20,
@@ -388,6 +395,12 @@ def _load(
 ) -> OmniVideoPipeline:
     """The pipeline, on its device and set up as asked."""
     _check_repository(model)
+    if model == SHAPES:
+        console.print(
+            f"[yellow]note:[/] without --model, {CHECKPOINT.name} draws and knows one shape, such as"
+            ' "a large red circle moving left on a black background".',
+            soft_wrap=True,
+        )
     device = device or _best_device()
     _check_device(device, cpu_offload, memory)
     arguments: dict[str, Any] = {} if dtype is None else {"dtype": getattr(torch, dtype.value)}

@@ -1,6 +1,7 @@
 """The checkpoint that comes with the package: small, complete, and the command line's default."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from omni_video_hf.repository_omni_video import missing_parts
 from omni_video_hf.shapes import CHECKPOINT, read_scene
 from omni_video_hf.shapes.configuration import MAX_BYTES
 from omni_video_hf.shapes.evaluate import Evaluation
+from omni_video_hf.shapes.scores import LINES
 
 # Right ones of 8; what the card says of edits of clips and of composition is too low to be told from noise by so few.
 LEAST = {
@@ -46,6 +48,14 @@ def test_it_is_a_whole_repository_and_small():
     assert not [path for path in files if ".partial" in path.name]
     card = (CHECKPOINT / "README.md").read_text()
     assert set(re.findall(r"\]\((\w+\.png)\)", card)) <= {path.name for path in files}
+
+
+def test_the_readmes_scores_are_the_cards():
+    texts = [(Path(__file__).parents[1] / "README.md").read_text(), (CHECKPOINT / "README.md").read_text()]
+    titles = tuple(f"| {line.title} |" for line in LINES.values())
+    readme, card = ([row for row in text.splitlines() if row.startswith(titles)] for text in texts)
+    assert readme == card
+    assert len(card) == len(LINES)
 
 
 def test_the_pipeline_and_the_model_have_the_same_weights():

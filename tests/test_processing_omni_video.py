@@ -80,6 +80,22 @@ def test_v2v_shows_the_first_frame_unless_asked_for_all(processor):
     assert int((every["input_ids"] == 160).sum()) == 8 * 4
 
 
+def test_a_processor_remembers_which_frames_its_model_was_trained_with(processor, tmp_path):
+    assert processor.mllm_frames == "first"
+    tiny.processor(mllm_frames="all").save_pretrained(tmp_path)
+    loaded = OmniVideoProcessor.from_pretrained(tmp_path)
+    assert loaded.mllm_frames == "all"
+    assert loaded.apply_task_template("v2v", TEXT, videos=[CLIP], return_tensors="pt")["pixel_values"].shape[0] == 8
+    first = loaded.apply_task_template("v2v", TEXT, videos=[CLIP], mllm_frames="first", return_tensors="pt")
+    assert first["pixel_values"].shape[0] == 1
+    for refused in (
+        lambda: tiny.processor(mllm_frames="last"),
+        lambda: loaded.apply_task_template("v2v", TEXT, videos=[CLIP], mllm_frames="last"),
+    ):
+        with pytest.raises(ValueError, match="`mllm_frames` must be 'first' or 'all', got 'last'"):
+            refused()
+
+
 def test_question_about_a_video_samples_as_upstream(processor):
     inputs = processor.apply_task_template("understand", TEXT, videos=[CLIP], return_tensors="pt")
     frames = CLIP.frames[np.linspace(0, 10, 8).astype(int)]

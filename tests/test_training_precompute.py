@@ -247,7 +247,8 @@ def test_settings_and_weights_count(data, tmp_path):
     shorter = {"rules": FramingRules([(32, 32)], [1], fps=4)}
     assert fields(**shorter) == (videos, {"num_frames"})
     assert fields(**shorter, mllm_frames="all") == ({"v2v:target.mp4"}, {"mllm_frames"})
-    shorter["mllm_frames"] = "all"
+    pipeline.processor.mllm_frames = "all"  # what the model says is what counts where nothing is asked for
+    assert fields(**shorter) == (set(), set())
     with torch.no_grad():
         pipeline.vae.post_quant_conv.bias += 1
     assert fields(**shorter) == (drawn, {"vae"})

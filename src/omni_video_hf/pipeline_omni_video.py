@@ -165,7 +165,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         negative_mllm_hidden_states: torch.Tensor | list[torch.Tensor] | None = None,
         source_latents: torch.Tensor | None = None,
         reference_latents: torch.Tensor | None = None,
-        mllm_frames: Literal["first", "all"] = "first",
+        mllm_frames: Literal["first", "all"] | None = None,
         max_new_tokens: int = 512,
         max_sequence_length: int = 512,
         context_overflow: ContextOverflow = "error",
@@ -212,8 +212,8 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
             mllm_hidden_states, negative_mllm_hidden_states (*optional*): Likewise, of the MLLM. Need `task`.
             source_latents, reference_latents (`torch.Tensor`, *optional*): Normalised latents
                 `[batch, channels, frames, height, width]` instead of encoding `video` or `image`.
-            mllm_frames (`str`, defaults to `"first"`): For `v2v`, the MLLM sees the first frame only, as upstream's
-                does, or `"all"`: as many frames as the processor samples.
+            mllm_frames (`str`, *optional*): For `v2v`, the MLLM sees the `"first"` frame only, as upstream's does, or
+                `"all"`: as many frames as the processor samples. By default what the processor says.
             max_new_tokens (`int`, defaults to 512): Longest answer of the MLLM.
             max_sequence_length (`int`, defaults to 512): Longest prompt for the text encoder, in tokens.
             context_overflow (`str`, defaults to `"error"`): What to do with a context or prompt that is too long:
@@ -601,7 +601,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         prompt: str | list[str] | None,
         source: Source | None = None,
         mllm_hidden_states: torch.Tensor | list[torch.Tensor] | None = None,
-        mllm_frames: Literal["first", "all"] = "first",
+        mllm_frames: Literal["first", "all"] | None = None,
     ) -> torch.Tensor:
         """
         Visual tokens of an instruction: one pass of the MLLM, teacher-forced over prompt and answer, and vision head.
@@ -636,7 +636,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         batch_size: int,
         source: Source,
         negative_mllm_hidden_states: torch.Tensor | list[torch.Tensor] | None = None,
-        mllm_frames: Literal["first", "all"] = "first",
+        mllm_frames: Literal["first", "all"] | None = None,
     ) -> torch.Tensor:
         """
         Visual tokens of the null branch: from the checkpoint's stored states, or from those of a negative prompt.

@@ -83,6 +83,8 @@ class OmniVideoProcessor(ProcessorMixin):
         model_max_length (`int`, *optional*): Longest prompt with images; upstream cuts longer ones, and only with
             images.
         num_frames (`int`, defaults to 8): Frames of a video the MLLM is shown.
+        mllm_frames (`str`, defaults to `"first"`): Of a video to edit, the MLLM is shown the first frame only, as
+            upstream's is, or `"all"`: `num_frames` of them. What it was trained with.
     """
 
     def __init__(
@@ -94,7 +96,9 @@ class OmniVideoProcessor(ProcessorMixin):
         image_aspect_ratio: str = "resize",
         model_max_length: int | None = None,
         num_frames: int = 8,
+        mllm_frames: Literal["first", "all"] = "first",
     ) -> None:
+        _check_mllm_frames(mllm_frames)
         if image_aspect_ratio not in ("resize", "pad"):
             raise ValueError(f"`image_aspect_ratio` must be 'resize' or 'pad', got {image_aspect_ratio!r}.")
         self.image_token = IMAGE_TOKEN
@@ -105,6 +109,7 @@ class OmniVideoProcessor(ProcessorMixin):
         self.image_aspect_ratio = image_aspect_ratio
         self.model_max_length = model_max_length
         self.num_frames = num_frames
+        self.mllm_frames = mllm_frames
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
     # --- standard calls ---------------------------------------------------------------------------------------------
@@ -219,7 +224,7 @@ class OmniVideoProcessor(ProcessorMixin):
         prompt: str | Sequence[str],
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
-        mllm_frames: Literal["first", "all"] = "first",
+        mllm_frames: Literal["first", "all"] | None = None,
         frame_sampling: str | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -232,7 +237,7 @@ class OmniVideoProcessor(ProcessorMixin):
             images: one image per prompt (`i2i`, `i2v`, `understand`).
             videos: one video per prompt (`v2v`, `understand`).
             mllm_frames: for `v2v`, `"first"` shows the MLLM the first frame only, as upstream does; `"all"` shows
-                `num_frames` frames.
+                `num_frames` frames. By default the processor's own.
             frame_sampling: named strategy; upstream's own for the task by default.
             kwargs: as in `__call__`.
 
@@ -247,6 +252,8 @@ class OmniVideoProcessor(ProcessorMixin):
             pictures = [[load_image(image)] for image in images]
         elif videos is not None:
             sampling = frame_sampling or ("upstream_understand" if task == "understand" else "upstream_edit")
+            mllm_frames = self.mllm_frames if mllm_frames is None else mllm_frames
+            _check_mllm_frames(mllm_frames)
             only_first = task == "v2v" and mllm_frames == "first"
             pictures = [self.sample_frames(video, self.num_frames, sampling, only_first) for video in videos]
         texts = [self.build_prompt(task, text, len(frames)) for text, frames in zip(prompts, pictures, strict=True)]
@@ -335,6 +342,11 @@ class OmniVideoProcessor(ProcessorMixin):
             f"A prompt with images has {len(ids)} tokens, more than the {limit} the model was trained with. Show "
             "fewer images or shorten the text; `truncation=True` cuts the end as upstream does."
         )
+
+
+def _check_mllm_frames(mllm_frames: str) -> None:
+    if mllm_frames not in ("first", "all"):
+        raise ValueError(f"`mllm_frames` must be 'first' or 'all', got {mllm_frames!r}.")
 
 
 def _flatten(images: Any) -> list[Any]:

@@ -140,6 +140,7 @@ def processor() -> OmniVideoProcessor:
         chat_template=CHAT_TEMPLATE.replace(SYSTEM_PROMPT, SHORT_SYSTEM_PROMPT),
         num_image_tokens=tokens_per_image,
         num_frames=MLLM_FRAMES,
+        mllm_frames="all",  # the first frame alone shows no motion, and an edit is to keep it
     )
 
 

@@ -70,7 +70,9 @@ def precompute_command(
     instruction: Annotated[Instruction, typer.Option(help="MLLM states, or tokens for stages that train it.")] = (
         Instruction.states
     ),
-    mllm_frames: Annotated[MllmFrames, typer.Option(help="What the MLLM sees of a v2v source.")] = MllmFrames.first,
+    mllm_frames: Annotated[
+        MllmFrames | None, typer.Option(help="What the MLLM sees of a v2v source, by default what the model says.")
+    ] = None,
     target_encoder: Annotated[
         str | None, typer.Option(help="SigLIP folder or repository for the features that visual tokens align with.")
     ] = None,

@@ -55,7 +55,7 @@ def bring_in(sources: Sequence[Path], output: Path, task: str | None, on_bad_dat
 
 
 def read_settings(
-    sizes: Sequence[str], frames: Sequence[int], fps: str | None, instruction: str, mllm_frames: str
+    sizes: Sequence[str], frames: Sequence[int], fps: str | None, instruction: str, mllm_frames: str | None
 ) -> PrecomputeSettings:
     """The settings behind the command's words."""
     rules = FramingRules([_size(text) for text in sizes], tuple(frames), _fps(fps))

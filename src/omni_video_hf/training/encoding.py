@@ -40,16 +40,18 @@ class PrecomputeSettings:
         framing: sizes, frames and rate.
         instruction: `"states"` stores the MLLM's hidden states, for stages that leave the MLLM as it is; `"tokens"`
             the ids, images and labels from which a stage that trains the MLLM computes them.
-        mllm_frames: for v2v, the MLLM sees the `"first"` frame as upstream's does, or `"all"`.
+        mllm_frames: for v2v, the MLLM sees the `"first"` frame as upstream's does, or `"all"`; by default what the
+            model's processor says.
     """
 
     framing: FramingRules = field(default_factory=FramingRules)
     instruction: Literal["states", "tokens"] = "states"
-    mllm_frames: Literal["first", "all"] = "first"
+    mllm_frames: Literal["first", "all"] | None = None
 
     def __post_init__(self) -> None:
         check_known("instruction", [self.instruction], INSTRUCTIONS)
-        check_known("mllm_frames", [self.mllm_frames], ("first", "all"))
+        if self.mllm_frames is not None:
+            check_known("mllm_frames", [self.mllm_frames], ("first", "all"))
 
 
 class FeatureEncoder:
@@ -101,9 +103,13 @@ class FeatureEncoder:
         return fields | {
             "template": self._template(task),
             "instruction": "tokens" if tokens else "states",
-            "mllm_frames": self.settings.mllm_frames if task == "v2v" else None,
+            "mllm_frames": self._mllm_frames if task == "v2v" else None,
             "code_version": CODE_VERSION,
         }
+
+    @property
+    def _mllm_frames(self) -> str:
+        return self.settings.mllm_frames or self.pipeline.processor.mllm_frames
 
     def _template(self, task: str) -> str:
         """Hash of all that makes ids and pixels out of a prompt and its pictures, and of the text encoder's ids."""
@@ -161,7 +167,7 @@ class FeatureEncoder:
             return encode_conversation(self.pipeline.processor, row.task, row.text, row.answer, **shown)
 
     def _instruction(self, row: Row, shown: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        processor, mllm_frames = self.pipeline.processor, self.settings.mllm_frames
+        processor, mllm_frames = self.pipeline.processor, self._mllm_frames
         if self.settings.instruction == "tokens":
             return encode_conversation(processor, row.task, row.text, mllm_frames=mllm_frames, **shown)
         media = {f"{kind}s": [value] for kind, value in shown.items()}

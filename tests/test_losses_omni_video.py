@@ -131,6 +131,20 @@ def test_text_alignment_compares_adapter_tokens_with_real_prompt_tokens(model):
 
 
 @torch.no_grad()
+def test_text_alignment_with_a_text_on_the_target_instead_of_the_prompt(model):
+    """An edit's prompt does not say what there will be to see; the decoder is shown the prompt all the same."""
+    inputs, config = batch(), OmniVideoLossConfig(text_alignment_weight=1.0)
+    text, mask = torch.randn_like(inputs["prompt_embeds"]), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    seeds = {"noise": torch.randn_like(inputs["latents"]), "timesteps": torch.tensor([500.0, 600.0])}
+    plain = model(**inputs, **seeds, loss_config=config)
+    other = model(**inputs, **seeds, target_prompt_embeds=text, target_prompt_embeds_mask=mask, loss_config=config)
+    said = model(**inputs | {"prompt_embeds": text}, **seeds, prompt_embeds_mask=mask, loss_config=config)
+    assert torch.equal(other.velocity, plain.velocity)
+    assert torch.equal(other.text_alignment_loss, said.text_alignment_loss)
+    assert not torch.allclose(other.text_alignment_loss, plain.text_alignment_loss)
+
+
+@torch.no_grad()
 def test_weights_scale_losses_and_zero_leaves_them_out(model):
     def losses(**weights):
         config = OmniVideoLossConfig(**weights)

@@ -30,11 +30,14 @@ def test_unequal_lengths_are_padded_and_masked():
     samples = [training.sample("v2v", number) for number in range(2)]
     samples[1]["prompt_embeds"] = samples[1]["prompt_embeds"][:2]
     samples[0]["mllm_hidden_states"] = samples[0]["mllm_hidden_states"][:3]
+    for length, sample in enumerate(samples, start=1):
+        sample["target_prompt_embeds"] = torch.randn(length, 32)
     batch = OmniVideoDataCollator()(samples)
     assert batch["task"] == "v2v"
     assert batch["output_kind"] == "video"
     assert batch["prompt_embeds_mask"].tolist() == [[1] * 5, [1, 1, 0, 0, 0]]
     assert batch["mllm_attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0], [1] * 7]
+    assert batch["target_prompt_embeds_mask"].tolist() == [[1, 0], [1, 1]]
     assert torch.equal(batch["prompt_embeds"][1, :2], samples[1]["prompt_embeds"])
     assert not batch["prompt_embeds"][1, 2:].any()
     assert torch.equal(batch["source_latents"][1], samples[1]["source_latents"])

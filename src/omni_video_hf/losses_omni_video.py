@@ -32,8 +32,8 @@ class OmniVideoLossConfig:
         answer_weight: of the cross-entropy of `labels`. A weight of 0 leaves a loss out: it is not computed, and
             inputs that only it needs are ignored.
         alignment_weight: of the distance of the visual tokens from features of the target.
-        text_alignment_weight: of the distance of the adapter's output from the prompt's embeddings, which the paper's
-            stage 2 begins with. Off by default, as upstream's code does not have it.
+        text_alignment_weight: of the distance of the adapter's output from the embeddings of the prompt, or of a text
+            on the target, which the paper's stage 2 begins with. Off by default, as upstream's code does not have it.
         flow_matching_weight: of the decoder's velocity.
         alignment: `"cosine"`, `1 - cos` as upstream's code, or `"squared_l2"`, `|a - b|^2` as the paper.
         timestep_sampling: `"uniform"` over the table of timesteps, or `"logit_normal"` or `"mode"` of diffusers.

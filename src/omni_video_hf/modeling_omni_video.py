@@ -106,7 +106,7 @@ class OmniVideoOutput(ModelOutput):
         loss: sum of the losses that the inputs allow, times their weights.
         answer_loss: cross-entropy of `labels`.
         alignment_loss: distance of the mean visual token from `target_features`.
-        text_alignment_loss: distance of the adapter's mean token from the prompt's.
+        text_alignment_loss: distance of the adapter's mean token from that of the target's text.
         flow_matching_loss: weighted squared error of the decoder's velocity.
         logits: `[batch, length, vocabulary]` of the MLLM.
         past_key_values: cache of the MLLM.
@@ -352,6 +352,8 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
         mllm_attention_mask: torch.Tensor | None = None,
         vision_embeds: torch.Tensor | None = None,
         target_features: torch.Tensor | None = None,
+        target_prompt_embeds: Embeddings | None = None,
+        target_prompt_embeds_mask: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: Embeddings | None = None,
         prompt_embeds_mask: torch.Tensor | None = None,
@@ -378,6 +380,9 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
             vision_embeds: `[batch, tokens, text_dim]`, precomputed output of the adapter's `adapt_vision_tokens`, for
                 training the decoder behind frozen bridges: neither vision head nor adapter runs for a sample.
             target_features: `[batch, vision width]`, features of the target image or video; give `alignment_loss`.
+            target_prompt_embeds: `[batch, length, text_dim]` or a list, a text that says what the target shows; give
+                `text_alignment_loss`, with `target_prompt_embeds_mask` `[batch, length]`. By default `prompt_embeds`,
+                which say that where nothing is edited.
             latents: `[batch, channels, frames, height, width]`, normalised latents of the target; give
                 `flow_matching_loss`, with `prompt_embeds`, `prompt_embeds_mask`, `source_latents` and
                 `reference_latents` as in [`encode_condition`].
@@ -400,7 +405,9 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
         config = loss_config or OmniVideoLossConfig()
         draws = latents is not None and config.flow_matching_weight > 0
         aligns = target_features is not None and config.alignment_weight > 0
-        aligns_text = prompt_embeds is not None and config.text_alignment_weight > 0
+        if target_prompt_embeds is None:
+            target_prompt_embeds, target_prompt_embeds_mask = prompt_embeds, prompt_embeds_mask
+        aligns_text = target_prompt_embeds is not None and config.text_alignment_weight > 0
         needs_vision_tokens = output_vision_tokens or aligns or aligns_text or (draws and vision_embeds is None)
         has_states = not (mllm_hidden_states is None and input_ids is None and inputs_embeds is None)
         if vision_embeds is not None and (aligns or aligns_text) and not has_states:
@@ -437,7 +444,7 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
             losses["alignment"] = alignment_loss(mean_token(vision_tokens), target_features, config.alignment)
         if aligns_text:
             losses["text_alignment"] = self._text_alignment(
-                vision_tokens, prompt_embeds, prompt_embeds_mask, output_kind, config
+                vision_tokens, target_prompt_embeds, target_prompt_embeds_mask, output_kind, config
             )
         if draws:
             context = self._training_context(
@@ -473,21 +480,21 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
     def _text_alignment(
         self,
         vision_tokens: torch.Tensor,
-        prompt_embeds: Embeddings,
-        prompt_embeds_mask: torch.Tensor | None,
+        target_prompt_embeds: Embeddings,
+        target_prompt_embeds_mask: torch.Tensor | None,
         output_kind: OutputKind,
         config: OmniVideoLossConfig,
     ) -> torch.Tensor:
         """
-        How far the adapter's tokens lie from the prompt's (paper, stage 2).
+        How far the adapter's tokens lie from the text's (paper, stage 2).
 
         The paper does not say how 256 tokens a visual token are compared with a prompt of any length; their means are,
         as the visual tokens' mean is with the target's features.
         """
         self._require("adapter")
         adapted = self.adapter.adapt_vision_tokens(vision_tokens, output_kind)
-        prompts, mask = pad_embeddings(prompt_embeds, prompt_embeds_mask, "prompt_embeds")
-        return alignment_loss(mean_token(adapted), mean_token(prompts, mask), config.alignment)
+        texts, mask = pad_embeddings(target_prompt_embeds, target_prompt_embeds_mask, "target_prompt_embeds")
+        return alignment_loss(mean_token(adapted), mean_token(texts, mask), config.alignment)
 
     def _training_context(
         self,

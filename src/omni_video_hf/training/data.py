@@ -14,7 +14,13 @@ from .sampling import Bucket
 
 # What a sample may hold besides `task`: arguments of `OmniVideoForConditionalGeneration.forward` without the batch.
 STACKED = ("latents", "source_latents", "reference_latents", "target_features")
-PADDED = ("mllm_hidden_states", "prompt_embeds")  # [length, width]; the batch has their masks beside them
+# [length, width]; the batch has their masks beside them, under these names.
+MASKS = {
+    "mllm_hidden_states": "mllm_attention_mask",
+    "prompt_embeds": "prompt_embeds_mask",
+    "target_prompt_embeds": "target_prompt_embeds_mask",
+}
+PADDED = tuple(MASKS)
 TOKENS = ("input_ids", "attention_mask", "labels")  # [length]
 PICTURES = "pixel_values"  # [images, 3, size, size]; the batch holds the images of all samples in order
 TENSORS = (*STACKED, *PADDED, *TOKENS, PICTURES)
@@ -40,7 +46,7 @@ class OmniVideoDataCollator:
     """
     Makes a batch for the Trainer of samples that share a task and a bucket.
 
-    `mllm_hidden_states` and `prompt_embeds` of unequal length are padded with zeros at the end and get their masks,
+    `mllm_hidden_states` and texts' embeddings of unequal length are padded with zeros at the end and get their masks,
     ids are padded with `pad_token_id`, labels with -100; images are joined in order; everything else is stacked.
     `output_kind` says what the task draws, `task` stays one string.
 
@@ -77,10 +83,9 @@ class OmniVideoDataCollator:
 
 
 def _pad(name: str, rows: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    mask_name = {"mllm_hidden_states": "mllm_attention_mask", "prompt_embeds": "prompt_embeds_mask"}[name]
     lengths = torch.tensor([row.shape[0] for row in rows])
     padded = pad_sequence(list(rows), batch_first=True)
-    return {name: padded, mask_name: (torch.arange(padded.shape[1]) < lengths[:, None]).long()}
+    return {name: padded, MASKS[name]: (torch.arange(padded.shape[1]) < lengths[:, None]).long()}
 
 
 def _join(name: str, task: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -105,7 +110,7 @@ def encode_conversation(
     answer: str | None = None,
     image: Any = None,
     video: Any = None,
-    mllm_frames: Literal["first", "all"] = "first",
+    mllm_frames: Literal["first", "all"] | None = None,
 ) -> dict[str, torch.Tensor]:
     """
     Ids of an instruction or question and its answer, and labels by which only the answer is learned.

@@ -29,7 +29,16 @@ from .randomness import derive_seed, draw_dropouts, sample_generators
 from .stages import cast_frozen, freeze_all_but, part_of
 
 # Inputs that decide which parts of the model run.
-ROUTE = ("input_ids", "pixel_values", "latents", "source_latents", "reference_latents", "prompt_embeds", "labels")
+ROUTE = (
+    "input_ids",
+    "pixel_values",
+    "latents",
+    "source_latents",
+    "reference_latents",
+    "prompt_embeds",
+    "target_prompt_embeds",
+    "labels",
+)
 EVALUATION = 2**31  # stands where training has its step, so that both draw different noise
 
 

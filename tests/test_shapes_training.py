@@ -1,8 +1,11 @@
 """The whole training of the small checkpoint in a few steps: every stage feeds the next, and resumes exactly."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -23,8 +26,8 @@ from omni_video_hf.shapes import (
     train_text_encoder,
     train_text_to_video,
 )
-from omni_video_hf.shapes.latents import RecoloredScenes, ScenePairs
-from omni_video_hf.shapes.recolor import HELD_OUT_DISTANCE
+from omni_video_hf.shapes.latents import ScenePairs, drawn, read_pairs
+from omni_video_hf.shapes.recolor import HELD_OUT_DISTANCE, MIN_CONTRAST
 from omni_video_hf.shapes.runs import multiplies_bfloat16
 from omni_video_hf.shapes.scene import BACKGROUNDS, COLORS, HELD_OUT
 from omni_video_hf.shapes.stage_data import StageSamples
@@ -102,35 +105,35 @@ def test_latents_are_written_once_and_normalised_pairs(built):
 
 
 @pytest.mark.parametrize(("kind", "frames"), [("video", 5), ("image", 1)])
-def test_recolored_scenes_are_encoded_and_never_near_what_is_held_out(built, kind, frames):
-    scenes = RecoloredScenes(built / "latents", kind)
-    assert scenes.latents.shape == (3, 16, frames, 8, 8)
-    drawn = latents.recolored(kind, 300)
-    assert scenes.scenes == [scene for scene, _ in drawn[:3]]
+def test_recolored_pairs_are_seen_and_never_near_what_is_held_out(built, kind, frames):
+    pairs = ScenePairs(built / "latents", kind, recolored=True)
+    assert pairs.latents.shape == (3, 2, 16, frames, 8, 8)
+    examples, colors = zip(*drawn(kind, 300, recolored=True), strict=True)
+    assert pairs.examples == examples[:3]
+    assert "color" not in {example.attribute for example in examples}
+    colors = np.array(colors)
     held_out = np.array([COLORS[color] for color, _ in HELD_OUT])
-    distances = np.linalg.norm(np.array([color for _, color in drawn])[:, None] - held_out, axis=-1)
-    assert distances.min() > HELD_OUT_DISTANCE
+    assert np.linalg.norm(colors[:, None] - held_out, axis=-1).min() > HELD_OUT_DISTANCE
+    for side in ("source", "target"):
+        behind = np.array([BACKGROUNDS[getattr(example, side).background] for example in examples])
+        assert np.linalg.norm(colors - behind, axis=-1).min() > MIN_CONTRAST
+    before, after = pairs.render(0, 0), pairs.render(0, 1)
+    assert before.shape == after.shape == (17 if kind == "video" else 1, 64, 64, 3)
+    assert not np.array_equal(before, after)
+    assert all((picture.reshape(-1, 3) == colors[0]).all(axis=1).any() for picture in (before, after))
 
 
-def test_recolored_scenes_are_drawn_without_a_word_for_their_color(built):
-    pipe = OmniVideoPipeline.from_pretrained(built / "given")
-    pairs = {kind: ScenePairs(built / "latents", kind) for kind in ("video", "image")}
-    recolored = {kind: RecoloredScenes(built / "latents", kind) for kind in pairs}
-    null = pipe.mllm.vision_head.null_hidden_states()
-    samples = StageSamples(pairs, pipe.processor, 4, seed=0, recolored=recolored, null_states=null)
-    numbers = [n for n, bucket in enumerate(samples.buckets) if bucket.shapes[0][0] == "recolored"]
-    assert [samples.buckets[number].task for number in numbers] == ["t2i"] * 4 + ["t2v"] * 4
-    for sample in (samples[number] for number in numbers):
-        assert not any(color in sample["prompt"] for color in COLORS)
-        assert torch.equal(sample["mllm_hidden_states"], null)
-        assert "input_ids" not in sample
-
-
-def test_batches_of_captions_show_both_kinds(built):
-    pairs = {kind: ScenePairs(built / "latents", kind) for kind in ("video", "image")}
-    batches = CaptionedBatches(pairs, 20, {"video": 3, "image": 4}, video_share=0.5, seed=0)
-    shapes = {tuple(batches[index]["latents"].shape) for index in range(20)}
-    assert shapes == {(3, 16, 5, 8, 8), (4, 16, 1, 8, 8)}
+def test_batches_of_captions_are_of_what_the_phase_says(built):
+    phase = Phase(steps=40, video_share=0.5, recolored=0.5)
+    batches = CaptionedBatches(read_pairs(built / "latents"), phase, {"video": 3, "image": 4}, seed=0)
+    assert len(batches) == 40
+    found = set()
+    for index in range(40):
+        texts = batches.tokenizer.batch_decode(batches[index]["input_ids"], skip_special_tokens=True)
+        names = [any(color in text.lower() for color in COLORS) for text in texts]
+        assert len(set(names)) == 1
+        found.add((tuple(batches[index]["latents"].shape), names[0]))
+    assert found == {(shape, name) for shape in ((3, 16, 5, 8, 8), (4, 16, 1, 8, 8)) for name in (True, False)}
     assert all(torch.equal(batches[4][name], value) for name, value in batches[4].items())
 
 
@@ -184,8 +187,8 @@ def test_a_clip_has_noise_as_its_phase_says():
 def test_a_decoder_takes_a_timestep_for_each_token(built):
     """The same noise level said of every token is the same as said once."""
     torch.manual_seed(0)
-    pairs = {kind: ScenePairs(built / "latents", kind) for kind in ("video", "image")}
-    batch = CaptionedBatches(pairs, 1, {"video": 2, "image": 2}, video_share=1.0, seed=0)[0]
+    pairs = read_pairs(built / "latents")
+    batch = CaptionedBatches(pairs, Phase(steps=1, video_share=1.0), {"video": 2, "image": 2}, seed=0)[0]
     objective = TextToVideoObjective(configuration.text_encoder(), configuration.model().decoder, 192, 0.0).eval()
     losses = []
     for timesteps in (torch.full((2,), 700), torch.full((2, 5), 700)):
@@ -232,34 +235,37 @@ def test_null_states_are_what_the_parts_say_of_nothing(built):
 
 def test_samples_of_every_stream(built):
     pipe = OmniVideoPipeline.from_pretrained(built / "given")
-    pairs = {kind: ScenePairs(built / "latents", kind) for kind in ("video", "image")}
-    samples = StageSamples(pairs, pipe.processor, 4, seed=0)
-    drawn = {bucket.task for bucket in samples.buckets}
-    assert drawn == {"t2v", "t2i", "v2v", "i2i", "understand"}
+    samples = StageSamples(read_pairs(built / "latents"), pipe.processor, 4, seed=0)
+    streams = {(bucket.task, bucket.shapes[0][0]) for bucket in samples.buckets}
+    drawn_streams = {(task, about) for task in ("t2i", "t2v", "i2i", "v2v") for about in ("even", "recolored")}
+    asked = {("understand", about) for about in ("image question", "video question", "t2i", "t2v", "i2i", "v2v")}
+    assert streams == drawn_streams | {("t2v", "uneven"), ("v2v", "uneven")} | asked
     for index in range(len(samples)):
-        sample = samples[index]
+        sample, about = samples[index], samples.buckets[index].shapes[0][0]
         said = pipe.processor.tokenizer.decode(sample["labels"][sample["labels"] != -100])
         assert said.endswith("<|end_of_text|>")
         if sample["task"] != "understand":
             assert ("source_latents" in sample) == sample["task"].endswith(("i2i", "v2v"))
             assert said.startswith("[GEN_IMG]" if sample["task"].endswith("i") else "[GEN_VID]")
-            is_uneven = samples.buckets[index].shapes[0][0] == "uneven"
-            assert ("timesteps" in sample) == is_uneven
-            assert not is_uneven or (sample["timesteps"].shape == (5,) and len(sample["timesteps"].unique()) > 1)
-    asked = {bucket.shapes[0][0] for bucket in samples.buckets if bucket.task == "understand"}
-    assert asked == {"image question", "video question", "t2i", "t2v", "i2i", "v2v"}
+            assert ("timesteps" in sample) == (about == "uneven")
+            assert about != "uneven" or (sample["timesteps"].shape == (5,) and len(sample["timesteps"].unique()) > 1)
+            text = sample.get("target_prompt", sample["prompt"]).lower()
+            assert any(color in text for color in COLORS) == (about != "recolored")
 
 
-def test_edits_are_said_as_what_there_will_be_to_see_where_nothing_is_drawn(built):
+def test_edits_come_with_a_text_on_what_there_will_be_to_see(built):
     pipe = OmniVideoPipeline.from_pretrained(built / "given")
-    pairs = {kind: ScenePairs(built / "latents", kind) for kind in ("video", "image")}
-    samples = StageSamples(pairs, pipe.processor, 4, seed=0, edits_as_targets=True)
+    samples = StageSamples(read_pairs(built / "latents"), pipe.processor, 4, seed=0)
     edits = [number for number, bucket in enumerate(samples.buckets) if bucket.task in ("v2v", "i2i")]
-    assert len(edits) == 12
+    assert len(edits) == 20
     for number in edits:
-        text, asked = samples[number]["prompt"].lower(), pipe.processor.tokenizer.decode(samples[number]["input_ids"])
-        assert all(any(word in text for word in words) for words in (COLORS, BACKGROUNDS))
+        sample = samples[number]
+        text, asked = sample["target_prompt"].lower(), pipe.processor.tokenizer.decode(sample["input_ids"])
+        assert any(word in text for word in BACKGROUNDS)
         assert text not in asked.lower()
+        assert sample["prompt"].lower() in asked
+        # Of a clip the MLLM sees as many frames as tell its motion.
+        assert len(sample["pixel_values"]) == (4 if sample["task"] == "v2v" else 1)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -274,6 +280,24 @@ def test_a_stage_resumes_as_if_it_had_not_stopped(stages, tmp_path, stage):
     )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_processes_share_a_batch(built, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--module"]
+    command += ["omni_video_hf.shapes.train_stage", "align"]
+    command += words(model=built / "given", data=built / "latents", output_dir=tmp_path, **SHORT)
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "stage.json").read_text())
+    assert written["processes"] == 2
+    assert [entry["step"] for entry in written["log"] if "loss" in entry] == [1, 2]
+    assert OmniVideoPipeline.from_pretrained(tmp_path / "pipeline").processor.mllm_frames == "all"
+    with pytest.raises(typer.BadParameter, match="began with processes 2, not 1"):
+        run_stage(built, "align", built / "given", tmp_path)
+    with pytest.raises(ValueError, match="batch of 3 cannot be shared among 2 processes"):
+        train_stage._share(3, 2)
 
 
 def test_the_finished_repository_is_small_and_works(stages, tmp_path):

@@ -5,6 +5,7 @@ Before and after of an edit are two training scenes that differ in one attribute
 `t2v` and `t2i` too. What is said about them is drawn anew whenever they are trained on; only pixels cost time.
 """
 
+from itertools import islice, product
 from pathlib import Path
 from typing import Annotated
 
@@ -17,13 +18,12 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 
 from .dataset import Example, ShapesDataset
-from .recolor import any_colors
+from .recolor import MIN_CONTRAST, any_colors
 from .runs import check_settings, write_json
-from .scene import NUM_FRAMES, Scene, render
+from .scene import BACKGROUNDS, render
 from .train_vae import to_pixels
 
 EDITS = {"video": "v2v", "image": "i2i"}
-GENERATIONS = {"video": "t2v", "image": "t2i"}
 RECOLORED_SEED = 5  # of scenes that no other training begins with
 SHARD_PAIRS = 100  # what a kill costs at most
 CLIPS_AT_ONCE = 8
@@ -36,90 +36,84 @@ class ScenePairs:
     Args:
         folder: written by this module.
         kind: `"video"` or `"image"`.
+        recolored: those whose shapes have any colours (see recolor.py), which no prompt names.
 
     Attributes:
         examples: the edits, with both scenes.
+        colors: RGB of each pair's shape, or `None` where it has the scenes' own.
         latents: float16 `[pairs, 2, channels, frames, height, width]`, normalised; before and after.
 
     Raises:
         ValueError: when pairs are missing.
     """
 
-    def __init__(self, folder: Path, kind: str) -> None:
-        files = sorted(folder.glob(f"{EDITS[kind]}-*.safetensors"))
+    def __init__(self, folder: Path, kind: str, recolored: bool = False) -> None:
+        name = _name(kind, recolored)
+        files = sorted(folder.glob(f"{name}-*.safetensors"))
         if not files:
-            raise ValueError(f"{folder}: no latents of {EDITS[kind]}: compute them with omni_video_hf.shapes.latents.")
-        self.kind = kind
+            raise ValueError(f"{folder}: no latents of {name}: compute them with omni_video_hf.shapes.latents.")
+        self.kind, self.recolored = kind, recolored
         self.latents = torch.cat([load_file(file)["latents"] for file in files])
-        dataset = edits(kind, len(self.latents))
-        self.examples: list[Example] = [dataset.example(index) for index in range(len(dataset))]
+        self.examples, self.colors = zip(*drawn(kind, len(self.latents), recolored), strict=True)
+
+    def render(self, row: int, side: int) -> np.ndarray:
+        """The clip or image of a pair before (`side` 0) or after (1) the edit, as [`render`] gives it."""
+        example = self.examples[row]
+        return render((example.source, example.target)[side], example.num_frames, color=self.colors[row])
 
 
-class RecoloredScenes:
-    """
-    Training scenes whose shapes have any colours (see recolor.py), as the VAE sees them.
-
-    Args:
-        folder: written by this module.
-        kind: `"video"` or `"image"`.
-
-    Attributes:
-        scenes: what is shown, but for the colour.
-        latents: float16 `[scenes, channels, frames, height, width]`, normalised.
-
-    Raises:
-        ValueError: when scenes are missing.
-    """
-
-    def __init__(self, folder: Path, kind: str) -> None:
-        path = folder / f"recolored-{kind}.safetensors"
-        if not path.exists():
-            raise ValueError(f"{path}: is missing: compute it with omni_video_hf.shapes.latents.")
-        self.kind, self.latents = kind, load_file(path)["latents"]
-        self.scenes = [scene for scene, _ in recolored(kind, len(self.latents))]
+Pairs = dict[tuple[str, bool], ScenePairs]
 
 
-def recolored(kind: str, count: int) -> list[tuple[Scene, np.ndarray]]:
-    """Scenes and the colours, RGB, that their shapes have instead; none near those that are held out."""
-    dataset = ShapesDataset(GENERATIONS[kind], "train", count, RECOLORED_SEED)
-    scenes = [dataset.example(index).target for index in range(count)]
-    rng = np.random.default_rng(RECOLORED_SEED)
-    return [(scene, any_colors(rng, scene, background=False, tells_shape=False)["color"]) for scene in scenes]
+def read_pairs(folder: Path) -> Pairs:
+    """All pairs of scenes that this module wrote, by kind and whether they are recolored."""
+    return {key: ScenePairs(folder, *key) for key in product(EDITS, (False, True))}
 
 
-def edits(kind: str, count: int) -> ShapesDataset:
-    """The edits that are encoded."""
-    return ShapesDataset(EDITS[kind], "train", count)
+def drawn(kind: str, count: int, recolored: bool) -> list[tuple[Example, np.ndarray | None]]:
+    """The edits that are encoded, and the colours, RGB, that their shapes have instead of their own."""
+    if not recolored:
+        dataset = ShapesDataset(EDITS[kind], "train", count)
+        return [(dataset.example(index), None) for index in range(count)]
+    dataset, rng = (
+        ShapesDataset(EDITS[kind], "train", count * 4, RECOLORED_SEED),
+        np.random.default_rng(RECOLORED_SEED),
+    )
+    examples = (dataset.example(index) for index in range(len(dataset)))
+    others = islice((example for example in examples if example.attribute != "color"), count)
+    return [(example, _any_color(rng, example)) for example in others]
+
+
+def _any_color(rng: np.random.Generator, example: Example) -> np.ndarray:
+    """A colour that is near none that is held out, and is seen before both backgrounds."""
+    after = np.array(BACKGROUNDS[example.target.background])
+    while True:
+        color = any_colors(rng, example.source, background=False, tells_shape=False)["color"]
+        if np.linalg.norm(color - after) > MIN_CONTRAST:
+            return color
+
+
+def _name(kind: str, recolored: bool) -> str:
+    return f"recolored-{EDITS[kind]}" if recolored else EDITS[kind]
 
 
 @torch.no_grad()
-def encode_pairs(vae: AutoencoderKLWan, kind: str, count: int, folder: Path) -> None:
+def encode_pairs(vae: AutoencoderKLWan, kind: str, count: int, folder: Path, recolored: bool = False) -> None:
     """Write what is missing of `count` pairs, in shards that come to their names when they are complete."""
-    dataset = edits(kind, count)
-    for start in track(
-        range(0, count, SHARD_PAIRS), f"Encoding pairs of {kind}s", console=Console(stderr=True), transient=True
-    ):
-        path = folder / f"{EDITS[kind]}-{start:06d}.safetensors"
+    pairs, name = drawn(kind, count, recolored), _name(kind, recolored)
+    for start in track(range(0, count, SHARD_PAIRS), f"Encoding {name}", console=Console(stderr=True), transient=True):
+        path = folder / f"{name}-{start:06d}.safetensors"
         if path.exists():
             continue
-        items = [dataset[index] for index in range(start, min(start + SHARD_PAIRS, count))]
-        clips = torch.from_numpy(np.stack([item[name] for item in items for name in ("source", "target")]))
-        _save(_encode(vae, clips).unflatten(0, (-1, 2)), path)
-
-
-@torch.no_grad()
-def encode_recolored(vae: AutoencoderKLWan, kind: str, count: int, folder: Path) -> None:
-    """Write [`RecoloredScenes`] if they are not there."""
-    path, num_frames = folder / f"recolored-{kind}.safetensors", NUM_FRAMES if kind == "video" else 1
-    if path.exists():
-        return
-    drawn, latents = recolored(kind, count), []
-    for start in track(
-        range(0, count, SHARD_PAIRS), f"Encoding recolored {kind}s", console=Console(stderr=True), transient=True
-    ):
-        clips = [render(scene, num_frames, color=color) for scene, color in drawn[start : start + SHARD_PAIRS]]
-        latents.append(_encode(vae, torch.from_numpy(np.stack(clips))))
-    _save(torch.cat(latents), path)
+        clips = [
+            render(scene, example.num_frames, color=color)
+            for example, color in pairs[start : start + SHARD_PAIRS]
+            for scene in (example.source, example.target)
+        ]
+        latents = _encode(vae, torch.from_numpy(np.stack(clips))).unflatten(0, (-1, 2))
+        partial = path.with_suffix(".partial")
+        save_file({"latents": latents.contiguous()}, partial)
+        partial.replace(path)
 
 
 def _encode(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
@@ -129,20 +123,13 @@ def _encode(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
     return ((torch.cat(modes) - mean) / std).half()
 
 
-def _save(latents: torch.Tensor, path: Path) -> None:
-    """Write latents under a name that they come to when they are complete."""
-    partial = path.with_suffix(".partial")
-    save_file({"latents": latents.contiguous()}, partial)
-    partial.replace(path)
-
-
 def main(
     vae: Annotated[Path, typer.Option(help="Folder of the trained VAE.")],
     output: Annotated[Path, typer.Option(help="Folder for the latents.")],
-    videos: Annotated[int, typer.Option(min=1, help="Pairs of clips.")] = 4000,
-    images: Annotated[int, typer.Option(min=1, help="Pairs of images.")] = 5000,
-    recolored_videos: Annotated[int, typer.Option(min=1, help="Clips in any colours.")] = 1500,
-    recolored_images: Annotated[int, typer.Option(min=1, help="Images in any colours.")] = 3000,
+    videos: Annotated[int, typer.Option(min=1, help="Pairs of clips.")] = 6000,
+    images: Annotated[int, typer.Option(min=1, help="Pairs of images.")] = 6000,
+    recolored_videos: Annotated[int, typer.Option(min=1, help="Pairs of clips in any colours.")] = 2500,
+    recolored_images: Annotated[int, typer.Option(min=1, help="Pairs of images in any colours.")] = 3000,
 ) -> None:
     """Encode pairs of training scenes, and recolored ones; goes on where it was stopped."""
     model = AutoencoderKLWan.from_pretrained(vae).eval()
@@ -152,11 +139,11 @@ def main(
     check_settings(counts | {"latents_mean": model.config.latents_mean}, output)
     for kind in ("image", "video"):
         encode_pairs(model, kind, counts[f"{kind}s"], output)
-        encode_recolored(model, kind, counts[f"recolored_{kind}s"], output)
+        encode_pairs(model, kind, counts[f"recolored_{kind}s"], output, recolored=True)
     write_json(counts, output / "latents.json")
 
 
-__all__ = ["RecoloredScenes", "ScenePairs", "encode_pairs", "encode_recolored"]
+__all__ = ["Pairs", "ScenePairs", "encode_pairs", "read_pairs"]
 
 
 if __name__ == "__main__":

@@ -2,25 +2,28 @@
 The paper's stages on Omni-Video Shapes, by the package's own trainer and from a recipe, resumable.
 
 `python -m omni_video_hf.shapes.train_stage align --model FOLDER --data FOLDER --output_dir FOLDER`, then `connect` and
-`joint`; `--model` is what the one before wrote into its `pipeline`, `--data` what `latents` wrote.
+`joint`; `--model` is what the one before wrote into its `pipeline`, `--data` what `latents` wrote. Under `torchrun`
+several processes share a batch: on two cores, two of them train half as many samples more as one with two threads.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import yaml
+from accelerate import PartialState
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel, set_seed
 
 from ..processing_omni_video import OmniVideoProcessor
 from ..training.checkpoints import last_checkpoint
 from ..training.recipe import read_recipe
-from ..training.run import load_for_stage, parameter_table, save_result
+from ..training.run import leave_process_group, load_for_stage, parameter_table, save_result
 from ..training.sampling import OmniVideoBatchSampler
 from ..training.trainer import OmniVideoTrainer
-from .latents import RecoloredScenes, ScenePairs
+from .latents import read_pairs
 from .muon import MuonFactory
 from .runs import check_settings, multiplies_bfloat16, plain_attention_on_cpu, write_json
 from .stage_data import StageCollator, StageSamples, siglip_features
@@ -48,36 +51,29 @@ def train(stage: str, words: Sequence[str]) -> Path:
     if stage not in SHARES:
         raise ValueError(f"`stage` must be one of {', '.join(SHARES)}, got {stage!r}.")
     recipe = RECIPES / f"{stage}.yaml"
-    on_cpu = [] if torch.cuda.is_available() else ["--use_cpu", "--bf16", str(multiplies_bfloat16()).lower()]
-    run, args = read_recipe(recipe, [*words, *on_cpu])
-    check_settings({"recipe": yaml.safe_load(recipe.read_text()), "command": list(words)}, Path(args.output_dir))
+    run, args = read_recipe(recipe, [*words, *_settings_of_the_machine()])
+    processes = PartialState().num_processes
+    args.per_device_train_batch_size = _share(args.per_device_train_batch_size, processes)
+    settings = {"recipe": yaml.safe_load(recipe.read_text()), "command": list(words), "processes": processes}
+    with PartialState().main_process_first():
+        check_settings(settings, Path(args.output_dir))
     set_seed(args.seed)
     folder = Path(run.model)
     model = load_for_stage(folder, args, precomputed=False)
     processor = OmniVideoProcessor.from_pretrained(folder / "processor")
-    pairs = {kind: ScenePairs(Path(run.data), kind) for kind in ("video", "image")}
+    pairs = read_pairs(Path(run.data))
     features = None
     if args.loss_config.alignment_weight > 0:
-        features = {kind: siglip_features(model.mllm, processor, pairs[kind]) for kind in pairs}
-    trains_decoder = "decoder" in args.training_stage.trains and args.loss_config.flow_matching_weight > 0
-    recolored = {kind: RecoloredScenes(Path(run.data), kind) for kind in pairs} if trains_decoder else None
-    samples = StageSamples(
-        pairs,
-        processor,
-        args.max_steps * args.train_batch_size,
-        args.seed,
-        target_features=features,
-        recolored=recolored,
-        null_states=model.vision_head.null_hidden_states().clone(),
-        edits_as_targets=args.loss_config.flow_matching_weight == 0,
-    )
+        features = {key: siglip_features(model.mllm, processor, pairs[key]) for key in pairs}
+    length = args.max_steps * args.train_batch_size * processes
+    samples = StageSamples(pairs, processor, length, args.seed, features)
     collator = StageCollator(
         processor,
         PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
         UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
     )
     sampler = OmniVideoBatchSampler(
-        samples.buckets, args.train_batch_size, args.world_size, weights=SHARES[stage], seed=args.seed
+        samples.buckets, args.train_batch_size, processes, weights=SHARES[stage], seed=args.seed
     )
     trainer = OmniVideoTrainer(
         model,
@@ -85,14 +81,34 @@ def train(stage: str, words: Sequence[str]) -> Path:
         train_dataset=samples,
         data_collator=collator,
         train_batch_sampler=sampler,
-        optimizer_cls_and_kwargs=(MuonFactory, {"lr": args.learning_rate}),
+        optimizer_cls_and_kwargs=(MuonFactory, {"lr": args.learning_rate, "weight_decay": args.weight_decay}),
     )
-    Console(stderr=True).print(parameter_table(model, stage))
+    if trainer.is_world_process_zero():
+        Console(stderr=True).print(parameter_table(model, stage))
     with plain_attention_on_cpu():
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     result = save_result(trainer, folder)
-    write_json({"command": list(words), "log": trainer.state.log_history}, Path(args.output_dir) / "stage.json")
+    if trainer.is_world_process_zero():
+        written = {"command": list(words), "processes": processes, "log": trainer.state.log_history}
+        write_json(written, Path(args.output_dir) / "stage.json")
+    leave_process_group(trainer)
     return result
+
+
+def _settings_of_the_machine() -> list[str]:
+    if torch.cuda.is_available():
+        return []
+    several = ["--ddp_backend", "gloo"] if "WORLD_SIZE" in os.environ else []
+    return ["--use_cpu", "--bf16", str(multiplies_bfloat16()).lower(), *several]
+
+
+def _share(batch_size: int, processes: int) -> int:
+    """What each process takes of a batch."""
+    if batch_size % processes:
+        raise ValueError(
+            f"A batch of {batch_size} cannot be shared among {processes} processes: take a divisor of it."
+        )
+    return batch_size // processes
 
 
 if __name__ == "__main__":

@@ -131,6 +131,23 @@ def test_text_alignment_compares_adapter_tokens_with_real_prompt_tokens(model):
 
 
 @torch.no_grad()
+def test_text_alignment_changes_nothing_that_the_decoder_is_shown(model):
+    """The adapter runs once for both, and what is dropped is dropped all the same."""
+    inputs, drawn = (
+        batch(),
+        {"timesteps": torch.tensor([500.0, 600.0]), "drop_instruction": torch.tensor([True, False])},
+    )
+    drawn["noise"] = torch.randn_like(inputs["latents"])
+    plain, aligned = (
+        model(**inputs, **drawn, loss_config=OmniVideoLossConfig(text_alignment_weight=weight))
+        for weight in (0.0, 1.0)
+    )
+    torch.testing.assert_close(aligned.velocity, plain.velocity)
+    kept = model(**inputs, **drawn | {"drop_instruction": torch.zeros(2, dtype=torch.bool)})
+    assert not torch.allclose(kept.velocity[0], plain.velocity[0])
+
+
+@torch.no_grad()
 def test_text_alignment_with_a_text_on_the_target_instead_of_the_prompt(model):
     """An edit's prompt does not say what there will be to see; the decoder is shown the prompt all the same."""
     inputs, config = batch(), OmniVideoLossConfig(text_alignment_weight=1.0)

@@ -443,9 +443,12 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
         if aligns:
             losses["alignment"] = alignment_loss(mean_token(vision_tokens), target_features, config.alignment)
         if aligns_text:
-            losses["text_alignment"] = self._text_alignment(
-                vision_tokens, target_prompt_embeds, target_prompt_embeds_mask, output_kind, config
+            self._require("adapter")
+            adapted = self.adapter.adapt_vision_tokens(vision_tokens, output_kind)
+            losses["text_alignment"] = _text_alignment(
+                adapted, target_prompt_embeds, target_prompt_embeds_mask, config
             )
+            vision_embeds = adapted if vision_embeds is None else vision_embeds
         if draws:
             context = self._training_context(
                 vision_tokens,
@@ -476,25 +479,6 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
             vision_tokens=vision_tokens,
             velocity=velocity,
         )
-
-    def _text_alignment(
-        self,
-        vision_tokens: torch.Tensor,
-        target_prompt_embeds: Embeddings,
-        target_prompt_embeds_mask: torch.Tensor | None,
-        output_kind: OutputKind,
-        config: OmniVideoLossConfig,
-    ) -> torch.Tensor:
-        """
-        How far the adapter's tokens lie from the text's (paper, stage 2).
-
-        The paper does not say how 256 tokens a visual token are compared with a prompt of any length; their means are,
-        as the visual tokens' mean is with the target's features.
-        """
-        self._require("adapter")
-        adapted = self.adapter.adapt_vision_tokens(vision_tokens, output_kind)
-        texts, mask = pad_embeddings(target_prompt_embeds, target_prompt_embeds_mask, "target_prompt_embeds")
-        return alignment_loss(mean_token(adapted), mean_token(texts, mask), config.alignment)
 
     def _training_context(
         self,
@@ -610,6 +594,22 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
             f"This model has no {part} (`config.{part}_config` is None): it is the `mllm` component of a pipeline."
             " Load the root of the repository for the whole model."
         )
+
+
+def _text_alignment(
+    adapted: torch.Tensor,
+    target_prompt_embeds: Embeddings,
+    target_prompt_embeds_mask: torch.Tensor | None,
+    config: OmniVideoLossConfig,
+) -> torch.Tensor:
+    """
+    How far the adapter's tokens lie from the text's (paper, stage 2).
+
+    The paper does not say how 256 tokens a visual token are compared with a text of any length; their means are, as
+    the visual tokens' mean is with the target's features.
+    """
+    texts, mask = pad_embeddings(target_prompt_embeds, target_prompt_embeds_mask, "target_prompt_embeds")
+    return alignment_loss(mean_token(adapted), mean_token(texts, mask), config.alignment)
 
 
 def _where(dropped: torch.Tensor, null: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

@@ -108,3 +108,15 @@ def test_a_kernel_that_cannot_be_seen_as_a_matrix_is_refused(net):
     net.conv.weight = nn.Parameter(net.conv.weight.detach().transpose(0, 1).contiguous().transpose(0, 1))
     with pytest.raises(ValueError, match=r"shape \(6, 4, 3, 1, 1\) is not contiguous"):
         MuonWithAdamW(net, 0.1)
+
+
+def test_a_model_that_is_moved_afterwards_trains_as_if_it_had_not_been(net):
+    """Among several processes accelerate gives every parameter new memory after the optimizer was made."""
+    other = copy.deepcopy(net)
+    run(net, MuonWithAdamW(net, 0.02), 2)
+    optimizer = MuonWithAdamW(other, 0.02)
+    for parameter in other.parameters():
+        parameter.data = parameter.data.clone()
+    run(other, optimizer, 2)
+    for parameter, moved in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(parameter, moved)

@@ -257,7 +257,7 @@ def test_edits_come_with_a_text_on_what_there_will_be_to_see(built):
     pipe = OmniVideoPipeline.from_pretrained(built / "given")
     samples = StageSamples(read_pairs(built / "latents"), pipe.processor, 4, seed=0)
     edits = [number for number, bucket in enumerate(samples.buckets) if bucket.task in ("v2v", "i2i")]
-    assert len(edits) == 20
+    assert len(edits) == 28
     for number in edits:
         sample = samples[number]
         text, asked = sample["target_prompt"].lower(), pipe.processor.tokenizer.decode(sample["input_ids"])

@@ -49,6 +49,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for parameter, view in zip(self.param_groups[0]["params"], self.views, strict=True):
+            view.data = parameter.detach().flatten(1)  # which moves with the model: accelerate takes it to "cpu:0"
             view.grad = None if parameter.grad is None else parameter.grad.flatten(1)
         for group, optimizer in zip(self.param_groups, (self.muon, self.adamw), strict=True):
             optimizer.param_groups[0]["lr"] = group["lr"]

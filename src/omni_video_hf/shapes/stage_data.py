@@ -22,8 +22,9 @@ from .prompts import edit_prompt, generation_prompt
 KINDS = {task: TASKS[task].output for task in ("t2i", "t2v", "i2i", "v2v")}
 # What the batches of `understand` are about: questions, and requests in which no task is named.
 UNDERSTAND = ("image question", "video question", *KINDS)
-# The streams of batches that draw. Uneven noise is noise.py's; recolored scenes are those of recolor.py.
-DRAWN = {"image": ("even", "recolored"), "video": ("even", "uneven", "recolored")}
+# The streams of batches that draw; what comes twice is twice as often. Uneven noise is noise.py's; recolored scenes are
+# those of recolor.py.
+DRAWN = {"image": ("even", "even", "recolored"), "video": ("even", "even", "uneven", "recolored")}
 ONLY_FIRST = 0.6  # share of the clips with uneven noise of which the first frame alone has little
 TEXTS = ("prompt", "target_prompt")
 PAIRS_AT_ONCE = 16

@@ -33,7 +33,7 @@ RECIPES = Path(__file__).parent / "recipes"
 SHARES = {
     "align": {"t2v": 6, "t2i": 2, "v2v": 3, "i2i": 2, "understand": 4},
     "connect": {"t2v": 4, "t2i": 2, "v2v": 3, "i2i": 2, "understand": 0},
-    "joint": {"t2v": 7, "t2i": 4, "v2v": 5, "i2i": 3, "understand": 2},
+    "joint": {"t2v": 6, "t2i": 4, "v2v": 6, "i2i": 3, "understand": 2},
 }
 
 

@@ -66,7 +66,10 @@ $(SHAPES)/given/model_index.json: $(SHAPES)/vae_decoder/vae.json $(SHAPES)/text_
 $(SHAPES)/align/stage.json: $(SHAPES)/given/model_index.json
 	$(STAGE) $(<D)
 
-$(SHAPES)/connect/stage.json: $(SHAPES)/align/stage.json
+$(SHAPES)/align_texts/stage.json: $(SHAPES)/align/stage.json
+	$(STAGE) $(<D)/pipeline
+
+$(SHAPES)/connect/stage.json: $(SHAPES)/align_texts/stage.json
 	$(STAGE) $(<D)/pipeline
 
 $(SHAPES)/joint/stage.json: $(SHAPES)/connect/stage.json

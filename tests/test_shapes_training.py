@@ -34,7 +34,7 @@ from omni_video_hf.shapes.stage_data import StageSamples
 from omni_video_hf.shapes.train_text_encoder import NOT_SAID, PromptBatches
 from omni_video_hf.shapes.train_text_to_video import PHASES, CaptionedBatches, Phase, TextToVideoObjective
 
-STAGES = ("align", "connect", "joint")
+STAGES = ("align", "align_texts", "connect", "joint")
 SHORT = {"max_steps": 2, "save_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 2, "warmup_steps": 0}
 
 
@@ -82,7 +82,7 @@ def text_to_video(output, folder):
 
 @pytest.fixture(scope="module")
 def stages(built):
-    """The three stages, each from what the one before wrote."""
+    """The stages, each from what the one before wrote."""
     model = built / "given"
     for stage in STAGES:
         model = run_stage(built, stage, model, built / stage)
@@ -266,6 +266,17 @@ def test_edits_come_with_a_text_on_what_there_will_be_to_see(built):
         assert sample["prompt"].lower() in asked
         # Of a clip the MLLM sees as many frames as tell its motion.
         assert len(sample["pixel_values"]) == (4 if sample["task"] == "v2v" else 1)
+
+
+def test_phrases_say_one_attribute_and_come_with_nothing_to_draw(built):
+    pipe = OmniVideoPipeline.from_pretrained(built / "given")
+    samples = StageSamples(read_pairs(built / "latents"), pipe.processor, 4, seed=0, phrases=True)
+    numbers = [number for number, bucket in enumerate(samples.buckets) if bucket.shapes[0][0] == "phrase"]
+    assert [samples.buckets[number].task for number in numbers] == ["t2i"] * 4 + ["t2v"] * 4
+    for sample in (samples[number] for number in numbers):
+        assert set(sample) == {"task", "prompt", "input_ids", "attention_mask", "labels"}
+        named = [any(value in sample["prompt"].lower() for value in values) for values in (COLORS, BACKGROUNDS)]
+        assert sum(named) <= 1
 
 
 @pytest.mark.parametrize("stage", STAGES)

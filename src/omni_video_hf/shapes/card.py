@@ -26,6 +26,7 @@ RUNS = {
     "text_encoder/meaning": "umT5",
     **{f"text_to_video/{name}": f"Wan transformer, {name}" for name in PHASES},
     "align": "stage `align`",
+    "align_texts": "stage `align_texts`",
     "connect": "stage `connect`",
     "joint": "stage `joint`",
 }

@@ -15,15 +15,14 @@ from ..processing_omni_video import TASKS, OmniVideoProcessor
 from ..training.data import IGNORED_LABEL, OmniVideoDataCollator, encode_conversation
 from ..training.sampling import Bucket
 from .dataset import ShapesDataset
-from .latents import Pairs, ScenePairs
+from .latents import EDITS, Pairs, ScenePairs
 from .noise import uneven_timesteps
 from .prompts import edit_prompt, generation_prompt
 
 KINDS = {task: TASKS[task].output for task in ("t2i", "t2v", "i2i", "v2v")}
 # What the batches of `understand` are about: questions, and requests in which no task is named.
 UNDERSTAND = ("image question", "video question", *KINDS)
-# The streams of batches that draw; what comes twice is twice as often. Uneven noise is noise.py's; recolored scenes are
-# those of recolor.py.
+# The streams of batches that draw; what comes twice is twice as often. See noise.py for uneven noise, and recolor.py.
 DRAWN = {"image": ("even", "even", "recolored"), "video": ("even", "even", "uneven", "recolored")}
 ONLY_FIRST = 0.6  # share of the clips with uneven noise of which the first frame alone has little
 TEXTS = ("prompt", "target_prompt")
@@ -41,6 +40,8 @@ class StageSamples(Dataset):
             `index` alone.
         seed: not that of any other training, or the same would be asked.
         target_features: of [`siglip_features`], for all pairs; none where nothing is aligned with them.
+        phrases: whether `t2v` and `t2i` are also asked for one attribute alone, with nothing to draw. All else that
+            visual tokens learn of a colour comes with a shape, and some shapes never come with it.
 
     What draws brings `prompt`, and edits `target_prompt` as well: a text on what there will be to see, which visual
     tokens align with. `buckets` is what [`OmniVideoBatchSampler`] wants.
@@ -53,10 +54,13 @@ class StageSamples(Dataset):
         length: int,
         seed: int,
         target_features: dict[tuple[str, bool], torch.Tensor] | None = None,
+        phrases: bool = False,
     ) -> None:
         self.pairs, self.processor, self.length, self.seed = pairs, processor, length, seed
         self.target_features = target_features
         drawn = [(task, about) for task, kind in KINDS.items() for about in DRAWN[kind]]
+        if phrases:
+            drawn += [(task, "phrase") for task in KINDS if TASKS[task].source is None]
         self.streams = drawn + [("understand", about) for about in UNDERSTAND]
         self.buckets = [Bucket(task, ((about, ()),)) for task, about in self.streams for _ in range(length)]
 
@@ -67,6 +71,9 @@ class StageSamples(Dataset):
         stream, number = divmod(range(len(self))[index], self.length)
         task, about = self.streams[stream]
         rng = np.random.default_rng((self.seed, stream, number))
+        if about == "phrase":
+            _, prompt, _, _ = self._chosen(rng, EDITS[KINDS[task]], self.pairs[KINDS[task], False])
+            return {"task": task, "prompt": prompt} | encode_conversation(self.processor, task, prompt)
         if task != "understand":
             return self._drawing(rng, task, about)
         if about in KINDS:

@@ -18,6 +18,7 @@ from .dataset import ShapesDataset
 from .latents import EDITS, Pairs, ScenePairs
 from .noise import uneven_timesteps
 from .prompts import edit_prompt, generation_prompt
+from .scene import BACKGROUNDS
 
 KINDS = {task: TASKS[task].output for task in ("t2i", "t2v", "i2i", "v2v")}
 # What the batches of `understand` are about: questions, and requests in which no task is named.
@@ -40,8 +41,8 @@ class StageSamples(Dataset):
             `index` alone.
         seed: not that of any other training, or the same would be asked.
         target_features: of [`siglip_features`], for all pairs; none where nothing is aligned with them.
-        phrases: whether `t2v` and `t2i` are also asked for one attribute alone, with nothing to draw. All else that
-            visual tokens learn of a colour comes with a shape, and some shapes never come with it.
+        phrases: whether all tasks are also asked for one attribute alone, edits before a picture of nothing, and draw
+            nothing. All else that visual tokens learn of a colour comes with a shape, and some shapes never do.
 
     What draws brings `prompt`, and edits `target_prompt` as well: a text on what there will be to see, which visual
     tokens align with. `buckets` is what [`OmniVideoBatchSampler`] wants.
@@ -60,7 +61,7 @@ class StageSamples(Dataset):
         self.target_features = target_features
         drawn = [(task, about) for task, kind in KINDS.items() for about in DRAWN[kind]]
         if phrases:
-            drawn += [(task, "phrase") for task in KINDS if TASKS[task].source is None]
+            drawn += [(task, "phrase") for task in KINDS]
         self.streams = drawn + [("understand", about) for about in UNDERSTAND]
         self.buckets = [Bucket(task, ((about, ()),)) for task, about in self.streams for _ in range(length)]
 
@@ -72,8 +73,7 @@ class StageSamples(Dataset):
         task, about = self.streams[stream]
         rng = np.random.default_rng((self.seed, stream, number))
         if about == "phrase":
-            _, prompt, _, _ = self._chosen(rng, EDITS[KINDS[task]], self.pairs[KINDS[task], False])
-            return {"task": task, "prompt": prompt} | encode_conversation(self.processor, task, prompt)
+            return self._phrase(rng, task)
         if task != "understand":
             return self._drawing(rng, task, about)
         if about in KINDS:
@@ -98,6 +98,15 @@ class StageSamples(Dataset):
         if self.target_features is not None:
             sample["target_features"] = self.target_features[key][row, side]
         return sample | encode_conversation(self.processor, task, prompt, **shown)
+
+    def _phrase(self, rng: np.random.Generator, task: str) -> dict[str, Any]:
+        """What an edit says of one attribute, and a picture or clip of its background alone where the task has one."""
+        pairs = self.pairs[KINDS[task], False]
+        row, prompt, shown, _ = self._chosen(rng, EDITS[pairs.kind], pairs)
+        background = BACKGROUNDS[pairs.examples[row].source.background]
+        empty = {kind: np.broadcast_to(np.uint8(background), media.shape) for kind, media in shown.items()}
+        shown = {} if TASKS[task].source is None else empty
+        return {"task": task, "prompt": prompt} | encode_conversation(self.processor, task, prompt, **shown)
 
     def _request(self, rng: np.random.Generator, task: str) -> dict[str, Any]:
         """As a user writes who names no task; the answer is the token that asks for an image or a video."""

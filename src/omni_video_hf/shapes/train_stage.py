@@ -35,8 +35,9 @@ SHARES = {
     "align": {"t2v": 6, "t2i": 2, "v2v": 3, "i2i": 2, "understand": 4},
     "align_texts": {"t2v": 6, "t2i": 3, "v2v": 5, "i2i": 3, "understand": 1},
     "connect": {"t2v": 4, "t2i": 2, "v2v": 3, "i2i": 2, "understand": 0},
-    "joint": {"t2v": 6, "t2i": 4, "v2v": 6, "i2i": 3, "understand": 2},
+    "joint": {"t2v": 7, "t2i": 4, "v2v": 7, "i2i": 4, "understand": 2},
 }
+PHRASES = ("align_texts", "joint")  # see [`StageSamples`]
 
 
 def train(stage: str, words: Sequence[str]) -> Path:
@@ -68,7 +69,7 @@ def train(stage: str, words: Sequence[str]) -> Path:
     if args.loss_config.alignment_weight > 0:
         features = {key: siglip_features(model.mllm, processor, pairs[key]) for key in pairs}
     length = args.max_steps * args.train_batch_size * processes
-    samples = StageSamples(pairs, processor, length, args.seed, features, phrases=stage == "align_texts")
+    samples = StageSamples(pairs, processor, length, args.seed, features, phrases=stage in PHRASES)
     collator = StageCollator(
         processor,
         PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),

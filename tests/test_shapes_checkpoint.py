@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from omni_video_hf.repository_omni_video import missing_parts
 from omni_video_hf.shapes import CHECKPOINT, read_scene
 from omni_video_hf.shapes.configuration import MAX_BYTES
 from omni_video_hf.shapes.evaluate import Evaluation
-from omni_video_hf.shapes.scores import LINES
+from omni_video_hf.shapes.scene import ATTRIBUTES
+from omni_video_hf.shapes.scores import LINES, SHOWN_SPLITS
+from omni_video_hf.shapes.visual_tokens import read_visual_tokens
 
 # Right ones of 8; what the card says of edits of clips and of composition is too low to be told from noise by so few.
 LEAST = {
@@ -96,6 +99,20 @@ def test_an_image_is_drawn_and_asked_about(run, tmp_path):
     square = read_scene([load_image(tmp_path / "square.png")])
     assert (square.color, square.shape, square.size, square.background) == ("yellow", "square", "small", "grey")
     assert run("ask", "square.png", "what color is the square?") == "yellow"
+
+
+def test_visual_tokens_say_what_is_asked_for():
+    pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+    for split in SHOWN_SPLITS:
+        counts = read_visual_tokens(pipe, "t2v", split, count=8, seed=1)
+        assert set(counts) == {*ATTRIBUTES, "all"}
+        assert counts["all"].right >= 7, split
+    null = pipe.mllm(output_vision_tokens=True).vision_tokens
+    with patch.object(pipe, "encode_instruction", return_value=null.expand(8, -1, -1)):
+        assert read_visual_tokens(pipe, "t2v", "seen", count=8, seed=1)["all"].right == 0
+    edits = read_visual_tokens(pipe, "i2i", "seen", count=8, seed=1)
+    assert "motion" not in edits
+    assert edits["all"].right >= 6
 
 
 def test_nothing_is_broken():

@@ -101,7 +101,7 @@ class Evaluation:
                 generator=[torch.Generator().manual_seed(self.seed * self.count + number) for number in numbers],
                 num_inference_steps=self.steps,
                 output_type="np",
-                **_media(dataset, items),
+                **media_of(dataset, items),
                 **self._nulled(line, len(prompts)),
             ).frames
             clips = (np.asarray(frames) * 255).round().astype(np.uint8)
@@ -127,7 +127,7 @@ class Evaluation:
             for numbers in self._batches(range(count), f"understand, {kind}s, {split}"):
                 items = [dataset[number] for number in numbers]
                 prompts = [item["prompt"] for item in items]
-                media = _media(dataset, items)
+                media = media_of(dataset, items)
                 media.pop("fps", None)
                 answers = self.pipe(prompts, task="understand", max_new_tokens=LONGEST_ANSWER, **media).text
                 verdicts += [check_answer(dataset.example(n), a) for n, a in zip(numbers, answers, strict=True)]
@@ -147,7 +147,7 @@ class Evaluation:
         for (number,) in self._batches(range(self.count), f"routing, {split}", size=1):
             dataset = datasets[number % len(datasets)]
             item = dataset[number // len(datasets)]
-            media = _media(dataset, [item])
+            media = media_of(dataset, [item])
             source = Source.of(media.get("video"), media.get("image"), 1)
             task, _ = self.pipe.answer([item["prompt"]], source, None, LONGEST_ANSWER)
             verdicts.append(check_routing(dataset.example(number // len(datasets)), task))
@@ -159,7 +159,7 @@ class Evaluation:
             yield numbers[start : start + (size or self.batch_size)]
 
 
-def _media(dataset: ShapesDataset, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def media_of(dataset: ShapesDataset, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The sources of examples as the pipeline takes them."""
     if "source" not in items[0]:
         return {}
@@ -184,4 +184,4 @@ def save_evaluation(report: Report, shown: dict[tuple[str, str], list[Shown]], f
     write_json(report.to_dict(), folder / "scores.json")
 
 
-__all__ = ["Evaluation", "save_evaluation"]
+__all__ = ["Evaluation", "media_of", "save_evaluation"]

@@ -89,16 +89,20 @@ class MeaningObjective(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, said: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """The loss of texts `[batch, length]` that say `[batch, attributes]`."""
-        logits = self.read(input_ids, attention_mask)
+        logits = self.read(input_ids, attention_mask).values()
         losses = [nn.functional.cross_entropy(*pair) for pair in zip(logits, said.unbind(1), strict=True)]
         return {"loss": torch.stack(losses).mean()}
 
-    def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """Logits `[batch, 1 + values]` of each attribute."""
         states = self.text_encoder(input_ids, attention_mask).last_hidden_state
         weights = attention_mask / attention_mask.sum(dim=1, keepdim=True)
-        mean = (states * weights[..., None]).sum(dim=1)
-        return (mean.float() @ self.directions.T.float()).split(self.sizes, dim=1)
+        return self.read_mean((states * weights[..., None]).sum(dim=1))
+
+    def read_mean(self, mean: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Likewise, of mean embeddings `[batch, width]`."""
+        logits = (mean.float() @ self.directions.T.float()).split(self.sizes, dim=1)
+        return dict(zip(ATTRIBUTES, logits, strict=True))
 
 
 def drop_second_name(module: nn.Module, state: dict[str, torch.Tensor], *_: Any) -> None:  # noqa: ARG001
@@ -111,7 +115,7 @@ def evaluate(objective: MeaningObjective, split: str, count: int, seed: int) -> 
     """Share of `count` texts that are read right, by attribute, and of those of which everything is."""
     batch = PromptBatches(split, 1, count, seed)[0]
     logits = objective.read(batch["input_ids"], batch["attention_mask"])
-    right = torch.stack([values.argmax(dim=1) for values in logits], dim=1) == batch["said"]
+    right = torch.stack([values.argmax(dim=1) for values in logits.values()], dim=1) == batch["said"]
     rates = dict(zip(ATTRIBUTES, right.float().mean(dim=0).tolist(), strict=True))
     return rates | {"all": right.all(dim=1).float().mean().item()}
 

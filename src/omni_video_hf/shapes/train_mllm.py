@@ -116,13 +116,13 @@ def conversation(
     if example.answer is not None:
         shown = _as_media(shown)
         return encode_conversation(processor, "understand", example.prompt, example.answer, **shown)
-    prompt, said_of = example.prompt, example.kind
+    prompt = example.prompt
     if as_task:
         prompt = TASKS[example.task].user.format(prompt=prompt)
-        if example.task == "v2v":  # upstream's MLLM sees the first frame of a clip to edit, and no motion
-            shown = {"image": shown["video"][:1]}
-            said_of = "video" if example.attribute == "motion" else "image"
-    answer = f"{example.kind}: {describe(example.target, said_of)}"
+        if example.task == "v2v":  # of a clip to edit other frames are shown than of one to ask about
+            frames = processor.sample_frames(shown["video"], processor.num_frames, "upstream_edit")
+            shown = {"video": np.stack([np.asarray(frame) for frame in frames])}
+    answer = f"{example.kind}: {describe(example.target, example.kind)}"
     return encode_conversation(processor, "understand", prompt, answer, **_as_media(shown))
 
 

@@ -91,6 +91,7 @@ def test_a_processor_remembers_which_frames_its_model_was_trained_with(processor
     for refused in (
         lambda: tiny.processor(mllm_frames="last"),
         lambda: loaded.apply_task_template("v2v", TEXT, videos=[CLIP], mllm_frames="last"),
+        lambda: loaded.apply_task_template("t2v", TEXT, mllm_frames="last"),
     ):
         with pytest.raises(ValueError, match="`mllm_frames` must be 'first' or 'all', got 'last'"):
             refused()

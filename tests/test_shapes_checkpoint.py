@@ -111,13 +111,13 @@ def test_an_image_is_drawn_and_asked_about(run, tmp_path):
 def test_visual_tokens_say_what_is_asked_for():
     pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
     for split in SHOWN_SPLITS:
-        counts = read_visual_tokens(pipe, "t2v", split, count=8, seed=1)
+        counts = read_visual_tokens(pipe, "t2v", split, count=8, seed=1).counts
         assert set(counts) == {*ATTRIBUTES, "all"}
         assert counts["all"].right >= 7, split
     null = pipe.mllm(output_vision_tokens=True).vision_tokens
     with patch.object(pipe, "encode_instruction", return_value=null.expand(8, -1, -1)):
-        assert read_visual_tokens(pipe, "t2v", "seen", count=8, seed=1)["all"].right == 0
-    edits = read_visual_tokens(pipe, "i2i", "seen", count=8, seed=1)
+        assert read_visual_tokens(pipe, "t2v", "seen", count=8, seed=1).counts["all"].right == 0
+    edits = read_visual_tokens(pipe, "i2i", "seen", count=8, seed=1).counts
     assert "motion" not in edits
     assert edits["all"].right >= 6
 

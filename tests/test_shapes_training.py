@@ -22,6 +22,7 @@ from omni_video_hf.shapes import (
     configuration,
     latents,
     noise,
+    stage_data,
     train_stage,
     train_text_encoder,
     train_text_to_video,
@@ -268,6 +269,13 @@ def test_edits_come_with_a_text_on_what_there_will_be_to_see(built):
         assert len(sample["pixel_values"]) == (4 if sample["task"] == "v2v" else 1)
 
 
+@pytest.mark.parametrize(("length", "processes"), [(0, 2), (1, 2), (7, 3), (8, 1)])
+def test_the_shares_of_processes_are_the_whole_in_order(length, processes):
+    shares = [stage_data.own_share(range(length), rank, processes) for rank in range(processes)]
+    assert [number for share in shares for number in share] == list(range(length))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
 def test_phrases_say_one_attribute_and_come_with_nothing_to_draw(built):
     pipe = OmniVideoPipeline.from_pretrained(built / "given")
     samples = StageSamples(read_pairs(built / "latents"), pipe.processor, 4, seed=0, phrases=True)
@@ -307,7 +315,11 @@ def test_two_processes_share_a_batch(built, tmp_path):
     written = json.loads((tmp_path / "stage.json").read_text())
     assert written["processes"] == 2
     assert [entry["step"] for entry in written["log"] if "loss" in entry] == [1, 2]
-    assert OmniVideoPipeline.from_pretrained(tmp_path / "pipeline").processor.mllm_frames == "all"
+    before, after = (OmniVideoPipeline.from_pretrained(path) for path in (built / "given", tmp_path / "pipeline"))
+    assert after.processor.mllm_frames == "all"
+    trained = dict(after.mllm.vision_head.named_parameters())
+    for name, parameter in before.mllm.vision_head.named_parameters():
+        assert parameter.ndim < 2 or not torch.equal(parameter, trained[name]), name
     with pytest.raises(typer.BadParameter, match="began with processes 2, not 1"):
         run_stage(built, "align", built / "given", tmp_path)
     with pytest.raises(ValueError, match="batch of 3 cannot be shared among 2 processes"):

@@ -245,6 +245,8 @@ class OmniVideoProcessor(ProcessorMixin):
             ValueError: for an unknown task, an empty prompt, a prompt that holds control tokens, or media that the
                 task does not take.
         """
+        mllm_frames = self.mllm_frames if mllm_frames is None else mllm_frames
+        _check_mllm_frames(mllm_frames)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         self._check_media(task, len(prompts), images, videos)
         pictures: list[list[Image.Image]] = [[] for _ in prompts]
@@ -252,8 +254,6 @@ class OmniVideoProcessor(ProcessorMixin):
             pictures = [[load_image(image)] for image in images]
         elif videos is not None:
             sampling = frame_sampling or ("upstream_understand" if task == "understand" else "upstream_edit")
-            mllm_frames = self.mllm_frames if mllm_frames is None else mllm_frames
-            _check_mllm_frames(mllm_frames)
             only_first = task == "v2v" and mllm_frames == "first"
             pictures = [self.sample_frames(video, self.num_frames, sampling, only_first) for video in videos]
         texts = [self.build_prompt(task, text, len(frames)) for text, frames in zip(prompts, pictures, strict=True)]

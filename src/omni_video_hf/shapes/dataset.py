@@ -141,6 +141,11 @@ class ShapesDataset(Dataset):
         return values
 
 
+def as_media(kind: Kind, frames: np.ndarray) -> np.ndarray:
+    """`[frames, 64, 64, 3]` of a scene as images and videos are passed around: an image is its one frame."""
+    return frames[0] if kind == "image" else frames
+
+
 def _place(rng: np.random.Generator, *versions: dict[str, str]) -> Scene:
     """The first version at a place where all of them stay inside the frame."""
     rooms = np.array([room(values["size"], values["motion"]) for values in versions])  # [versions, axis, low and high]
@@ -149,4 +154,4 @@ def _place(rng: np.random.Generator, *versions: dict[str, str]) -> Scene:
     return Scene(**versions[0], center=(x, y))
 
 
-__all__ = ["SPLITS", "TASKS", "Example", "ShapesDataset"]
+__all__ = ["SPLITS", "TASKS", "Example", "ShapesDataset", "as_media"]

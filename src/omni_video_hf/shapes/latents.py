@@ -5,7 +5,8 @@ Before and after of an edit are two training scenes that differ in one attribute
 `t2v` and `t2i` too. What is said about them is drawn anew whenever they are trained on; only pixels cost time.
 """
 
-from itertools import islice, product
+import itertools
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -67,7 +68,7 @@ Pairs = dict[tuple[str, bool], ScenePairs]
 
 def read_pairs(folder: Path) -> Pairs:
     """All pairs of scenes that this module wrote, by kind and whether they are recolored."""
-    return {key: ScenePairs(folder, *key) for key in product(EDITS, (False, True))}
+    return {key: ScenePairs(folder, *key) for key in itertools.product(EDITS, (False, True))}
 
 
 def drawn(kind: str, count: int, recolored: bool) -> list[tuple[Example, np.ndarray | None]]:
@@ -75,13 +76,10 @@ def drawn(kind: str, count: int, recolored: bool) -> list[tuple[Example, np.ndar
     if not recolored:
         dataset = ShapesDataset(EDITS[kind], "train", count)
         return [(dataset.example(index), None) for index in range(count)]
-    dataset, rng = (
-        ShapesDataset(EDITS[kind], "train", count * 4, RECOLORED_SEED),
-        np.random.default_rng(RECOLORED_SEED),
-    )
-    examples = (dataset.example(index) for index in range(len(dataset)))
-    others = islice((example for example in examples if example.attribute != "color"), count)
-    return [(example, _any_color(rng, example)) for example in others]
+    examples = map(ShapesDataset(EDITS[kind], "train", sys.maxsize, RECOLORED_SEED).example, itertools.count())
+    others = (example for example in examples if example.attribute != "color")
+    rng = np.random.default_rng(RECOLORED_SEED)
+    return [(example, _any_color(rng, example)) for example in itertools.islice(others, count)]
 
 
 def _any_color(rng: np.random.Generator, example: Example) -> np.ndarray:

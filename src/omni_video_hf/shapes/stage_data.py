@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import track
 from torch.utils.data import Dataset
@@ -14,11 +16,11 @@ from ..modeling_vila import VilaForConditionalGeneration
 from ..processing_omni_video import TASKS, OmniVideoProcessor
 from ..training.data import IGNORED_LABEL, OmniVideoDataCollator, encode_conversation
 from ..training.sampling import Bucket
-from .dataset import ShapesDataset
+from .dataset import ShapesDataset, as_media
 from .latents import EDITS, Pairs, ScenePairs
 from .noise import uneven_timesteps
 from .prompts import edit_prompt, generation_prompt
-from .scene import BACKGROUNDS
+from .scene import BACKGROUNDS, SIDE
 
 KINDS = {task: TASKS[task].output for task in ("t2i", "t2v", "i2i", "v2v")}
 # What the batches of `understand` are about: questions, and requests in which no task is named.
@@ -80,15 +82,15 @@ class StageSamples(Dataset):
             return self._request(rng, about)
         kind = about.split()[0]
         item = ShapesDataset("understand", "train", self.length, self.seed, kind)[number]
-        shown = {kind: item["source"][0] if kind == "image" else item["source"]}
+        shown = {kind: as_media(kind, item["source"])}
         return {"task": task} | encode_conversation(self.processor, task, item["prompt"], item["answer"], **shown)
 
     def _drawing(self, rng: np.random.Generator, task: str, about: str) -> dict[str, Any]:
         key = KINDS[task], about == "recolored"
         pairs = self.pairs[key]
-        row, prompt, shown, side = self._chosen(rng, task, pairs)
+        row, prompt, side = self._chosen(rng, task, pairs)
         sample = {"task": task, "prompt": prompt, "latents": pairs.latents[row, side].float()}
-        if shown:
+        if TASKS[task].source is not None:
             target = pairs.examples[row].target
             sample["target_prompt"] = generation_prompt(rng, target, pairs.kind, names_color=not pairs.recolored)
             sample["source_latents"] = pairs.latents[row, 0].float()
@@ -97,21 +99,23 @@ class StageSamples(Dataset):
             sample["timesteps"] = uneven_timesteps(sample["latents"].shape[1], ONLY_FIRST, generator)
         if self.target_features is not None:
             sample["target_features"] = self.target_features[key][row, side]
-        return sample | encode_conversation(self.processor, task, prompt, **shown)
+        return sample | encode_conversation(self.processor, task, prompt, **_shown(task, pairs, row))
 
     def _phrase(self, rng: np.random.Generator, task: str) -> dict[str, Any]:
         """What an edit says of one attribute, and a picture or clip of its background alone where the task has one."""
         pairs = self.pairs[KINDS[task], False]
-        row, prompt, shown, _ = self._chosen(rng, EDITS[pairs.kind], pairs)
-        background = BACKGROUNDS[pairs.examples[row].source.background]
-        empty = {kind: np.broadcast_to(np.uint8(background), media.shape) for kind, media in shown.items()}
-        shown = {} if TASKS[task].source is None else empty
+        row, prompt, _ = self._chosen(rng, EDITS[pairs.kind], pairs)
+        shown, example = {}, pairs.examples[row]
+        if TASKS[task].source is not None:
+            empty = np.full((example.num_frames, SIDE, SIDE, 3), BACKGROUNDS[example.source.background], np.uint8)
+            shown = {pairs.kind: as_media(pairs.kind, empty)}
         return {"task": task, "prompt": prompt} | encode_conversation(self.processor, task, prompt, **shown)
 
     def _request(self, rng: np.random.Generator, task: str) -> dict[str, Any]:
         """As a user writes who names no task; the answer is the token that asks for an image or a video."""
-        _, prompt, shown, _ = self._chosen(rng, task, self.pairs[KINDS[task], False])
-        shown = {f"{kind}s": [media] for kind, media in shown.items()}
+        pairs = self.pairs[KINDS[task], False]
+        row, prompt, _ = self._chosen(rng, task, pairs)
+        shown = {f"{kind}s": [media] for kind, media in _shown(task, pairs, row).items()}
         inputs = self.processor.apply_task_template("understand", prompt, return_tensors="pt", **shown)
         tokenizer = self.processor.tokenizer
         answer = torch.tensor([tokenizer.convert_tokens_to_ids(TASKS[task].answer), tokenizer.eos_token_id])
@@ -121,19 +125,21 @@ class StageSamples(Dataset):
         sample = {"task": "understand", "input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         return sample | {name: inputs[name] for name in ("pixel_values",) if name in inputs}
 
-    def _chosen(
-        self, rng: np.random.Generator, task: str, pairs: ScenePairs
-    ) -> tuple[int, str, dict[str, np.ndarray], int]:
-        """Number of a pair, a prompt, what the MLLM is shown if anything, and which of the two is to be drawn."""
+    def _chosen(self, rng: np.random.Generator, task: str, pairs: ScenePairs) -> tuple[int, str, int]:
+        """Number of a pair, a prompt, and which of the two is to be drawn."""
         row = int(rng.integers(len(pairs.examples)))
         example = pairs.examples[row]
-        if TASKS[task].source is None:
-            side = int(rng.integers(2))
-            scene = (example.source, example.target)[side]
-            return row, generation_prompt(rng, scene, pairs.kind, names_color=not pairs.recolored), {}, side
-        prompt = edit_prompt(rng, example.source, example.attribute, getattr(example.target, example.attribute))
-        source = pairs.render(row, 0)
-        return row, prompt, {pairs.kind: source[0] if pairs.kind == "image" else source}, 1
+        if TASKS[task].source is not None:
+            value = getattr(example.target, example.attribute)
+            return row, edit_prompt(rng, example.source, example.attribute, value), 1
+        side = int(rng.integers(2))
+        scene = (example.source, example.target)[side]
+        return row, generation_prompt(rng, scene, pairs.kind, names_color=not pairs.recolored), side
+
+
+def _shown(task: str, pairs: ScenePairs, row: int) -> dict[str, np.ndarray]:
+    """What the MLLM sees of a pair: before the edit where the task has a source."""
+    return {} if TASKS[task].source is None else {pairs.kind: as_media(pairs.kind, pairs.render(row, 0))}
 
 
 class StageCollator:
@@ -173,11 +179,13 @@ def siglip_features(
     """
     Features of the scenes that visual tokens align with: the mean over patches and shown frames of the vision tower.
 
+    Every process must call: each computes its share, and all get all.
+
     Returns:
         `[pairs, 2, vision width]`
     """
-    features = []
-    starts = range(0, len(pairs.examples), PAIRS_AT_ONCE)
+    features, state = [], PartialState()
+    starts = own_share(range(0, len(pairs.examples), PAIRS_AT_ONCE), state.process_index, state.num_processes)
     for start in track(starts, f"SigLIP features of {pairs.kind}s", console=Console(stderr=True), transient=True):
         rows = range(start, min(start + PAIRS_AT_ONCE, len(pairs.examples)))
         clips = [pairs.render(row, side) for row in rows for side in (0, 1)]
@@ -185,7 +193,14 @@ def siglip_features(
         pixels = processor.preprocess_images([frame for clip in frames for frame in clip])
         states = mllm.get_image_features(pixels.to(mllm.device), return_dict=True).last_hidden_state
         features.append(states.mean(dim=1).unflatten(0, (len(rows), 2, -1)).mean(dim=2).cpu())
-    return torch.cat(features)
+    return torch.cat(gather_object(features))
 
 
-__all__ = ["StageCollator", "StageSamples", "siglip_features"]
+def own_share(numbers: range, rank: int, processes: int) -> range:
+    """What of `numbers` a process works on; the shares in the order of ranks are the whole."""
+    # accelerate's `split_between_processes` gives the last number to every process that has none.
+    first, end = (len(numbers) * edge // processes for edge in (rank, rank + 1))
+    return numbers[first:end]
+
+
+__all__ = ["StageCollator", "StageSamples", "own_share", "siglip_features"]

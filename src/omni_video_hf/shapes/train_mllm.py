@@ -9,7 +9,7 @@ goes, and its states then hold what the paper's stages, which leave its body as 
 
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -21,11 +21,12 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import default_data_collator, set_seed
 
+from ..media_omni_video import load_sampled_video
 from ..modeling_vila import VilaForConditionalGeneration
 from ..processing_omni_video import TASKS, OmniVideoProcessor
 from ..training.data import IGNORED_LABEL, OmniVideoDataCollator, encode_conversation
 from . import configuration
-from .dataset import Example, ShapesDataset
+from .dataset import Example, ShapesDataset, as_media
 from .prompts import describe
 from .recolor import any_colors
 from .runs import check_settings, fit, save_folder, the_batch, write_json
@@ -107,28 +108,23 @@ def conversation(
         as_task: as the task's prompt is written; otherwise as the bare question that leaves the task open.
         rng: draws whether what a question is about comes in other colours.
     """
-    shown = {}
+    frames = None
     if example.source is not None:
         speaks = example.attribute == "shape" and example.source.color in SPEAKING_COLORS
         recolored = example.answer and example.attribute in FREE and (speaks or rng.random() < RECOLORED)
         colors = any_colors(rng, example.source, **FREE[example.attribute]) if recolored else {}
-        shown = {example.kind: render(example.source, example.num_frames, **colors)}
+        frames = render(example.source, example.num_frames, **colors)
     if example.answer is not None:
-        shown = _as_media(shown)
+        shown = {example.kind: as_media(example.kind, frames)}
         return encode_conversation(processor, "understand", example.prompt, example.answer, **shown)
     prompt = example.prompt
     if as_task:
         prompt = TASKS[example.task].user.format(prompt=prompt)
         if example.task == "v2v":  # of a clip to edit other frames are shown than of one to ask about
-            frames = processor.sample_frames(shown["video"], processor.num_frames, "upstream_edit")
-            shown = {"video": np.stack([np.asarray(frame) for frame in frames])}
+            frames = load_sampled_video(frames, "upstream_edit", processor.num_frames)
+    shown = {} if frames is None else {example.kind: as_media(example.kind, frames)}
     answer = f"{example.kind}: {describe(example.target, example.kind)}"
-    return encode_conversation(processor, "understand", prompt, answer, **_as_media(shown))
-
-
-def _as_media(shown: dict[str, np.ndarray]) -> dict[str, Any]:
-    """An image is one frame, a video all of them."""
-    return {kind: frames[0] if kind == "image" else frames for kind, frames in shown.items()}
+    return encode_conversation(processor, "understand", prompt, answer, **shown)
 
 
 class AnswerObjective(nn.Module):
@@ -160,7 +156,7 @@ def evaluate(mllm: VilaForConditionalGeneration, processor: OmniVideoProcessor, 
             for start in track(starts, f"Asking about {kind}s, {split}", console=Console(stderr=True)):
                 numbers = range(start, min(start + QUESTIONS_AT_ONCE, len(dataset)))
                 items = [dataset[number] for number in numbers]
-                sources = [item["source"] if kind == "video" else item["source"][0] for item in items]
+                sources = [as_media(kind, item["source"]) for item in items]
                 prompts = [item["prompt"] for item in items]
                 inputs = processor.apply_task_template(
                     "understand", prompts, **{f"{kind}s": sources}, return_tensors="pt"

@@ -12,7 +12,6 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from ..pipeline_omni_video import OmniVideoPipeline
 from ..processing_omni_video import TASKS
@@ -20,17 +19,18 @@ from ..source_omni_video import Source
 from .dataset import ShapesDataset
 from .evaluate import media_of
 from .scene import ATTRIBUTES
-from .scores import ALL, SHOWN_SPLITS, Count
+from .scores import ALL, SHOWN_SPLITS, Score
 from .train_text_encoder import MeaningObjective
+from .train_vae import score_table
 
 DRAWING = ("t2v", "t2i", "v2v", "i2i")
 READ_AT_ONCE = 20
 
 
 @torch.no_grad()
-def read_visual_tokens(pipe: OmniVideoPipeline, task: str, split: str, count: int, seed: int) -> dict[str, Count]:
+def read_visual_tokens(pipe: OmniVideoPipeline, task: str, split: str, count: int, seed: int) -> Score:
     """
-    Of how many examples visual tokens say what is to be drawn: each attribute (motion of videos only), and `"all"`.
+    Whether visual tokens say what is to be drawn: each attribute (motion of videos only), and `"all"`.
 
     Args:
         pipe: its decoder is not run.
@@ -40,8 +40,7 @@ def read_visual_tokens(pipe: OmniVideoPipeline, task: str, split: str, count: in
         seed: of the examples.
     """
     dataset, objective = ShapesDataset(task, split, count, seed), MeaningObjective(pipe.text_encoder)
-    names = [name for name in ATTRIBUTES if name != "motion" or dataset.kind == "video"]
-    right = dict.fromkeys([*names, ALL], 0)
+    verdicts = []
     for start in range(0, count, READ_AT_ONCE):
         numbers = range(start, min(start + READ_AT_ONCE, count))
         items = [dataset[number] for number in numbers]
@@ -50,14 +49,14 @@ def read_visual_tokens(pipe: OmniVideoPipeline, task: str, split: str, count: in
         if source.videos is not None:
             source = source.load(None, media["fps"])
         tokens = pipe.encode_instruction(task, [item["prompt"] for item in items], source)
-        said = objective.read_mean(pipe.adapter.adapt_vision_tokens(tokens, TASKS[task].output).mean(dim=1))
+        logits = objective.read_mean(pipe.adapter.adapt_vision_tokens(tokens, TASKS[task].output).mean(dim=1))
         for row, number in enumerate(numbers):
             target = dataset.example(number).target
-            found = {name: _value(name, logits[row]) == getattr(target, name) for name, logits in said.items()}
-            for name in names:
-                right[name] += found[name]
-            right[ALL] += all(found[name] for name in names)
-    return {name: Count(number, count) for name, number in right.items()}
+            right = {name: _value(name, values[row]) == getattr(target, name) for name, values in logits.items()}
+            if dataset.kind == "image":
+                del right["motion"]
+            verdicts.append(right | {ALL: all(right.values())})
+    return Score.of(task, split, verdicts)
 
 
 def _value(name: str, logits: torch.Tensor) -> str | None:
@@ -72,13 +71,8 @@ def main(
 ) -> None:
     """Show what visual tokens say of each attribute, in percent of the examples."""
     pipe = OmniVideoPipeline.from_pretrained(model)
-    table = Table("task", "split", *ATTRIBUTES, ALL, title="What visual tokens say right, %")
-    for task in DRAWING:
-        for split in SHOWN_SPLITS:
-            counts = read_visual_tokens(pipe, task, split, count, seed)
-            cells = [f"{100 * counts[name].rate:.1f}" if name in counts else "" for name in (*ATTRIBUTES, ALL)]
-            table.add_row(task, split, *cells, end_section=split == SHOWN_SPLITS[-1])
-    Console().print(table)
+    scores = [read_visual_tokens(pipe, task, split, count, seed) for task in DRAWING for split in SHOWN_SPLITS]
+    Console().print(score_table(scores, "What visual tokens say right, %"))
 
 
 __all__ = ["read_visual_tokens"]

@@ -75,7 +75,13 @@ $(SHAPES)/connect/stage.json: $(SHAPES)/align_texts/stage.json
 $(SHAPES)/joint/stage.json: $(SHAPES)/connect/stage.json
 	$(STAGE) $(<D)/pipeline
 
-$(SHAPES)/omni-video-shapes/model_index.json: $(SHAPES)/joint/stage.json
+$(SHAPES)/compose/stage.json: $(SHAPES)/joint/stage.json
+	$(STAGE) $(<D)/pipeline
+
+$(SHAPES)/refine/stage.json: $(SHAPES)/compose/stage.json
+	$(STAGE) $(<D)/pipeline
+
+$(SHAPES)/omni-video-shapes/model_index.json: $(SHAPES)/refine/stage.json
 	$(RUN).assemble finished --model $(<D)/pipeline --output $(@D)
 
 $(SHAPES)/scores/scores.json: $(SHAPES)/omni-video-shapes/model_index.json

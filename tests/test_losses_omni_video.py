@@ -162,6 +162,31 @@ def test_text_alignment_with_a_text_on_the_target_instead_of_the_prompt(model):
 
 
 @torch.no_grad()
+def test_text_alignment_looks_away_from_what_a_text_cannot_say(model):
+    inputs = {key: value for key, value in batch().items() if key in ("mllm_hidden_states", "prompt_embeds")}
+    config = OmniVideoLossConfig(text_alignment_weight=1.0, alignment="squared_l2")
+    width = inputs["prompt_embeds"].shape[-1]
+    rows = torch.nn.init.orthogonal_(torch.empty(3, width))
+    unsaid = torch.stack([rows, torch.zeros_like(rows)])
+
+    def loss(texts):
+        inputs["prompt_embeds"] = texts
+        return model(
+            **inputs, target_prompt_unsaid=unsaid, loss_config=config, output_kind="image"
+        ).text_alignment_loss
+
+    texts = inputs["prompt_embeds"]
+    adapted = model.adapter.adapt_vision_tokens(model.vision_head(inputs["mllm_hidden_states"]), "image").mean(1)
+    gap = adapted - texts.mean(1)
+    expected = (gap[0].square().sum() - (rows @ gap[0]).square().sum() + gap[1].square().sum()) / 2
+    torch.testing.assert_close(loss(texts), expected)
+    torch.testing.assert_close(loss(texts + torch.stack([20 * rows[:1], 0 * rows[:1]])), expected)
+    assert loss(texts + torch.stack([0 * rows[:1], 20 * rows[:1]])) > 2 * expected
+    with pytest.raises(ValueError, match=rf"\[2, number, {width}\], got \(2, {width}\)"):
+        model(**inputs, target_prompt_unsaid=rows[:2], loss_config=config, output_kind="image")
+
+
+@torch.no_grad()
 def test_weights_scale_losses_and_zero_leaves_them_out(model):
     def losses(**weights):
         config = OmniVideoLossConfig(**weights)

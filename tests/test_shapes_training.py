@@ -27,15 +27,17 @@ from omni_video_hf.shapes import (
     train_text_encoder,
     train_text_to_video,
 )
+from omni_video_hf.shapes.dataset import ShapesDataset
 from omni_video_hf.shapes.latents import ScenePairs, drawn, read_pairs
+from omni_video_hf.shapes.outlines import any_outline
 from omni_video_hf.shapes.recolor import HELD_OUT_DISTANCE, MIN_CONTRAST
 from omni_video_hf.shapes.runs import multiplies_bfloat16
-from omni_video_hf.shapes.scene import BACKGROUNDS, COLORS, HELD_OUT
-from omni_video_hf.shapes.stage_data import StageSamples
+from omni_video_hf.shapes.scene import BACKGROUNDS, COLORS, HELD_OUT, SHAPES, SIZES, coverage
+from omni_video_hf.shapes.stage_data import StageCollator, StageSamples
 from omni_video_hf.shapes.train_text_encoder import NOT_SAID, PromptBatches
 from omni_video_hf.shapes.train_text_to_video import PHASES, CaptionedBatches, Phase, TextToVideoObjective
 
-STAGES = ("align", "align_texts", "connect", "joint")
+STAGES = ("align", "align_texts", "connect", "joint", "compose", "refine")
 SHORT = {"max_steps": 2, "save_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 2, "warmup_steps": 0}
 
 
@@ -251,7 +253,9 @@ def test_samples_of_every_stream(built):
             assert ("timesteps" in sample) == (about == "uneven")
             assert about != "uneven" or (sample["timesteps"].shape == (5,) and len(sample["timesteps"].unique()) > 1)
             text = sample.get("target_prompt", sample["prompt"]).lower()
-            assert any(color in text for color in COLORS) == (about != "recolored")
+            # Nothing in what is drawn has the colour of a recolored scene's words, so that prompts do not name one.
+            assert any(color in text for color in COLORS) == ("target_prompt" in sample or about != "recolored")
+            assert sample.get("unsaid") == ("color" if "target_prompt" in sample and about == "recolored" else None)
 
 
 def test_edits_come_with_a_text_on_what_there_will_be_to_see(built):
@@ -288,6 +292,41 @@ def test_phrases_say_one_attribute_and_come_with_nothing_to_draw(built):
         assert not is_edit or sample["pixel_values"].flatten(2).std(dim=2).max() < 1e-6
         named = [any(value in sample["prompt"].lower() for value in values) for values in (COLORS, BACKGROUNDS)]
         assert sum(named) <= 1
+
+
+@pytest.mark.parametrize(("about", "hidden"), stage_data.DISGUISED.items())
+def test_disguised_sources_show_something_else_than_the_text_says(built, about, hidden):
+    pipe = OmniVideoPipeline.from_pretrained(built / "given")
+    samples = StageSamples(read_pairs(built / "latents"), pipe.processor, 12, seed=0, disguises=True)
+    numbers = [number for number, bucket in enumerate(samples.buckets) if bucket.shapes[0][0] == about]
+    assert {samples.buckets[number].task for number in numbers} == {"v2v", "i2i"}
+    collate = StageCollator(pipe.processor, pipe.tokenizer, pipe.text_encoder)
+    directions = collate.directions[hidden]
+    for task in ("v2v", "i2i"):
+        chosen = [samples[number] for number in numbers if samples.buckets[number].task == task]
+        assert not any("latents" in sample for sample in chosen)
+        assert {sample["unsaid"] for sample in chosen} <= {None, hidden}
+        unsaid = collate(chosen)["target_prompt_unsaid"]
+        for sample, left_out in zip(chosen, unsaid, strict=True):
+            assert torch.equal(left_out, directions if sample["unsaid"] else torch.zeros_like(directions))
+            if hidden == "color":  # what is asked for is said
+                assert (sample["unsaid"] is None) == any(color in sample["prompt"].lower() for color in COLORS)
+
+
+def test_other_outlines_fill_the_box_and_are_no_shape():
+    rng = np.random.default_rng(0)
+    scene = ShapesDataset("t2i", "train", 1).example(0).target
+    radius = SIZES[scene.size]
+    y, x = np.mgrid[-16:17, -16:17]
+    shapes = {shape: coverage(shape, radius, x, y) for shape in SHAPES}
+    for _ in range(50):
+        covered = any_outline(rng, scene)(x, y)
+        assert covered.min() == 0
+        assert covered.max() == 1
+        assert covered[np.hypot(x, y) > radius + 1].max() == 0
+        for shape in shapes.values():
+            overlap = np.minimum(covered, shape).sum() / np.maximum(covered, shape).sum()
+            assert overlap < 0.75
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -327,7 +366,7 @@ def test_two_processes_share_a_batch(built, tmp_path):
 
 
 def test_the_finished_repository_is_small_and_works(stages, tmp_path):
-    assemble.finished(stages / "joint" / "pipeline", tmp_path / "omni-video-shapes")
+    assemble.finished(stages / STAGES[-1] / "pipeline", tmp_path / "omni-video-shapes")
     pipe = OmniVideoPipeline.from_pretrained(tmp_path / "omni-video-shapes")
     frames = pipe("a red circle", task="t2i", num_inference_steps=1, output_type="np").frames
     assert frames.shape == (1, 1, 64, 64, 3)

@@ -104,6 +104,20 @@ def mean_token(embeddings: torch.Tensor, mask: torch.Tensor | None = None) -> to
     return (embeddings.float() * mask).sum(dim=1) / mask.sum(dim=1)
 
 
+def without_directions(features: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """
+    What is left of `features` `[batch, width]` across `directions` `[batch, number, width]`, in float32.
+
+    Raises:
+        ValueError: when the two do not fit each other. Rows are not checked: orthonormal, or zeros.
+    """
+    if directions.ndim != 3 or (len(directions), directions.shape[-1]) != tuple(features.shape):
+        batch, width = features.shape
+        raise ValueError(f"Directions to leave out must be [{batch}, number, {width}], got {tuple(directions.shape)}.")
+    directions, features = directions.to(features.device, torch.float32), features.float()
+    return features - torch.einsum("bnw,bn->bw", directions, torch.einsum("bnw,bw->bn", directions, features))
+
+
 def timestep_tables(config: OmniVideoLossConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """The 1000 timesteps training draws from, from 1000 downwards, and the loss weight of each."""
     sigmas = training_sigmas(config.timestep_shift)
@@ -149,4 +163,5 @@ __all__ = [
     "draw_timestep_indices",
     "mean_token",
     "timestep_tables",
+    "without_directions",
 ]

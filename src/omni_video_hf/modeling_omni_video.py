@@ -48,6 +48,7 @@ from .losses_omni_video import (
     draw_timestep_indices,
     mean_token,
     timestep_tables,
+    without_directions,
 )
 from .modeling_omni_video_connectors import (
     ContextOverflow,
@@ -354,6 +355,7 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
         target_features: torch.Tensor | None = None,
         target_prompt_embeds: Embeddings | None = None,
         target_prompt_embeds_mask: torch.Tensor | None = None,
+        target_prompt_unsaid: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: Embeddings | None = None,
         prompt_embeds_mask: torch.Tensor | None = None,
@@ -383,6 +385,8 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
             target_prompt_embeds: `[batch, length, text_dim]` or a list, a text that says what the target shows; give
                 `text_alignment_loss`, with `target_prompt_embeds_mask` `[batch, length]`. By default `prompt_embeds`,
                 which say that where nothing is edited.
+            target_prompt_unsaid: `[batch, directions, text_dim]`, orthonormal rows, rows of zeros where a sample has
+                fewer: directions of the texts' space along which nothing is compared, for what a text cannot say.
             latents: `[batch, channels, frames, height, width]`, normalised latents of the target; give
                 `flow_matching_loss`, with `prompt_embeds`, `prompt_embeds_mask`, `source_latents` and
                 `reference_latents` as in [`encode_condition`].
@@ -446,7 +450,7 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
             self._require("adapter")
             adapted = self.adapter.adapt_vision_tokens(vision_tokens, output_kind)
             losses["text_alignment"] = _text_alignment(
-                adapted, target_prompt_embeds, target_prompt_embeds_mask, config
+                adapted, target_prompt_embeds, target_prompt_embeds_mask, target_prompt_unsaid, config
             )
             vision_embeds = adapted if vision_embeds is None else vision_embeds
         if draws:
@@ -600,6 +604,7 @@ def _text_alignment(
     adapted: torch.Tensor,
     target_prompt_embeds: Embeddings,
     target_prompt_embeds_mask: torch.Tensor | None,
+    target_prompt_unsaid: torch.Tensor | None,
     config: OmniVideoLossConfig,
 ) -> torch.Tensor:
     """
@@ -609,7 +614,10 @@ def _text_alignment(
     the visual tokens' mean is with the target's features.
     """
     texts, mask = pad_embeddings(target_prompt_embeds, target_prompt_embeds_mask, "target_prompt_embeds")
-    return alignment_loss(mean_token(adapted), mean_token(texts, mask), config.alignment)
+    said, wanted = mean_token(adapted), mean_token(texts, mask)
+    if target_prompt_unsaid is not None:
+        said, wanted = (without_directions(means, target_prompt_unsaid) for means in (said, wanted))
+    return alignment_loss(said, wanted, config.alignment)
 
 
 def _where(dropped: torch.Tensor, null: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

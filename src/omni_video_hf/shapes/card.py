@@ -29,6 +29,8 @@ RUNS = {
     "align_texts": "stage `align_texts`",
     "connect": "stage `connect`",
     "joint": "stage `joint`",
+    "compose": "stage `compose`",
+    "refine": "stage `refine`",
 }
 BATCHES = {
     "vae/images": "image_batch_size",

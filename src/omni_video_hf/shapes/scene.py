@@ -1,6 +1,6 @@
 """Scenes of Omni-Video Shapes: one anti-aliased shape on a plain background, standing still or moving steadily."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "background": tuple(BACKGROUNDS),
     "motion": tuple(MOTIONS),
 }
+# How much of the pixels around (x, y), from the middle of a shape's box, something covers, 0..1.
+Outline = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # (color, shape) that no training example shows or names: the test of composition.
 HELD_OUT = frozenset({("red", "triangle"), ("blue", "square"), ("green", "circle")})
 
@@ -117,6 +119,7 @@ def render(
     num_frames: int = NUM_FRAMES,
     color: Sequence[int] | None = None,
     background: Sequence[int] | None = None,
+    outline: Outline | None = None,
 ) -> np.ndarray:
     """
     Draw a scene: a clip, or with `num_frames=1` its middle frame as an image.
@@ -127,6 +130,7 @@ def render(
         scene: what to draw.
         num_frames: at least 1.
         color, background: RGB in 0..255 to draw with in place of the scene's.
+        outline: what to draw in place of the scene's shape; nothing of it is drawn outside the shape's box.
 
     Returns:
         uint8 `[num_frames, 64, 64, 3]`, RGB.
@@ -145,7 +149,8 @@ def render(
     corners = np.floor(centers).astype(int) - reach
     steps = np.arange(2 * reach + 1) + 0.5
     x, y = ((corners[:, axis, None] + steps - centers[:, axis, None]).astype(np.float32) for axis in (0, 1))
-    shares = coverage(scene.shape, np.float32(radius), x[:, None, :], y[:, :, None])
+    x, y = x[:, None, :], y[:, :, None]
+    shares = coverage(scene.shape, np.float32(radius), x, y) if outline is None else outline(x, y)
     windows = mixtures[(shares * 255 + 0.5).astype(np.uint8)]
     for frame, window, (left, top) in zip(frames, windows, corners.tolist(), strict=False):
         frame[top : top + len(steps), left : left + len(steps)] = window
@@ -166,6 +171,7 @@ __all__ = [
     "SIDE",
     "SIZES",
     "TRAVEL",
+    "Outline",
     "Scene",
     "coverage",
     "depth",

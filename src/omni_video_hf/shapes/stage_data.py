@@ -9,6 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import track
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
@@ -19,14 +20,22 @@ from ..training.sampling import Bucket
 from .dataset import ShapesDataset, as_media
 from .latents import EDITS, Pairs, ScenePairs
 from .noise import uneven_timesteps
+from .outlines import any_outline
 from .prompts import edit_prompt, generation_prompt
-from .scene import BACKGROUNDS, SIDE
+from .recolor import any_colors
+from .scene import BACKGROUNDS, SIDE, render
+from .train_text_encoder import MeaningObjective
 
 KINDS = {task: TASKS[task].output for task in ("t2i", "t2v", "i2i", "v2v")}
 # What the batches of `understand` are about: questions, and requests in which no task is named.
 UNDERSTAND = ("image question", "video question", *KINDS)
 # The streams of batches that draw; what comes twice is twice as often. See noise.py for uneven noise, and recolor.py.
 DRAWN = {"image": ("even", "even", "recolored"), "video": ("even", "even", "uneven", "recolored")}
+# Streams of edits that draw nothing: what their sources do not show as the pair's scenes have it.
+DISGUISED = {"other color": "color", "other outline": "shape"}
+COLOR_EDITS = (
+    0.5  # share of these that are surely of the colour, the last attribute that edits of held-out pairs learn
+)
 ONLY_FIRST = 0.6  # share of the clips with uneven noise of which the first frame alone has little
 TEXTS = ("prompt", "target_prompt")
 PAIRS_AT_ONCE = 16
@@ -45,9 +54,13 @@ class StageSamples(Dataset):
         target_features: of [`siglip_features`], for all pairs; none where nothing is aligned with them.
         phrases: whether all tasks are also asked for one attribute alone, edits before a picture of nothing, and draw
             nothing. All else that visual tokens learn of a colour comes with a shape, and some shapes never do.
+        disguises: whether edits are also shown a source in another colour, or with another outline, than the text on
+            the target speaks of, and draw nothing. All other sources of a colour have one of the same two or three
+            shapes.
 
     What draws brings `prompt`, and edits `target_prompt` as well: a text on what there will be to see, which visual
-    tokens align with. `buckets` is what [`OmniVideoBatchSampler`] wants.
+    tokens align with, and `unsaid`: the attribute in which that text is not to be believed, or `None`. `buckets` is
+    what [`OmniVideoBatchSampler`] wants.
     """
 
     def __init__(
@@ -58,12 +71,15 @@ class StageSamples(Dataset):
         seed: int,
         target_features: dict[tuple[str, bool], torch.Tensor] | None = None,
         phrases: bool = False,
+        disguises: bool = False,
     ) -> None:
         self.pairs, self.processor, self.length, self.seed = pairs, processor, length, seed
         self.target_features = target_features
         drawn = [(task, about) for task, kind in KINDS.items() for about in DRAWN[kind]]
         if phrases:
             drawn += [(task, "phrase") for task in KINDS]
+        if disguises:
+            drawn += [(task, about) for task in EDITS.values() for about in DISGUISED]
         self.streams = drawn + [("understand", about) for about in UNDERSTAND]
         self.buckets = [Bucket(task, ((about, ()),)) for task, about in self.streams for _ in range(length)]
 
@@ -76,6 +92,8 @@ class StageSamples(Dataset):
         rng = np.random.default_rng((self.seed, stream, number))
         if about == "phrase":
             return self._phrase(rng, task)
+        if about in DISGUISED:
+            return self._disguised(rng, task, DISGUISED[about])
         if task != "understand":
             return self._drawing(rng, task, about)
         if about in KINDS:
@@ -92,7 +110,8 @@ class StageSamples(Dataset):
         sample = {"task": task, "prompt": prompt, "latents": pairs.latents[row, side].float()}
         if TASKS[task].source is not None:
             target = pairs.examples[row].target
-            sample["target_prompt"] = generation_prompt(rng, target, pairs.kind, names_color=not pairs.recolored)
+            sample["target_prompt"] = generation_prompt(rng, target, pairs.kind)
+            sample["unsaid"] = "color" if pairs.recolored else None
             sample["source_latents"] = pairs.latents[row, 0].float()
         if about == "uneven":
             generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
@@ -111,6 +130,26 @@ class StageSamples(Dataset):
             shown = {pairs.kind: as_media(pairs.kind, empty)}
         return {"task": task, "prompt": prompt} | encode_conversation(self.processor, task, prompt, **shown)
 
+    def _disguised(self, rng: np.random.Generator, task: str, hidden: str) -> dict[str, Any]:
+        """An edit whose source does not show `hidden`; what it asks for is said all the same."""
+        pairs = self.pairs[KINDS[task], False]
+        rows = range(len(pairs.examples))
+        if rng.random() < COLOR_EDITS:
+            rows = [row for row in rows if pairs.examples[row].attribute == "color"] or rows
+        row, prompt, _ = self._chosen(rng, task, pairs, rows)
+        example = pairs.examples[row]
+        if hidden == "color":
+            looks = {"color": any_colors(rng, example.source, background=False, tells_shape=False)["color"]}
+        else:
+            looks = {"outline": any_outline(rng, example.source)}
+        shown = as_media(pairs.kind, render(example.source, example.num_frames, **looks))
+        return {
+            "task": task,
+            "prompt": prompt,
+            "target_prompt": generation_prompt(rng, example.target, pairs.kind),
+            "unsaid": None if example.attribute == hidden else hidden,
+        } | encode_conversation(self.processor, task, prompt, **{pairs.kind: shown})
+
     def _request(self, rng: np.random.Generator, task: str) -> dict[str, Any]:
         """As a user writes who names no task; the answer is the token that asks for an image or a video."""
         pairs = self.pairs[KINDS[task], False]
@@ -125,9 +164,12 @@ class StageSamples(Dataset):
         sample = {"task": "understand", "input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         return sample | {name: inputs[name] for name in ("pixel_values",) if name in inputs}
 
-    def _chosen(self, rng: np.random.Generator, task: str, pairs: ScenePairs) -> tuple[int, str, int]:
-        """Number of a pair, a prompt, and which of the two is to be drawn."""
-        row = int(rng.integers(len(pairs.examples)))
+    def _chosen(
+        self, rng: np.random.Generator, task: str, pairs: ScenePairs, rows: Sequence[int] | None = None
+    ) -> tuple[int, str, int]:
+        """Number of a pair, out of `rows` or all, a prompt, and which of the two is to be drawn."""
+        rows = range(len(pairs.examples)) if rows is None else rows
+        row = int(rows[rng.integers(len(rows))])
         example = pairs.examples[row]
         if TASKS[task].source is not None:
             value = getattr(example.target, example.attribute)
@@ -157,11 +199,12 @@ class StageCollator:
     ) -> None:
         self.collate = OmniVideoDataCollator(processor.tokenizer.pad_token_id)
         self.tokenizer, self.text_encoder = tokenizer, text_encoder.eval()
+        self.directions = MeaningObjective(text_encoder).directions_of()
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Samples of one task and kind."""
-        own = (*TEXTS, "timesteps")
+        own = (*TEXTS, "timesteps", "unsaid")
         batch = self.collate([{name: v for name, v in sample.items() if name not in own} for sample in samples])
         if "timesteps" in samples[0]:
             batch["timesteps"] = torch.stack([sample["timesteps"] for sample in samples])
@@ -169,6 +212,11 @@ class StageCollator:
             tokens = self.tokenizer([sample[name] for sample in samples], padding=True, return_tensors="pt")
             batch[f"{name}_embeds"] = self.text_encoder(**tokens).last_hidden_state
             batch[f"{name}_embeds_mask"] = tokens["attention_mask"]
+        unsaid = [sample.get("unsaid") for sample in samples]
+        if any(unsaid):
+            nothing = self.directions["color"][:0]
+            rows = [nothing if name is None else self.directions[name] for name in unsaid]
+            batch["target_prompt_unsaid"] = pad_sequence(rows, batch_first=True)
         return batch
 
 

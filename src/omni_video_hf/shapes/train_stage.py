@@ -1,10 +1,10 @@
 """
 The paper's stages on Omni-Video Shapes, by the package's own trainer and from a recipe, resumable.
 
-`python -m omni_video_hf.shapes.train_stage align --model FOLDER --data FOLDER --output_dir FOLDER`, then
-`align_texts`, `connect` and `joint`; `--model` is what the one before wrote into its `pipeline`, `--data` what
-`latents` wrote. Under `torchrun` several processes share a batch: two of one thread train 1.5 times as many samples
-as one with two threads.
+`python -m omni_video_hf.shapes.train_stage align --model FOLDER --data FOLDER --output_dir FOLDER`, then the other
+stages of `SHARES` in order; `--model` is what the one before wrote into its `pipeline`, `--data` what `latents` wrote.
+Under `torchrun` several processes share a batch: two of one thread train 1.5 times as many samples as one with two
+threads.
 """
 
 import os
@@ -30,14 +30,18 @@ from .runs import check_settings, multiplies_bfloat16, plain_attention_on_cpu, w
 from .stage_data import StageCollator, StageSamples, siglip_features
 
 RECIPES = Path(__file__).parent / "recipes"
-# Shares of the batches by task; `understand` is questions and requests without a task.
+# The stages in order, and shares of their batches by task; `understand` is questions and requests without a task.
 SHARES = {
     "align": {"t2v": 6, "t2i": 2, "v2v": 3, "i2i": 2, "understand": 4},
     "align_texts": {"t2v": 6, "t2i": 3, "v2v": 5, "i2i": 3, "understand": 1},
     "connect": {"t2v": 4, "t2i": 2, "v2v": 3, "i2i": 2, "understand": 0},
     "joint": {"t2v": 7, "t2i": 4, "v2v": 7, "i2i": 4, "understand": 2},
+    "compose": {"t2v": 3, "t2i": 2, "v2v": 6, "i2i": 4, "understand": 1},
+    "refine": {"t2v": 7, "t2i": 4, "v2v": 10, "i2i": 6, "understand": 2},
 }
-PHRASES = ("align_texts", "joint")  # see [`StageSamples`]
+# See [`StageSamples`].
+PHRASES = ("align_texts", "joint", "compose", "refine")
+DISGUISES = ("compose", "refine")
 
 
 def train(stage: str, words: Sequence[str]) -> Path:
@@ -45,7 +49,7 @@ def train(stage: str, words: Sequence[str]) -> Path:
     Run a stage, from its last checkpoint where there is one.
 
     Args:
-        stage: `align`, `align_texts`, `connect` or `joint`.
+        stage: one of `SHARES`.
         words: `--model`, `--data`, `--output_dir` and settings in place of the recipe's, as in `omni-video train`.
 
     Returns:
@@ -69,7 +73,8 @@ def train(stage: str, words: Sequence[str]) -> Path:
     if args.loss_config.alignment_weight > 0:
         features = {key: siglip_features(model.mllm, processor, pairs[key]) for key in pairs}
     length = args.max_steps * args.train_batch_size * processes
-    samples = StageSamples(pairs, processor, length, args.seed, features, phrases=stage in PHRASES)
+    streams = {"phrases": stage in PHRASES, "disguises": stage in DISGUISES}
+    samples = StageSamples(pairs, processor, length, args.seed, features, **streams)
     collator = StageCollator(
         processor,
         PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),

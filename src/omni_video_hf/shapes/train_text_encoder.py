@@ -93,6 +93,10 @@ class MeaningObjective(nn.Module):
         losses = [nn.functional.cross_entropy(*pair) for pair in zip(logits, said.unbind(1), strict=True)]
         return {"loss": torch.stack(losses).mean()}
 
+    def directions_of(self) -> dict[str, torch.Tensor]:
+        """The directions of each attribute, `[1 + values, width]`, orthonormal over all."""
+        return dict(zip(ATTRIBUTES, self.directions.split(self.sizes), strict=True))
+
     def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """Logits `[batch, 1 + values]` of each attribute."""
         states = self.text_encoder(input_ids, attention_mask).last_hidden_state

@@ -16,6 +16,7 @@ from omni_video_hf.losses_omni_video import (
     draw_timestep_indices,
     mean_token,
     timestep_tables,
+    without_directions,
 )
 
 
@@ -166,6 +167,7 @@ def test_text_alignment_looks_away_from_what_a_text_cannot_say(model):
     inputs = {key: value for key, value in batch().items() if key in ("mllm_hidden_states", "prompt_embeds")}
     config = OmniVideoLossConfig(text_alignment_weight=1.0, alignment="squared_l2")
     width = inputs["prompt_embeds"].shape[-1]
+    torch.manual_seed(0)
     rows = torch.nn.init.orthogonal_(torch.empty(3, width))
     unsaid = torch.stack([rows, torch.zeros_like(rows)])
 
@@ -184,6 +186,18 @@ def test_text_alignment_looks_away_from_what_a_text_cannot_say(model):
     assert loss(texts + torch.stack([0 * rows[:1], 20 * rows[:1]])) > 2 * expected
     with pytest.raises(ValueError, match=rf"\[2, number, {width}\], got \(2, {width}\)"):
         model(**inputs, target_prompt_unsaid=rows[:2], loss_config=config, output_kind="image")
+
+
+def test_what_is_left_across_directions_is_in_float32_under_autocast():
+    torch.manual_seed(0)
+    features = torch.randn(2, 16, dtype=torch.bfloat16)
+    rows = torch.nn.init.orthogonal_(torch.empty(2 * 3, 16)).unflatten(0, (2, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        left = without_directions(features, rows)
+    assert left.dtype == torch.float32
+    for feature, row, rest in zip(features.float(), rows, left, strict=True):
+        torch.testing.assert_close(rest + row.T @ (row @ feature), feature)
+        torch.testing.assert_close(row @ rest, torch.zeros(3), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

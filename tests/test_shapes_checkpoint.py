@@ -20,14 +20,16 @@ from omni_video_hf.shapes.scene import ATTRIBUTES
 from omni_video_hf.shapes.scores import LINES, SHOWN_SPLITS
 from omni_video_hf.shapes.visual_tokens import read_visual_tokens
 
-# Right ones of 8; what the card says of edits to held-out pairs is too low to be told from noise by so few.
+# Right ones of 8.
 LEAST = {
     ("t2v", "seen"): 5,
     ("t2v", "composition"): 3,
     ("t2i", "seen"): 6,
     ("t2i", "composition"): 4,
-    ("v2v", "seen"): 4,
+    ("v2v", "seen"): 5,
+    ("v2v", "composition"): 2,
     ("i2i", "seen"): 5,
+    ("i2i", "composition"): 4,
     ("t2v_visual_only", "seen"): 5,
     ("understand", "seen"): 7,
     ("understand", "composition"): 7,
@@ -94,10 +96,13 @@ def test_a_clip_is_drawn_edited_and_described(run, tmp_path):
     assert circle.reasons == ()
     assert (circle.color, circle.shape, circle.size, circle.background) == ("red", "circle", "large", "black")
     assert circle.motion == "left"
-    run("edit", "circle.mp4", "make it blue", "-o", "blue.mp4", "--seed", "0")
-    blue = read_scene(load_video(tmp_path / "blue.mp4"))
-    assert (blue.color, blue.shape, blue.size, blue.background) == ("blue", "circle", "large", "black")
-    assert blue.motion == "left"
+    right = []
+    for seed in "012":  # one edit in six fails
+        run("edit", "circle.mp4", "make it blue", "-o", "blue.mp4", "--seed", seed, "--overwrite")
+        blue = read_scene(load_video(tmp_path / "blue.mp4"))
+        read = (blue.color, blue.shape, blue.size, blue.background, blue.motion)
+        right.append(read == ("blue", "circle", "large", "black", "left"))
+    assert sum(right) >= 2
     assert "blue circle" in run("ask", "blue.mp4", "describe the video")
 
 

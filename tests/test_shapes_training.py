@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,9 +17,11 @@ import torch
 import typer
 from safetensors.torch import load_file
 
-from omni_video_hf import OmniVideoPipeline
+from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline
+from omni_video_hf.losses_omni_video import OmniVideoLossConfig
 from omni_video_hf.shapes import (
     assemble,
+    card,
     configuration,
     latents,
     noise,
@@ -28,16 +31,17 @@ from omni_video_hf.shapes import (
     train_text_to_video,
 )
 from omni_video_hf.shapes.dataset import ShapesDataset
+from omni_video_hf.shapes.judge import read_scene
 from omni_video_hf.shapes.latents import ScenePairs, drawn, read_pairs
 from omni_video_hf.shapes.outlines import any_outline
 from omni_video_hf.shapes.recolor import HELD_OUT_DISTANCE, MIN_CONTRAST
 from omni_video_hf.shapes.runs import multiplies_bfloat16
-from omni_video_hf.shapes.scene import BACKGROUNDS, COLORS, HELD_OUT, SHAPES, SIZES, coverage
+from omni_video_hf.shapes.scene import BACKGROUNDS, COLORS, HELD_OUT, SIZES, render
 from omni_video_hf.shapes.stage_data import StageCollator, StageSamples
 from omni_video_hf.shapes.train_text_encoder import NOT_SAID, PromptBatches
 from omni_video_hf.shapes.train_text_to_video import PHASES, CaptionedBatches, Phase, TextToVideoObjective
 
-STAGES = ("align", "align_texts", "connect", "joint", "compose", "refine")
+STAGES = tuple(train_stage.SHARES)
 SHORT = {"max_steps": 2, "save_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 2, "warmup_steps": 0}
 
 
@@ -253,9 +257,8 @@ def test_samples_of_every_stream(built):
             assert ("timesteps" in sample) == (about == "uneven")
             assert about != "uneven" or (sample["timesteps"].shape == (5,) and len(sample["timesteps"].unique()) > 1)
             text = sample.get("target_prompt", sample["prompt"]).lower()
-            # Nothing in what is drawn has the colour of a recolored scene's words, so that prompts do not name one.
-            assert any(color in text for color in COLORS) == ("target_prompt" in sample or about != "recolored")
-            assert sample.get("unsaid") == ("color" if "target_prompt" in sample and about == "recolored" else None)
+            assert any(color in text for color in COLORS) == (about != "recolored")
+            assert sample.get("unsaid") is None
 
 
 def test_edits_come_with_a_text_on_what_there_will_be_to_see(built):
@@ -294,39 +297,109 @@ def test_phrases_say_one_attribute_and_come_with_nothing_to_draw(built):
         assert sum(named) <= 1
 
 
-@pytest.mark.parametrize(("about", "hidden"), stage_data.DISGUISED.items())
-def test_disguised_sources_show_something_else_than_the_text_says(built, about, hidden):
+class PairsInWords:
+    """Pairs of scenes as `ScenePairs` has them, for streams that draw nothing: no latents."""
+
+    def __init__(self, kind):
+        self.kind, self.recolored = kind, False
+        self.examples, self.colors = zip(*drawn(kind, 60, recolored=False), strict=True)
+
+
+@pytest.fixture(scope="module")
+def disguised(built):
+    """For each task and stream of disguised edits, samples, and what was rendered for them."""
     pipe = OmniVideoPipeline.from_pretrained(built / "given")
-    samples = StageSamples(read_pairs(built / "latents"), pipe.processor, 12, seed=0, disguises=True)
-    numbers = [number for number, bucket in enumerate(samples.buckets) if bucket.shapes[0][0] == about]
-    assert {samples.buckets[number].task for number in numbers} == {"v2v", "i2i"}
+    pairs = {(kind, recolored): PairsInWords(kind) for kind in latents.EDITS for recolored in (False, True)}
+    samples = StageSamples(pairs, pipe.processor, 40, seed=0, disguises=True)
+    found = {}
+    for number, bucket in enumerate(samples.buckets):
+        about = bucket.shapes[0][0]
+        if about in stage_data.DISGUISED:
+            with patch.object(stage_data, "render", wraps=stage_data.render) as rendered:
+                sample = samples[number]
+            found.setdefault((bucket.task, about), []).append((sample, rendered.call_args))
+    return pipe, pairs, found
+
+
+@pytest.mark.parametrize("task", ["v2v", "i2i"])
+@pytest.mark.parametrize(("about", "hidden"), stage_data.DISGUISED.items())
+def test_disguised_sources_show_something_else_than_the_text_says(disguised, task, about, hidden):
+    _, pairs, found = disguised
+    edits = {example.source: example for example in pairs[latents_kind(task), False].examples}
+    attributes = []
+    for sample, rendered in found[task, about]:
+        scene, looks = rendered.args[0], rendered.kwargs
+        example = edits[scene]
+        attributes.append(example.attribute)
+        assert sample["unsaid"] == (None if example.attribute == hidden else hidden)  # what is asked for is said
+        assert example.target.color in sample["target_prompt"].lower()
+        assert "latents" not in sample
+        shown = stage_data.render(scene, example.num_frames, **looks)
+        assert not np.array_equal(shown, stage_data.render(scene, example.num_frames))
+        if hidden == "color":
+            held_out = np.array([COLORS[color] for color, _ in HELD_OUT])
+            assert np.linalg.norm(looks["color"] - held_out, axis=-1).min() > HELD_OUT_DISTANCE
+        else:
+            assert (scene.color, scene.shape) not in HELD_OUT
+            assert set(looks) == {"outline"}
+    assert len(attributes) == 40
+    assert {"color", hidden} < set(attributes)
+    assert 0.45 < attributes.count("color") / len(attributes) < 0.85  # half of them, and by chance
+
+
+def latents_kind(task):
+    return {name: kind for kind, name in latents.EDITS.items()}[task]
+
+
+def test_batches_of_disguised_edits_bring_the_directions_of_what_is_hidden(disguised):
+    pipe, _, found = disguised
     collate = StageCollator(pipe.processor, pipe.tokenizer, pipe.text_encoder)
-    directions = collate.directions[hidden]
-    for task in ("v2v", "i2i"):
-        chosen = [samples[number] for number in numbers if samples.buckets[number].task == task]
-        assert not any("latents" in sample for sample in chosen)
-        assert {sample["unsaid"] for sample in chosen} <= {None, hidden}
+    for (_, about), drawn_samples in found.items():
+        chosen = [sample for sample, _ in drawn_samples[:8]]
+        directions = collate.directions[stage_data.DISGUISED[about]]
         unsaid = collate(chosen)["target_prompt_unsaid"]
+        assert {sample["unsaid"] is None for sample in chosen} == {True, False}
         for sample, left_out in zip(chosen, unsaid, strict=True):
             assert torch.equal(left_out, directions if sample["unsaid"] else torch.zeros_like(directions))
-            if hidden == "color":  # what is asked for is said
-                assert (sample["unsaid"] is None) == any(color in sample["prompt"].lower() for color in COLORS)
 
 
-def test_other_outlines_fill_the_box_and_are_no_shape():
+def test_what_a_disguise_hides_teaches_nothing(disguised, built):
+    """Another word for what the source does not show leaves the loss of the whole model as it is, others do not."""
+    pipe, _, found = disguised
+    model = OmniVideoForConditionalGeneration.from_pretrained(built / "given").train()
+    config = OmniVideoLossConfig(alignment_weight=0.0, text_alignment_weight=1.0, flow_matching_weight=0.0)
+    collate = StageCollator(pipe.processor, pipe.tokenizer, pipe.text_encoder)
+    sample = next(sample for sample, _ in found["i2i", "other color"] if sample["unsaid"])
+
+    def text_loss(shift):
+        batch = collate([sample])
+        batch = {name: value for name, value in batch.items() if name != "task"}
+        batch["target_prompt_embeds"] = batch["target_prompt_embeds"] + shift
+        output = model(**batch, loss_config=config)
+        output.loss.backward()
+        return output.text_alignment_loss.detach()
+
+    plain, hidden, said = (
+        text_loss(shift) for shift in (0.0, 3 * collate.directions["color"][1], 3 * collate.directions["shape"][1])
+    )
+    torch.testing.assert_close(hidden, plain)
+    assert (said - plain).abs() > 1e-3
+    assert model.vision_head.query_transformer.query_tokens.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_other_outlines_stay_in_the_circle_and_are_no_shape_to_the_judge(size):
     rng = np.random.default_rng(0)
-    scene = ShapesDataset("t2i", "train", 1).example(0).target
-    radius = SIZES[scene.size]
     y, x = np.mgrid[-16:17, -16:17]
-    shapes = {shape: coverage(shape, radius, x, y) for shape in SHAPES}
-    for _ in range(50):
-        covered = any_outline(rng, scene)(x, y)
-        assert covered.min() == 0
-        assert covered.max() == 1
-        assert covered[np.hypot(x, y) > radius + 1].max() == 0
-        for shape in shapes.values():
-            overlap = np.minimum(covered, shape).sum() / np.maximum(covered, shape).sum()
-            assert overlap < 0.75
+    for color, shape in HELD_OUT:
+        scene = replace(ShapesDataset("t2i", "train", 1).example(0).target, color=color, shape=shape, size=size)
+        for _ in range(40):
+            outline = any_outline(rng, scene)
+            covered = outline(x, y)
+            assert covered.min() == 0
+            assert covered.max() == 1
+            assert covered[np.hypot(x, y) > SIZES[size] + 1].max() == 0
+            assert read_scene(render(scene, 1, outline=outline)).shape is None
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -348,7 +421,12 @@ def test_two_processes_share_a_batch(built, tmp_path):
     command += ["omni_video_hf.shapes.train_stage", "align"]
     command += words(model=built / "given", data=built / "latents", output_dir=tmp_path, **SHORT)
     done = subprocess.run(
-        command, check=False, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "stage.json").read_text())
@@ -376,7 +454,12 @@ def test_make_knows_every_file_that_the_scripts_write_last(stages):
     """`make shapes` would begin again with what it does not find."""
     makefile = (Path(__file__).parent.parent / "Makefile").read_text()
     made = re.findall(r"^\$\(SHAPES\)/(\S+): ", makefile, flags=re.MULTILINE)
-    assert {"text_encoder/text_encoder.json", "text_to_video/text_to_video.json", "joint/stage.json"} < set(made)
+    assert {"text_encoder/text_encoder.json", "text_to_video/text_to_video.json"} < set(made)
+    order = [name for name in made if name.endswith("stage.json")]
+    assert order == [f"{stage}/stage.json" for stage in STAGES]
+    for before, stage in pairwise(STAGES):
+        assert f"$(SHAPES)/{stage}/stage.json: $(SHAPES)/{before}/stage.json" in makefile
+    assert [name for name in card.RUNS if name in STAGES] == list(STAGES)
     missing = [name for name in made if not (stages / name).exists()]
     # Trained in tests of their own: tests/test_shapes_train_vae.py and so on.
     assert sorted(missing) == [

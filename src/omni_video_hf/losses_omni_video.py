@@ -115,7 +115,9 @@ def without_directions(features: torch.Tensor, directions: torch.Tensor) -> torc
         batch, width = features.shape
         raise ValueError(f"Directions to leave out must be [{batch}, number, {width}], got {tuple(directions.shape)}.")
     directions, features = directions.to(features.device, torch.float32), features.float()
-    return features - torch.einsum("bnw,bn->bw", directions, torch.einsum("bnw,bw->bn", directions, features))
+    # No products of matrices: under autocast those would be half as precise.
+    shares = (directions * features[:, None]).sum(dim=-1, keepdim=True)
+    return features - (shares * directions).sum(dim=1)
 
 
 def timestep_tables(config: OmniVideoLossConfig) -> tuple[torch.Tensor, torch.Tensor]:

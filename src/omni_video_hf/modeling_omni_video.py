@@ -386,7 +386,8 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
                 `text_alignment_loss`, with `target_prompt_embeds_mask` `[batch, length]`. By default `prompt_embeds`,
                 which say that where nothing is edited.
             target_prompt_unsaid: `[batch, directions, text_dim]`, orthonormal rows, rows of zeros where a sample has
-                fewer: directions of the texts' space along which nothing is compared, for what a text cannot say.
+                fewer: directions along which the means of tokens and text are not compared, for what a text cannot
+                say.
             latents: `[batch, channels, frames, height, width]`, normalised latents of the target; give
                 `flow_matching_loss`, with `prompt_embeds`, `prompt_embeds_mask`, `source_latents` and
                 `reference_latents` as in [`encode_condition`].

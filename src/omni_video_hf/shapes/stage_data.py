@@ -55,12 +55,12 @@ class StageSamples(Dataset):
         phrases: whether all tasks are also asked for one attribute alone, edits before a picture of nothing, and draw
             nothing. All else that visual tokens learn of a colour comes with a shape, and some shapes never do.
         disguises: whether edits are also shown a source in another colour, or with another outline, than the text on
-            the target speaks of, and draw nothing. All other sources of a colour have one of the same two or three
-            shapes.
+            the target speaks of, and draw nothing: all scenes of a colour have one of the same two or three shapes.
+            Texts on the targets of recolored sources then name a colour as well.
 
-    What draws brings `prompt`, and edits `target_prompt` as well: a text on what there will be to see, which visual
-    tokens align with, and `unsaid`: the attribute in which that text is not to be believed, or `None`. `buckets` is
-    what [`OmniVideoBatchSampler`] wants.
+    All but questions and requests brings `prompt`. Edits that draw or are disguised also bring `target_prompt`, a text
+    on what there will be to see, which visual tokens align with, and `unsaid`: the attribute in which that text is not
+    to be believed, or `None`. `buckets` is what [`OmniVideoBatchSampler`] wants.
     """
 
     def __init__(
@@ -74,14 +74,19 @@ class StageSamples(Dataset):
         disguises: bool = False,
     ) -> None:
         self.pairs, self.processor, self.length, self.seed = pairs, processor, length, seed
-        self.target_features = target_features
+        self.target_features, self.disguises = target_features, disguises
+        self.color_edits = {
+            kind: [row for row, example in enumerate(pairs[kind, False].examples) if example.attribute == "color"]
+            for kind in EDITS
+        }
         drawn = [(task, about) for task, kind in KINDS.items() for about in DRAWN[kind]]
         if phrases:
             drawn += [(task, "phrase") for task in KINDS]
         if disguises:
             drawn += [(task, about) for task in EDITS.values() for about in DISGUISED]
         self.streams = drawn + [("understand", about) for about in UNDERSTAND]
-        self.buckets = [Bucket(task, ((about, ()),)) for task, about in self.streams for _ in range(length)]
+        kinds_of_batch = [Bucket(task, ((about, ()),)) for task, about in self.streams]
+        self.buckets = [bucket for bucket in kinds_of_batch for _ in range(length)]  # millions: the same few objects
 
     def __len__(self) -> int:
         return len(self.buckets)
@@ -110,8 +115,9 @@ class StageSamples(Dataset):
         sample = {"task": task, "prompt": prompt, "latents": pairs.latents[row, side].float()}
         if TASKS[task].source is not None:
             target = pairs.examples[row].target
-            sample["target_prompt"] = generation_prompt(rng, target, pairs.kind)
-            sample["unsaid"] = "color" if pairs.recolored else None
+            names_color = self.disguises or not pairs.recolored
+            sample["target_prompt"] = generation_prompt(rng, target, pairs.kind, names_color)
+            sample["unsaid"] = "color" if self.disguises and pairs.recolored else None
             sample["source_latents"] = pairs.latents[row, 0].float()
         if about == "uneven":
             generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
@@ -133,9 +139,7 @@ class StageSamples(Dataset):
     def _disguised(self, rng: np.random.Generator, task: str, hidden: str) -> dict[str, Any]:
         """An edit whose source does not show `hidden`; what it asks for is said all the same."""
         pairs = self.pairs[KINDS[task], False]
-        rows = range(len(pairs.examples))
-        if rng.random() < COLOR_EDITS:
-            rows = [row for row in rows if pairs.examples[row].attribute == "color"] or rows
+        rows = self.color_edits[pairs.kind] if rng.random() < COLOR_EDITS else None
         row, prompt, _ = self._chosen(rng, task, pairs, rows)
         example = pairs.examples[row]
         if hidden == "color":
@@ -167,8 +171,8 @@ class StageSamples(Dataset):
     def _chosen(
         self, rng: np.random.Generator, task: str, pairs: ScenePairs, rows: Sequence[int] | None = None
     ) -> tuple[int, str, int]:
-        """Number of a pair, out of `rows` or all, a prompt, and which of the two is to be drawn."""
-        rows = range(len(pairs.examples)) if rows is None else rows
+        """Number of a pair, out of `rows` if there are any, a prompt, and which of the two is to be drawn."""
+        rows = rows or range(len(pairs.examples))
         row = int(rows[rng.integers(len(rows))])
         example = pairs.examples[row]
         if TASKS[task].source is not None:

@@ -1,0 +1,295 @@
+# omni_video_hf 0.1.0, modeling_vila.py, sha256 2db9392a2ac15200. Written when saving; edits get lost.
+"""VILA on transformers' SigLIP and causal language models, with the numbers of upstream's Omni-Video v1."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from .configuration_vila_b0934582 import VilaConfig
+
+
+@dataclass
+class VilaModelOutputWithPast(BaseModelOutputWithPast):
+    """Output of [`VilaModel`]; `image_hidden_states` `[images, tokens, hidden]` are the projected image features."""
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class VilaCausalLMOutputWithPast(ModelOutput):
+    """Output of [`VilaForConditionalGeneration`], in the fields of every transformers vision-language model."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+def merge_patches(features: torch.Tensor) -> torch.Tensor:
+    """
+    Merge a square grid of patch features 2x2 into one token each, in upstream's order.
+
+    Tokens run column by column (the column block is the slow index); the four features of a token are its upper left,
+    upper right, lower left and lower right patch. A grid of odd side gets a row and a column of zeros first.
+
+    Args:
+        features: `[images, side * side, channels]`, patches row by row.
+
+    Returns:
+        `[images, ceil(side / 2) ** 2, 4 * channels]`
+    """
+    num_images, num_patches, channels = features.shape
+    side = round(num_patches**0.5)
+    if side * side != num_patches:
+        raise ValueError(f"{num_patches} patches do not form a square grid, which the 2x2 merge needs.")
+    grid = features.reshape(num_images, side, side, channels)
+    grid = nn.functional.pad(grid, (0, 0, 0, side % 2, 0, side % 2))
+    blocks = (side + 1) // 2
+    grid = grid.reshape(num_images, blocks, 2, blocks, 2, channels)
+    # [images, row block, row, column block, column, channels] -> column block outermost
+    return grid.permute(0, 3, 1, 2, 4, 5).reshape(num_images, blocks * blocks, 4 * channels)
+
+
+class VilaMultiModalProjector(nn.Module):
+    """2x2 merge, LayerNorm, and two linear layers with an exact GELU between (`mlp_downsample` as upstream)."""
+
+    def __init__(self, config: VilaConfig) -> None:
+        super().__init__()
+        merged = 4 * config.vision_config.hidden_size
+        hidden_size = config.text_config.hidden_size
+        self.norm = nn.LayerNorm(merged, eps=config.projector_layer_norm_eps)
+        self.linear_1 = nn.Linear(merged, hidden_size)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        """`[images, patches, vision hidden]` -> `[images, tokens, text hidden]`."""
+        hidden_states = self.norm(merge_patches(image_features))
+        return self.linear_2(self.act(self.linear_1(hidden_states)))
+
+
+class VilaPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and capabilities shared by the VILA classes."""
+
+    config: VilaConfig
+    config_class = VilaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ("VilaMultiModalProjector",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+
+class VilaModel(VilaPreTrainedModel):
+    """Vision tower, projector and language model, without the language-modelling head."""
+
+    def __init__(self, config: VilaConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        # The tower ends at the selected hidden state: no layer is kept whose output nobody reads.
+        self.vision_tower.encoder.layers = self.vision_tower.encoder.layers[: config.num_vision_layers]
+        self.multi_modal_projector = VilaMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's token embedding."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's token embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """
+        Encode images.
+
+        Args:
+            pixel_values: `[images, 3, size, size]`, normalised by the image processor.
+
+        Returns:
+            `last_hidden_state` `[images, patches, vision hidden]`, the selected hidden state of the tower, and
+            `pooler_output` `[images, tokens, text hidden]`, its projection.
+        """
+        kwargs.pop("output_hidden_states", None)
+        outputs = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True, **kwargs)
+        selected = outputs.hidden_states[-1]  # before post_layernorm
+        return BaseModelOutputWithPooling(
+            last_hidden_state=selected,
+            pooler_output=self.multi_modal_projector(selected),
+            attentions=outputs.attentions,
+        )
+
+    def get_placeholder_mask(self, input_ids: torch.Tensor, image_features: torch.Tensor) -> torch.Tensor:
+        """
+        Where image features go.
+
+        Returns:
+            `[batch, length]` bool, true at `config.image_token_id`.
+
+        Raises:
+            ValueError: when placeholders and features differ in number; the message gives both.
+        """
+        mask = input_ids == self.config.image_token_id
+        num_tokens, num_features = int(mask.sum()), image_features.shape[0] * image_features.shape[1]
+        if num_tokens != num_features:
+            raise ValueError(
+                f"Image features and image tokens do not match: `input_ids` hold {num_tokens} tokens of id "
+                f"{self.config.image_token_id}, but `pixel_values` ({image_features.shape[0]} images of "
+                f"{image_features.shape[1]} tokens) give {num_features} features. Let the processor make both."
+            )
+        return mask
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> VilaModelOutputWithPast:
+        """
+        Run the language model over text and images.
+
+        Args:
+            input_ids: `[batch, length]`, image placeholders expanded to `config.image_seq_length` ids each.
+            pixel_values: `[images, 3, size, size]`, the images of the whole batch in order.
+            attention_mask: `[batch, length]`, 0 at positions nobody may attend to.
+            position_ids: `[batch, length]`; by default 0 to length - 1. With images, positions masked out do not
+                count, since upstream removes them before the images go in.
+            past_key_values: cache of earlier positions.
+            inputs_embeds: `[batch, length, hidden]` instead of `input_ids`; images cannot be placed then.
+
+        Raises:
+            ValueError: without exactly one of `input_ids` and `inputs_embeds`, or when images and placeholders differ.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        if pixel_values is not None and input_ids is None:
+            raise ValueError("`pixel_values` need `input_ids`, which say where the images go.")
+
+        if inputs_embeds is None:
+            # The placeholder has no row of its own in the embedding table.
+            is_image = input_ids == self.config.image_token_id
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+
+        image_features = None
+        if pixel_values is not None:
+            image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, image_features)[..., None].to(inputs_embeds.device)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+            if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        elif input_ids is not None and past_key_values is None and bool(is_image.any()):
+            raise ValueError(
+                f"`input_ids` hold {int(is_image.sum())} image tokens, but there are no `pixel_values` (0 features)."
+            )
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return VilaModelOutputWithPast(**outputs, image_hidden_states=image_features)
+
+
+class VilaForConditionalGeneration(VilaPreTrainedModel, GenerationMixin):
+    """VILA with its language-modelling head: answers about images, and hidden states for the vision head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: VilaConfig) -> None:
+        super().__init__(config)
+        self.model = VilaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's token embedding."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's token embedding."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language-modelling head."""
+        return self.lm_head
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """See [`VilaModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> VilaCausalLMOutputWithPast:
+        """
+        Next-token logits, and the cross-entropy of `labels` where given.
+
+        Args:
+            labels: `[batch, length]`, -100 where no loss is wanted.
+            logits_to_keep: how many positions, from the end, get logits; 0 is all.
+
+        The other arguments are those of [`VilaModel.forward`].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return VilaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+
+__all__ = ["VilaForConditionalGeneration", "VilaModel", "VilaPreTrainedModel"]

@@ -1,0 +1,239 @@
+# omni_video_hf 0.1.0, configuration_omni_video.py, sha256 c1596343b8ce7d17. Written when saving; edits get lost.
+"""Configuration of Omni-Video: MLLM, vision head, adapter and decoder, and how their widths must fit."""
+
+from dataclasses import field
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .configuration_vila_b0934582 import VilaConfig
+
+# Wan2.1-T2V-1.3B in the words of `WanTransformer3DModel`.
+WAN_2_1_T2V_1_3B = {
+    "patch_size": [1, 2, 2],
+    "num_attention_heads": 12,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 8960,
+    "num_layers": 30,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+}
+
+
+class _MllmSpec(SubConfigSpec):
+    """
+    Any image-text-to-text configuration, VILA by default.
+
+    VILA is a sibling of this file and found as such: code loaded from one repository must not depend on what another
+    repository registered under the same name.
+    """
+
+    def get_config_class(self, model_type: str | None = None) -> type[PreTrainedConfig]:
+        return VilaConfig if model_type == VilaConfig.model_type else super().get_config_class(model_type)
+
+
+def _check_heads(owner: str, hidden_size: int, num_attention_heads: int) -> None:
+    if hidden_size % num_attention_heads:
+        raise ValueError(
+            f"{owner}: `hidden_size` ({hidden_size}) must be a multiple of `num_attention_heads` "
+            f"({num_attention_heads})."
+        )
+
+
+@strict
+class OmniVideoVisionHeadConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`OmniVideoVisionHead`], which turns MLLM hidden states into continuous visual tokens.
+
+    Args:
+        mllm_hidden_size (`int`, defaults to 4096): Width of the MLLM's hidden states.
+        hidden_size (`int`, defaults to 1152): Width of the visual tokens.
+        intermediate_size (`int`, defaults to 4608): Width of the feed-forward layers.
+        num_encoder_layers (`int`, defaults to 4): Layers that read the hidden states.
+        num_decoder_layers (`int`, defaults to 4): Layers that update the queries.
+        num_attention_heads (`int`, defaults to 8): Heads of every attention.
+        num_query_tokens (`int`, defaults to 4): Visual tokens per sample.
+        null_length (`int`, defaults to 164): Length of the stored MLLM hidden states of the empty instruction.
+        hidden_act (`str`, defaults to `"relu"`): Activation of the feed-forward layers.
+        layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every LayerNorm.
+    """
+
+    model_type = "omni_video_vision_head"
+    base_config_key = "vision_head_config"
+
+    mllm_hidden_size: int = 4096
+    hidden_size: int = 1152
+    intermediate_size: int = 4608
+    num_encoder_layers: int = 4
+    num_decoder_layers: int = 4
+    num_attention_heads: int = 8
+    num_query_tokens: int = 4
+    null_length: int = 164
+    hidden_act: str = "relu"
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: object) -> None:
+        super().__post_init__(**kwargs)
+        _check_heads("vision_head_config", self.hidden_size, self.num_attention_heads)
+
+
+@strict
+class OmniVideoAdapterConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`OmniVideoAdapter`], which carries visual tokens, source latents and the prompt into the
+    decoder's condition space.
+
+    Args:
+        vision_hidden_size (`int`, defaults to 1152): Width of the incoming visual tokens.
+        hidden_size (`int`, defaults to 4096): Width of the context, the decoder's `text_dim`.
+        intermediate_size (`int`, defaults to 16384): Width of the feed-forward layers.
+        num_encoder_layers (`int`, defaults to 4): Layers that read a visual token.
+        num_decoder_layers (`int`, defaults to 4): Layers that update the queries.
+        num_attention_heads (`int`, defaults to 8): Heads of every attention.
+        num_query_tokens (`int`, defaults to 256): Context tokens per visual token.
+        num_image_vision_tokens (`int`, defaults to 1): Visual tokens that condition an image; a video takes all.
+        latent_channels (`int`, defaults to 16): Channels of the source latents.
+        visual_context_size (`int`, defaults to 1536): Width of the source tokens before their projection.
+        visual_context_patch_size (`tuple`, defaults to `(1, 4, 4)`): Frames, rows and columns of latents per token.
+        use_markers (`bool`, defaults to `True`): Whether parts of the context stand between marker embeddings.
+        null_prompt_length (`int`, defaults to 1): Length of the stored text embedding of the empty prompt.
+        max_context_length (`int`, defaults to 2560): Tokens the decoder attends to; shorter contexts are zero-padded.
+        hidden_act (`str`, defaults to `"relu"`): Activation of the feed-forward layers.
+        layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the LayerNorms of the query transformer.
+    """
+
+    model_type = "omni_video_adapter"
+    base_config_key = "adapter_config"
+
+    vision_hidden_size: int = 1152
+    hidden_size: int = 4096
+    intermediate_size: int = 16384
+    num_encoder_layers: int = 4
+    num_decoder_layers: int = 4
+    num_attention_heads: int = 8
+    num_query_tokens: int = 256
+    num_image_vision_tokens: int = 1
+    latent_channels: int = 16
+    visual_context_size: int = 1536
+    visual_context_patch_size: list[int] | tuple[int, ...] = (1, 4, 4)  # stored as a list
+    use_markers: bool = True
+    null_prompt_length: int = 1
+    max_context_length: int = 2560
+    hidden_act: str = "relu"
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: object) -> None:
+        super().__post_init__(**kwargs)
+        self.visual_context_patch_size = list(self.visual_context_patch_size)
+        _check_heads("adapter_config", self.hidden_size, self.num_attention_heads)
+
+    def adapter_kwargs(self) -> dict[str, object]:
+        """Constructor arguments of [`OmniVideoAdapter`], which is a diffusers model and keeps them as its config."""
+        return {name: getattr(self, name) for name in OmniVideoAdapterConfig.__annotations__}
+
+
+@strict
+class OmniVideoConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`OmniVideoForConditionalGeneration`]. The defaults are the released 11B model.
+
+    Args:
+        mllm_config (`dict` or `PreTrainedConfig`, *optional*, defaults to [`VilaConfig`]):
+            Configuration of any image-text-to-text model; a `dict` without `model_type` is a [`VilaConfig`].
+        vision_head_config (`dict` or [`OmniVideoVisionHeadConfig`], *optional*):
+            Configuration of the vision head.
+        adapter_config (`dict` or [`OmniVideoAdapterConfig`], *optional*):
+            Configuration of the adapter; `None` leaves it out, as in the `mllm` component of a pipeline.
+        decoder_config (`dict`, *optional*, defaults to Wan2.1-T2V-1.3B):
+            Arguments of diffusers' `WanTransformer3DModel`; `None` leaves the decoder out.
+        enable_mllm (`bool`, defaults to `True`):
+            Whether the MLLM is there. `False` leaves it out, for training on its precomputed hidden states;
+            `mllm_config` still gives their width.
+        image_generation_token_id (`int`, defaults to 128002):
+            Id of `[GEN_IMG]`, the MLLM's answer when an image is to be drawn.
+        video_generation_token_id (`int`, defaults to 128003):
+            Id of `[GEN_VID]`, likewise for a video.
+
+    Raises:
+        ValueError: when widths of neighbouring parts differ.
+    """
+
+    model_type = "omni_video"
+    sub_configs_defaults = {  # noqa: RUF012 - read by transformers on the class
+        "mllm_config": _MllmSpec(config_class=AutoConfig, model_type=VilaConfig.model_type),
+        "vision_head_config": OmniVideoVisionHeadConfig,
+        "adapter_config": SubConfigSpec(config_class=OmniVideoAdapterConfig, optional=True),
+    }
+
+    mllm_config: dict | PreTrainedConfig | None = None
+    vision_head_config: dict | PreTrainedConfig | None = None
+    adapter_config: dict | PreTrainedConfig | None = field(default_factory=dict)
+    decoder_config: dict | None = field(default_factory=lambda: dict(WAN_2_1_T2V_1_3B))
+    enable_mllm: bool = True
+    image_generation_token_id: int = 128002
+    video_generation_token_id: int = 128003
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: object) -> None:
+        super().__post_init__(**kwargs)
+        self._check_widths()
+
+    def _check_widths(self) -> None:
+        def check(left: str, left_value: int, right: str, right_value: int) -> None:
+            if left_value != right_value:
+                raise ValueError(f"`{left}` is {left_value} but `{right}` is {right_value}: they must be equal.")
+
+        head, adapter, decoder = self.vision_head_config, self.adapter_config, self.decoder_config
+        text_width = self.mllm_config.get_text_config().hidden_size
+        check("vision_head_config.mllm_hidden_size", head.mllm_hidden_size, "the MLLM's hidden_size", text_width)
+        if adapter is not None:
+            check(
+                "adapter_config.vision_hidden_size",
+                adapter.vision_hidden_size,
+                "vision_head_config.hidden_size",
+                head.hidden_size,
+            )
+            if adapter.num_image_vision_tokens > head.num_query_tokens:
+                raise ValueError(
+                    f"`adapter_config.num_image_vision_tokens` is {adapter.num_image_vision_tokens}, but the vision "
+                    f"head gives only {head.num_query_tokens} (`vision_head_config.num_query_tokens`)."
+                )
+        if adapter is not None and decoder is not None:
+            defaults = WAN_2_1_T2V_1_3B
+            text_dim = decoder.get("text_dim", defaults["text_dim"])
+            check("adapter_config.hidden_size", adapter.hidden_size, "decoder_config['text_dim']", text_dim)
+
+    def get_text_config(self, *args: object, **kwargs: object) -> PreTrainedConfig:
+        """The configuration of the language model inside the MLLM, where `generate` looks for cache sizes."""
+        return self.mllm_config.get_text_config(*args, **kwargs)
+
+
+def state_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """
+    Let every part of a model be made, and be said to be stored, in one format.
+
+    transformers tells the configurations inside ours, but not those inside them, which go on naming the format that
+    their checkpoint was stored in.
+    """
+    config.dtype = dtype
+    for name in config.sub_configs:
+        if getattr(config, name) is not None:
+            state_dtype(getattr(config, name), dtype)
+
+
+__all__ = [
+    "WAN_2_1_T2V_1_3B",
+    "OmniVideoAdapterConfig",
+    "OmniVideoConfig",
+    "OmniVideoVisionHeadConfig",
+    "state_dtype",
+]

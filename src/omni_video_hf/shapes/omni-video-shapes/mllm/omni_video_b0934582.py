@@ -1,0 +1,67 @@
+# omni_video_hf 0.1.0, omni_video.py, sha256 2637817eb154881d. Written when saving; edits get lost.
+"""
+Everything that a repository's code offers, and the file that Auto classes and diffusers open.
+
+It names every shipped module: transformers copies what a file imports, directly or not, diffusers only what it imports
+directly. It defines nothing itself, because diffusers runs this file anew for every component, and classes that are
+defined twice are not the same class.
+"""
+
+from .attention_omni_video_b0934582 import constant_context
+from .configuration_omni_video_b0934582 import OmniVideoAdapterConfig, OmniVideoConfig, OmniVideoVisionHeadConfig
+from .configuration_vila_b0934582 import VilaConfig
+from .flow_matching_omni_video_b0934582 import sampling_sigmas
+from .guidance_omni_video_b0934582 import Guidance
+from .lora_omni_video_b0934582 import OmniVideoLoraLoaderMixin
+from .losses_omni_video_b0934582 import OmniVideoLossConfig
+from .media_omni_video_b0934582 import VideoClip, load_image, load_video, save_image, save_video
+from .media_reading_omni_video_b0934582 import probe_video
+from .memory_omni_video_b0934582 import MemoryProfile
+from .model_card_omni_video_b0934582 import TrainingSummary
+from .modeling_omni_video_b0934582 import OmniVideoForConditionalGeneration
+from .modeling_omni_video_connectors_b0934582 import OmniVideoAdapter, OmniVideoVisionHead
+from .modeling_vila_b0934582 import VilaForConditionalGeneration, VilaModel
+from .pipeline_loading_omni_video_b0934582 import OmniVideoRepositoryMixin
+from .pipeline_omni_video_b0934582 import OmniVideoPipeline, OmniVideoPipelineOutput
+from .processing_omni_video_b0934582 import OmniVideoProcessor
+from .publishing_omni_video_b0934582 import push_repository
+from .remote_code_omni_video_b0934582 import __version__
+from .repository_omni_video_b0934582 import finalize_repository
+from .saving_omni_video_b0934582 import OmniVideoSavingMixin
+from .settings_omni_video_b0934582 import PRESETS
+from .source_omni_video_b0934582 import Source
+
+__all__ = [
+    "PRESETS",
+    "Guidance",
+    "MemoryProfile",
+    "OmniVideoAdapter",
+    "OmniVideoAdapterConfig",
+    "OmniVideoConfig",
+    "OmniVideoForConditionalGeneration",
+    "OmniVideoLoraLoaderMixin",
+    "OmniVideoLossConfig",
+    "OmniVideoPipeline",
+    "OmniVideoPipelineOutput",
+    "OmniVideoProcessor",
+    "OmniVideoRepositoryMixin",
+    "OmniVideoSavingMixin",
+    "OmniVideoVisionHead",
+    "OmniVideoVisionHeadConfig",
+    "Source",
+    "TrainingSummary",
+    "VideoClip",
+    "VilaConfig",
+    "VilaForConditionalGeneration",
+    "VilaModel",
+    "__version__",
+    "constant_context",
+    "finalize_repository",
+    "load_image",
+    "load_video",
+    "probe_video",
+    "push_repository",
+    "sampling_sigmas",
+    "save_image",
+    "save_video",
+]

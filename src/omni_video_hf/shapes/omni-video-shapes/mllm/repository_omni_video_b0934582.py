@@ -1,0 +1,362 @@
+# omni_video_hf 0.1.0, repository_omni_video.py, sha256 9362dd401b639574. Written when saving; edits get lost.
+"""
+The layout of a repository: one copy of the weights, two front doors.
+
+    model_index.json                  for diffusers: the pipeline and its components
+    config.json, *.index.json         for transformers: the whole model, over the weights of the component folders
+    mllm/ adapter/ transformer/ ...   the components
+    *.py                              the code, see `remote_code_omni_video`
+"""
+
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from .configuration_omni_video_b0934582 import OmniVideoAdapterConfig, OmniVideoConfig
+from .remote_code_omni_video_b0934582 import CODE_FILE, write_remote_code
+
+INDEX_NAME = "model.safetensors.index.json"
+PIPELINE_INDEX_NAME = "model_index.json"
+# Folders whose weights make up the whole model, in the order of the figure.
+MODEL_FOLDERS = ("mllm", "adapter", "transformer")
+# Files that open a door: they come last, when everything behind the door is there.
+_DOORS = (INDEX_NAME, "config.json", PIPELINE_INDEX_NAME)
+# What libraries write of the machine and the call that something was loaded on and with.
+_LOCAL_ENTRIES = {"_name_or_path", "name_or_path", "is_local", "local_files_only", "cache_dir", "token"}
+_WEIGHTS = re.compile(
+    r"(model|diffusion_pytorch_model)(?:\.(?P<variant>[^.]+?))??(-\d{5}-of-\d{5})?\.safetensors"
+    r"|(model|diffusion_pytorch_model)\.safetensors\.index(?:\.(?P<index_variant>[^.]+))?\.json"
+)
+
+
+def finalize_repository(directory: str | Path, variant: str | None = None) -> None:
+    """
+    Make a repository of a folder with components: root configuration and weight index, code, references to the code.
+
+    Idempotent; weights are only looked at.
+
+    Args:
+        directory: with the component folders, `model_index.json` if it is to be a pipeline, and the processor's files
+            at the root.
+        variant: of the weights that the root index is to name, as in `model.fp16.safetensors`.
+    """
+    directory = Path(directory)
+    for path in (*directory.glob("*/config.json"), *directory.rglob("tokenizer_config.json")):
+        content = _read_json(path)
+        if content.keys() & _LOCAL_ENTRIES:
+            kept = {name: value for name, value in content.items() if name not in _LOCAL_ENTRIES}
+            _write_json(path, kept, sort_keys=True)
+    if (directory / "mllm" / "config.json").is_file():
+        write_root_index(directory, variant)
+    write_remote_code(directory)
+
+
+def write_root_index(directory: str | Path, variant: str | None = None) -> None:
+    """
+    Write the root `config.json`, `generation_config.json` and weight index over the component folders.
+
+    The index names weights as the components store them; loading gives them their prefix
+    (see `modeling_omni_video`). Nothing is copied.
+
+    Args:
+        directory: with the folders `mllm`, `adapter` and `transformer`, as far as the model has them.
+        variant: of the weights to name.
+
+    Raises:
+        ValueError: when two folders hold a weight of the same name.
+    """
+    directory = Path(directory)
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for folder in MODEL_FOLDERS:
+        for file in weight_files(directory / folder, variant):
+            for name, (_, shape, num_bytes) in read_header(file).items():
+                if name in weight_map:
+                    raise ValueError(f"{file}: the weight {name!r} {shape} is also in {weight_map[name]}.")
+                weight_map[name] = f"{folder}/{file.name}"
+                total_size += num_bytes
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    index_name = INDEX_NAME if variant is None else INDEX_NAME.replace(".json", f".{variant}.json")
+    _write_json(directory / index_name, index)
+
+    config = OmniVideoConfig.from_pretrained(directory / "mllm")
+    adapter, decoder = (_read_json(directory / name / "config.json") for name in MODEL_FOLDERS[1:])
+    fields = OmniVideoAdapterConfig.__annotations__
+    whole = OmniVideoConfig(
+        mllm_config=config.mllm_config,
+        vision_head_config=config.vision_head_config,
+        adapter_config=adapter and {key: value for key, value in adapter.items() if key in fields},
+        decoder_config=decoder and {key: value for key, value in decoder.items() if not key.startswith("_")},
+        enable_mllm=config.enable_mllm,
+        image_generation_token_id=config.image_generation_token_id,
+        video_generation_token_id=config.video_generation_token_id,
+        architectures=["OmniVideoForConditionalGeneration"],
+        dtype=config.dtype,
+    )
+    whole.save_pretrained(directory)
+    _write_generation_config(directory)
+
+
+def _write_generation_config(directory: Path) -> None:
+    """
+    Put the MLLM's generation settings wherever they are looked for.
+
+    diffusers downloads no `generation_config.json` of a component; transformers then takes them from `config.json`.
+    """
+    path, component = directory / "mllm" / GENERATION_CONFIG_NAME, directory / "mllm" / "config.json"
+    settings = _read_json(path)
+    if settings is None:
+        return
+    shutil.copyfile(path, directory / path.name)
+    names = GenerationConfig().to_dict().keys() - {"transformers_version"}
+    config = {name: value for name, value in _read_json(component).items() if name not in names}
+    settings = {name: value for name, value in settings.items() if name in names}
+    _write_json(component, config | settings, sort_keys=True)
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file is called as libraries call weights or an index of them."""
+    return _WEIGHTS.fullmatch(name) is not None
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """Files with weights of a variant in a component's folder; `None` stands for those without one."""
+    files = []
+    for file in sorted(folder.glob("*.safetensors")):
+        match = _WEIGHTS.fullmatch(file.name)
+        if match and match["variant"] == variant:
+            files.append(file)
+    return files
+
+
+def read_header(file: str | Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """
+    Names of the tensors in a safetensors file, with format, shape and size in bytes. No tensor is read.
+
+    Raises:
+        ValueError: when the file is not a complete safetensors file.
+    """
+    header = {}
+    try:
+        with safe_open(file, "pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - the handle is no dict
+                part = handle.get_slice(name)
+                shape, dtype = tuple(part.get_shape()), part.get_dtype()
+                header[name] = (dtype, shape, math.prod(shape) * _bits(dtype) // 8)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a complete safetensors file ({error}). Download it again.") from error
+    return header
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def staged(directory: str | Path, variant: str | None = None) -> Iterator[Path]:
+    """
+    A folder to write a repository to, whose files move to `directory` when all of them are complete.
+
+    It lies beside `directory`, so that moving is renaming. Files that open a door move last. Weights and code that an
+    earlier save left in `directory` and that this one did not write anew are removed; other files stay.
+
+    Args:
+        directory: made if need be.
+        variant: of the weights that are written; those of other variants stay.
+    """
+    directory = Path(directory).absolute()
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file: choose a folder to save to.")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as name:
+        staging = Path(name)
+        yield staging
+        written = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
+        for file in sorted(written, key=lambda file: (str(file) in _DOORS, str(file))):
+            (directory / file).parent.mkdir(parents=True, exist_ok=True)
+            (staging / file).replace(directory / file)
+        _remove_outdated(directory, written, variant)
+
+
+def _remove_outdated(directory: Path, written: Iterable[Path], variant: str | None) -> None:
+    """Remove weights of the same variant, and code, that the files written now replace."""
+    names = {
+        folder: {file.name for file in written if file.parent == folder} for folder in {f.parent for f in written}
+    }
+    for folder, new in names.items():
+        has_weights, has_code = any(map(is_weight_file, new)), any(map(CODE_FILE.fullmatch, new))
+        for path in (directory / folder).iterdir():
+            weights = _WEIGHTS.fullmatch(path.name)
+            is_old = weights and has_weights and (weights["variant"] or weights["index_variant"]) == variant
+            if path.name not in new and (is_old or (has_code and CODE_FILE.fullmatch(path.name))):
+                path.unlink()
+
+
+def complete_repository(
+    directory: str | Path,
+    base: str | Path,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    link: bool = False,
+) -> list[str]:
+    """
+    Add to a saved model what makes it a pipeline, from the repository it was trained from.
+
+    What the folder has stays: only missing components (such as VAE, text encoder and scheduler), the processor's files
+    and `model_index.json` are copied, and the code is written by this version.
+
+    Args:
+        directory: a saved model or an unfinished repository.
+        base: folder or Hub repository with a `model_index.json`.
+        revision: of a Hub repository.
+        token: for the Hub.
+        link: make symbolic links instead of copies, for a folder that is only there to be pushed.
+
+    Returns:
+        Names of the files and folders that were added.
+
+    Raises:
+        ValueError: when the base is not a pipeline's repository, or the folder lacks parts that the base lacks too.
+    """
+    directory = Path(directory)
+    source = Path(base)
+    if not source.is_dir():
+        kept = [name for name in MODEL_FOLDERS if (directory / name).is_dir()]
+        if _lacks_mllm(directory / "mllm"):
+            kept.remove("mllm")
+        unneeded = ["*.py", "README.md", *(f"{name}/*" for name in kept)]
+        source = Path(snapshot_download(str(base), revision=revision, token=token, ignore_patterns=unneeded))
+    index = _read_json(source / PIPELINE_INDEX_NAME)
+    if index is None:
+        raise ValueError(f"{base}: has no {PIPELINE_INDEX_NAME}, so it cannot complete {directory} to a pipeline.")
+    copy = link_weights if link else shutil.copyfile
+    _add_left_out_mllm(directory, source, copy)
+    components = [name for name, value in index.items() if isinstance(value, list) and name[0] != "_" and value[0]]
+    processor_files = [path.name for path in sorted(source.iterdir()) if _is_processor_file(path)]
+    wanted = [name for name in (*components, *processor_files) if not (directory / name).exists()]
+    absent = [name for name in wanted if not (source / name).exists()]
+    if absent:
+        raise ValueError(f"{base}: lacks {', '.join(absent)}, which {directory} lacks too: choose another base.")
+    added = [*wanted, *([] if (directory / PIPELINE_INDEX_NAME).exists() else [PIPELINE_INDEX_NAME])]
+    with tempfile.TemporaryDirectory(prefix=".complete.", dir=directory) as staging:
+        for name in added:
+            if (source / name).is_dir():
+                ignored = shutil.ignore_patterns("*.py")
+                shutil.copytree(source / name, Path(staging) / name, ignore=ignored, copy_function=copy)
+            else:
+                copy(source / name, Path(staging) / name)
+        for name in added:
+            (Path(staging) / name).replace(directory / name)
+    finalize_repository(directory)
+    return added
+
+
+def _add_left_out_mllm(directory: Path, source: Path, copy: Callable[[Path, Path], object]) -> None:
+    """
+    Give a model that was trained without its MLLM (`enable_mllm=False`) the base's.
+
+    Its folder holds the vision head alone; files of the base that hold another one are written without it.
+    """
+    folder, base = directory / "mllm", source / "mllm"
+    if not _lacks_mllm(folder):
+        return
+    heads = weight_files(folder)
+    sources = [(file, "mllm.") for file in weight_files(base)] + [(file, "vision_head.") for file in heads]
+    sources = [(file, prefix) for file, prefix in sources if any(key.startswith(prefix) for key in read_header(file))]
+    with tempfile.TemporaryDirectory(prefix=".complete.", dir=directory) as name:
+        staging, weight_map, total_size = Path(name), {}, 0
+        for number, (file, prefix) in enumerate(sources, 1):
+            header = read_header(file)
+            kept = [key for key in header if key.startswith(prefix)]
+            shard = f"model-{number:05d}-of-{len(sources):05d}.safetensors"
+            if len(kept) == len(header):
+                copy(file, staging / shard)
+            else:
+                with safe_open(file, "pt") as handle:
+                    save_file({key: handle.get_tensor(key) for key in kept}, staging / shard, {"format": "pt"})
+            weight_map |= dict.fromkeys(kept, shard)
+            total_size += sum(header[key][2] for key in kept)
+        content = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(staging / INDEX_NAME, content)
+        config = _read_json(folder / "config.json") | {"enable_mllm": True}
+        _write_json(staging / "config.json", config, sort_keys=True)
+        if (base / GENERATION_CONFIG_NAME).is_file():
+            copy(base / GENERATION_CONFIG_NAME, staging / GENERATION_CONFIG_NAME)
+        for file in heads:
+            file.unlink()
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(folder / file.name)
+
+
+def _lacks_mllm(folder: Path) -> bool:
+    return not (_read_json(folder / "config.json") or {}).get("enable_mllm", True)
+
+
+def link_weights(source: str | Path, target: str | Path) -> None:
+    """Link a file with weights, and copy any other, which [`finalize_repository`] may rewrite."""
+    if Path(source).suffix == ".safetensors":
+        Path(target).symlink_to(Path(source).resolve())
+    else:
+        shutil.copyfile(source, target)
+
+
+def link_root(directory: str | Path) -> Path:
+    """The folder that a repository's symbolic links may lead into: itself, or the cache that it was downloaded to."""
+    directory = Path(directory).absolute()
+    return directory.parent.parent if directory.parent.name == "snapshots" else directory
+
+
+def missing_parts(directory: str | Path) -> list[str]:
+    """What keeps a folder from being a repository with both doors; nothing when it is one."""
+    directory = Path(directory)
+    missing = [name for name in (PIPELINE_INDEX_NAME, "config.json") if not (directory / name).is_file()]
+    index = _read_json(directory / PIPELINE_INDEX_NAME) or {}
+    components = [name for name, value in index.items() if isinstance(value, list) and name[0] != "_" and value[0]]
+    missing += [name for name in components if not (directory / name).is_dir()]
+    if not any(_is_processor_file(path) for path in directory.iterdir()):
+        missing.append("processor_config.json")
+    return missing
+
+
+def _is_processor_file(path: Path) -> bool:
+    names = ("processor_config.json", "chat_template.jinja")
+    return path.is_file() and (path.name in names or path.name.startswith("tokenizer"))
+
+
+def _read_json(path: Path) -> dict | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _write_json(path: Path, content: dict, sort_keys: bool = False) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
+
+
+def _bits(dtype: str) -> int:
+    """Bits of one value: the digits at the end of its format's name, `BOOL` being a byte."""
+    digits = "".join(character for character in dtype.split("_", maxsplit=1)[0] if character.isdigit())
+    return int(digits) if digits else 8
+
+
+__all__ = [
+    "MODEL_FOLDERS",
+    "complete_repository",
+    "finalize_repository",
+    "is_weight_file",
+    "link_root",
+    "link_weights",
+    "missing_parts",
+    "read_header",
+    "staged",
+    "weight_files",
+    "write_root_index",
+]

@@ -16,6 +16,7 @@ from omni_video_hf.shapes.scores import (
     check_edit,
     check_generation,
     check_routing,
+    score_table,
     wilson_interval,
 )
 
@@ -115,6 +116,18 @@ def test_scores_count_every_kind_of_verdict():
     assert score.counts == {"all": Count(5, 6), "color": Count(3, 4), "shape": Count(2, 2)}
     assert score.counts["color"].rate == 0.75
     assert score.counts["color"].interval == wilson_interval(3, 4)
+
+
+def test_a_table_of_every_kind_of_verdict():
+    """Of a clip there are verdicts that an image has not; the score is last though it is counted first."""
+    scores = [
+        Score.of("t2i", "seen", right(1, 2, "color")),
+        Score.of("t2v", "seen", [{"all": True, "color": True, "motion": True}]),
+    ]
+    table = score_table(scores, "Read")
+    assert [column.header for column in table.columns] == ["", "split", "color", "motion", "all", "of"]
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert rows == [("t2i", "seen", "50.0", "-", "50.0", "2"), ("t2v", "seen", "100.0", "100.0", "100.0", "1")]
 
 
 def test_bars_are_the_lines():

@@ -44,6 +44,14 @@ def test_unequal_lengths_are_padded_and_masked():
     assert batch["latents"].shape == (2, 16, 2, 8, 4)
 
 
+def test_inputs_that_would_not_reach_the_model_are_refused():
+    samples = [
+        training.sample("t2v", number) | {"prompt": "a fox", "timesteps": torch.zeros(2)} for number in range(2)
+    ]
+    with pytest.raises(ValueError, match="task 't2v' hold prompt, timesteps, which would not reach the model"):
+        OmniVideoDataCollator()(samples)
+
+
 def test_a_padded_batch_has_the_losses_of_its_samples():
     model = tiny.model()
     samples = [training.sample("t2v", number) for number in range(2)]

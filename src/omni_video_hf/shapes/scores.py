@@ -6,7 +6,7 @@ Scores of Omni-Video Shapes: what a model made of examples, judged, counted and 
     report.table(), report.to_dict()
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
@@ -217,6 +217,16 @@ class Report:
         return table
 
 
+def score_table(scores: Sequence[Score], title: str) -> Table:
+    """Percentages of every kind of verdict, the score itself last; one row a line and split."""
+    names = sorted(dict.fromkeys(name for score in scores for name in score.counts), key=ALL.__eq__)
+    table = Table("", "split", *names, "of", title=title)
+    for score in scores:
+        rates = [f"{100 * score.counts[name].rate:.1f}" if name in score.counts else "-" for name in names]
+        table.add_row(score.line, score.split, *rates, str(score.counts[ALL].total))
+    return table
+
+
 def wilson_interval(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """
     Wilson's score interval of a rate (Wilson 1927), which stays within 0..1 and is of use near both.
@@ -255,5 +265,6 @@ __all__ = [
     "check_edit",
     "check_generation",
     "check_routing",
+    "score_table",
     "wilson_interval",
 ]

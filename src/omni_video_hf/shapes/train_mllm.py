@@ -16,7 +16,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import default_data_collator, set_seed
@@ -31,7 +30,7 @@ from .prompts import describe
 from .recolor import any_colors
 from .runs import check_settings, fit, save_folder, the_batch, write_json
 from .scene import render
-from .scores import SHOWN_SPLITS, Score, check_answer
+from .scores import SHOWN_SPLITS, Score, check_answer, score_table
 from .vision import SPEAKING_COLORS, SeeingObjective, SeenImages
 
 # Share of the batches by what they are about. All of a batch show the MLLM as many pictures.
@@ -168,18 +167,6 @@ def evaluate(mllm: VilaForConditionalGeneration, processor: OmniVideoProcessor, 
     return scores
 
 
-def score_table(scores: list[Score]) -> Table:
-    """Percentages of exact answers, by what the question is on."""
-    table = Table(title="Exact answers, %")
-    names = sorted(scores[0].counts, key=lambda name: (name != "all", name))
-    for header in ("split", *names, "of"):
-        table.add_column(header)
-    for score in scores:
-        rates = [f"{100 * score.counts[name].rate:.1f}" if name in score.counts else "-" for name in names]
-        table.add_row(score.split, *rates, str(score.counts["all"].total))
-    return table
-
-
 def train(
     output: Annotated[Path, typer.Option(help="Folder of checkpoints; the result comes to its sub-folder mllm.")],
     vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower alone, before.")] = 2000,
@@ -224,7 +211,7 @@ def train(
         bf16=True,
     )
     scores = evaluate(mllm.eval(), processor, eval_questions, seed)
-    Console().print(score_table(scores))
+    Console().print(score_table(scores, "Exact answers, %"))
     save_folder(mllm.save_pretrained, output / "mllm")
     write_json({"settings": settings, "scores": [score.to_dict() for score in scores]}, output / "mllm.json")
 

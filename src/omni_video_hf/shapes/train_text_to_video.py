@@ -28,10 +28,9 @@ from .latents import Pairs, read_pairs
 from .noise import LOSSES, uneven_timesteps
 from .prompts import generation_prompt
 from .runs import check_settings, fit, multiplies_bfloat16, save_folder, the_batch, write_json
-from .scores import SHOWN_SPLITS, Score, check_generation
+from .scores import SHOWN_SPLITS, Score, check_generation, score_table
 from .tokenizers import text_tokenizer
 from .train_text_encoder import SECOND_NAME, drop_second_name
-from .train_vae import score_table
 
 PROMPT_DROPOUT = 0.1
 DRAWN_AT_ONCE = 20

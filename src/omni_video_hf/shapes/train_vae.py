@@ -18,7 +18,6 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResample, WanResidualBlock
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import set_seed
@@ -28,7 +27,7 @@ from .dataset import ShapesDataset
 from .recolor import any_colors
 from .runs import check_settings, fit, save_folder, write_json
 from .scene import NUM_FRAMES, render
-from .scores import Score, check_generation
+from .scores import Score, check_generation, score_table
 
 LATENT_STATISTICS_SEED = 2  # training clips that are not the first ones trained on
 NEVER = 10**9
@@ -38,6 +37,7 @@ KL_WEIGHT = 1e-4
 # none, the judge read all images right, but with noise of 0.3 on their latents 27 %, with 0.5 none.
 LATENT_NOISE = 0.8
 CLIPS_AT_ONCE = 8
+RECONSTRUCTED = "Reconstructions read as what they show, %"
 
 
 class RecoloredClips(Dataset):
@@ -197,18 +197,6 @@ def _mode(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
     return vae.encode(to_pixels(clips).to(vae.device, vae.dtype)).latent_dist.mode()
 
 
-def score_table(scores: list[Score], title: str = "Reconstructions read as what they show, %") -> Table:
-    """Percentages of clips and images that the judge reads right, by attribute."""
-    table = Table(title=title)
-    names = list(max((score.counts for score in scores), key=len))
-    for header in ("", "split", *names, "of"):
-        table.add_column(header)
-    for score in scores:
-        rates = [f"{100 * score.counts[name].rate:.1f}" if name in score.counts else "-" for name in names]
-        table.add_row(score.line, score.split, *rates, str(score.counts["all"].total))
-    return table
-
-
 def train(
     output: Annotated[Path, typer.Option(help="Folder of checkpoints; the VAE comes to its sub-folder vae.")],
     image_steps: Annotated[int, typer.Option(min=1, help="Steps on images alone, before clips.")] = 2500,
@@ -264,7 +252,7 @@ def train(
     scores = [
         evaluate(vae, task, split, eval_clips, seed) for task in ("t2v", "t2i") for split in ("seen", "composition")
     ]
-    Console().print(score_table(scores))
+    Console().print(score_table(scores, RECONSTRUCTED))
     save_folder(vae.save_pretrained, output / "vae")
     write_json({"settings": settings, "scores": [score.to_dict() for score in scores]}, output / "vae.json")
 

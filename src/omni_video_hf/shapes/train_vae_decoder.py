@@ -17,8 +17,8 @@ from torch import nn
 from transformers import set_seed
 
 from .runs import check_settings, fit, save_folder, write_json
-from .scores import SHOWN_SPLITS
-from .train_vae import RECOLORED, RecoloredClips, collate, evaluate, foreground_mask, score_table, to_pixels
+from .scores import SHOWN_SPLITS, score_table
+from .train_vae import RECOLORED, RECONSTRUCTED, RecoloredClips, collate, evaluate, foreground_mask, to_pixels
 
 # The strongest noise on normalised latents: half of what train_vae.py ends with, for sharper outlines.
 LATENT_NOISE = 0.4
@@ -85,7 +85,7 @@ def train(
     )
     model.eval().to("cpu")
     scores = [evaluate(model, task, split, eval_clips, 0) for task in ("t2v", "t2i") for split in SHOWN_SPLITS]
-    Console().print(score_table(scores))
+    Console().print(score_table(scores, RECONSTRUCTED))
     save_folder(model.save_pretrained, output / "vae")
     write_json({"settings": settings, "scores": [score.to_dict() for score in scores]}, output / "vae.json")
 

@@ -19,9 +19,8 @@ from ..source_omni_video import Source
 from .dataset import ShapesDataset
 from .evaluate import media_of
 from .scene import ATTRIBUTES
-from .scores import ALL, SHOWN_SPLITS, Score
+from .scores import ALL, SHOWN_SPLITS, Score, score_table
 from .train_text_encoder import MeaningObjective
-from .train_vae import score_table
 
 DRAWING = ("t2v", "t2i", "v2v", "i2i")
 READ_AT_ONCE = 20

@@ -54,7 +54,7 @@ class OmniVideoDataCollator:
         pad_token_id: for `input_ids` of unequal length; nothing attends to it. It must not be the image token's.
 
     Raises:
-        ValueError: for samples of different tasks, inputs or shapes.
+        ValueError: for samples of different tasks, inputs or shapes, or with inputs that are not of a sample.
     """
 
     pad_token_id: int = 0
@@ -67,6 +67,12 @@ class OmniVideoDataCollator:
         names = set(samples[0]) - {"task"}
         if any(set(sample) - {"task"} != names for sample in samples):
             raise ValueError(f"The samples of a batch must have the same inputs; those of the task {task!r} differ.")
+        unknown = sorted(names - set(TENSORS))
+        if unknown:
+            raise ValueError(
+                f"Samples of the task {task!r} hold {', '.join(unknown)}, which would not reach the model: a sample "
+                f"has `task` and some of {', '.join(TENSORS)}. Other inputs need a collator of your own."
+            )
         batch: dict[str, Any] = {"task": task}
         for name in (name for name in TENSORS if name in names):
             tensors = [sample[name] for sample in samples]

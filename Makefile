@@ -81,7 +81,10 @@ $(SHAPES)/compose/stage.json: $(SHAPES)/joint/stage.json
 $(SHAPES)/refine/stage.json: $(SHAPES)/compose/stage.json
 	$(STAGE) $(<D)/pipeline
 
-$(SHAPES)/omni-video-shapes/model_index.json: $(SHAPES)/refine/stage.json
+$(SHAPES)/polish/stage.json: $(SHAPES)/refine/stage.json
+	$(STAGE) $(<D)/pipeline
+
+$(SHAPES)/omni-video-shapes/model_index.json: $(SHAPES)/polish/stage.json
 	$(RUN).assemble finished --model $(<D)/pipeline --output $(@D)
 
 $(SHAPES)/scores/scores.json: $(SHAPES)/omni-video-shapes/model_index.json

@@ -63,7 +63,7 @@ def test_the_card_is_valid_and_says_everything(build, tmp_path):
         "VAE, clips | 2 | 4 | 0.001 | 7 | 1.1250",
         "SigLIP | 2 | 64 | 0.002 | 7 | 4.1250",
         "Wan transformer, images | 2 | 8 | 0.01 | 7 | 7.1250",
-        f"stage `refine` | 2 | 32 | 0.0005 | 8 | {len(RUNS) - 1}.1250",
+        f"stage `polish` | 2 | 32 | 0.0005 | 8 | {len(RUNS) - 1}.1250",
     ):
         assert f"| {training} |" in card
     assert "right in 75.0 %, 50.0 % of" in card

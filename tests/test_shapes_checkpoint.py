@@ -23,12 +23,12 @@ from omni_video_hf.shapes.visual_tokens import read_visual_tokens
 # Right ones of 8.
 LEAST = {
     ("t2v", "seen"): 5,
-    ("t2v", "composition"): 3,
+    ("t2v", "composition"): 5,
     ("t2i", "seen"): 6,
-    ("t2i", "composition"): 4,
+    ("t2i", "composition"): 6,
     ("v2v", "seen"): 5,
-    ("v2v", "composition"): 2,
-    ("i2i", "seen"): 5,
+    ("v2v", "composition"): 4,
+    ("i2i", "seen"): 6,
     ("i2i", "composition"): 4,
     ("t2v_visual_only", "seen"): 5,
     ("understand", "seen"): 7,
@@ -97,7 +97,7 @@ def test_a_clip_is_drawn_edited_and_described(run, tmp_path):
     assert (circle.color, circle.shape, circle.size, circle.background) == ("red", "circle", "large", "black")
     assert circle.motion == "left"
     right = []
-    for seed in "012":  # one edit in six fails
+    for seed in "012":  # one edit in eight fails
         run("edit", "circle.mp4", "make it blue", "-o", "blue.mp4", "--seed", seed, "--overwrite")
         blue = read_scene(load_video(tmp_path / "blue.mp4"))
         read = (blue.color, blue.shape, blue.size, blue.background, blue.motion)

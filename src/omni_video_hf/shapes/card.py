@@ -31,6 +31,7 @@ RUNS = {
     "joint": "stage `joint`",
     "compose": "stage `compose`",
     "refine": "stage `refine`",
+    "polish": "stage `polish`",
 }
 BATCHES = {
     "vae/images": "image_batch_size",

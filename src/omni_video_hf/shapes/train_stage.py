@@ -38,10 +38,11 @@ SHARES = {
     "joint": {"t2v": 7, "t2i": 4, "v2v": 7, "i2i": 4, "understand": 2},
     "compose": {"t2v": 3, "t2i": 2, "v2v": 6, "i2i": 4, "understand": 1},
     "refine": {"t2v": 7, "t2i": 4, "v2v": 10, "i2i": 6, "understand": 2},
+    "polish": {"t2v": 6, "t2i": 4, "v2v": 14, "i2i": 7, "understand": 1},
 }
 # See [`StageSamples`].
-PHRASES = ("align_texts", "joint", "compose", "refine")
-DISGUISES = ("compose", "refine")
+PHRASES = ("align_texts", "joint", "compose", "refine", "polish")
+DISGUISES = ("compose", "refine", "polish")
 
 
 def train(stage: str, words: Sequence[str]) -> Path:

@@ -1,6 +1,7 @@
 """Batches of one task and shape, tasks mixed by weight, in an order that is a function of seed and epoch."""
 
 import math
+from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -75,9 +76,12 @@ class OmniVideoBatchSampler:
         check_known("stopping_strategy", [stopping_strategy], STOPPING_STRATEGIES)
         self.samples_per_batch, self.num_processes, self.drop_last = batch_size, num_processes, drop_last
         self.seed, self.epoch = seed, 0
-        self._members: dict[str, dict[Bucket, list[int]]] = defaultdict(lambda: defaultdict(list))
+        numbers: dict[Bucket, array[int]] = defaultdict(lambda: array("q"))
         for index, bucket in enumerate(buckets):
-            self._members[bucket.task][bucket].append(index)
+            numbers[bucket].append(index)
+        self._members: dict[str, dict[Bucket, np.ndarray]] = defaultdict(dict)
+        for bucket, indices in numbers.items():
+            self._members[bucket.task][bucket] = np.asarray(indices)
         if weights is not None:
             self._check_weights(weights)
             self._members = {task: self._members[task] for task in weights if weights[task] > 0}
@@ -102,7 +106,7 @@ class OmniVideoBatchSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         chance = np.random.default_rng((self.seed, self.epoch))
-        chosen: list[list[list[int]]] = []
+        chosen: list[list[np.ndarray]] = []
         for task, members in self._members.items():
             wanted, rounds = self._rounds[task], []
             while len(rounds) < wanted:  # more than once only where every task is to be exhausted
@@ -110,20 +114,20 @@ class OmniVideoBatchSampler:
                 rounds += [again[number] for number in chance.permutation(len(again))]
             chosen += rounds[:wanted]
         for number in chance.permutation(len(chosen)):
-            yield from chosen[number]
+            yield from (part.tolist() for part in chosen[number])
 
     def describe(self) -> list[tuple[Bucket, int]]:
         """Every bucket and its number of samples, largest first."""
         sizes = [(bucket, len(indices)) for members in self._members.values() for bucket, indices in members.items()]
         return sorted(sizes, key=lambda entry: -entry[1])
 
-    def _rounds_of(self, indices: Sequence[int]) -> int:
+    def _rounds_of(self, indices: np.ndarray) -> int:
         each = len(indices) // self.num_processes
         return each // self.samples_per_batch if self.drop_last else math.ceil(each / self.samples_per_batch)
 
-    def _deal(self, indices: Sequence[int], chance: np.random.Generator) -> Iterator[list[list[int]]]:
+    def _deal(self, indices: np.ndarray, chance: np.random.Generator) -> Iterator[list[np.ndarray]]:
         """The rounds of one bucket in one epoch: lists of one batch per process, of equal size."""
-        shuffled = [indices[number] for number in chance.permutation(len(indices))]
+        shuffled = indices[chance.permutation(len(indices))]
         each = len(shuffled) // self.num_processes
         hands = [shuffled[rank * each : (rank + 1) * each] for rank in range(self.num_processes)]
         for number in range(self._rounds_of(indices)):

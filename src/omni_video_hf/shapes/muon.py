@@ -4,12 +4,60 @@ torch's Muon for the matrices and kernels of a model and torch's AdamW for the r
 After 1.5 minutes of the VAE's training on images the judge read 96 % of reconstructions right, with AdamW 57 to 60 %.
 """
 
+import math
+from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import nn
 
+RMS = 0.2  # of a step of AdamW, to which Muon's are scaled
 SCHEDULED = ("lr", "initial_lr")  # what schedules write into an optimizer's groups
+
+
+class MuonOfStacks(torch.optim.Muon):
+    """
+    torch's Muon with `match_rms_adamw`, matrices of one shape at once: a GPU waits for hundreds of small products.
+
+    State and settings are torch's own, and what a step gives is the same but for the order of sums.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step of all matrices that have a gradient."""
+        for group in self.param_groups:
+            stacks = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    stacks[parameter.shape].append(parameter)
+            for shape, parameters in stacks.items():
+                steps = self._directions(parameters, group).to(parameters[0].dtype).unbind()
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, steps, alpha=-group["lr"] * RMS * math.sqrt(max(shape)))
+
+    def _directions(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> torch.Tensor:
+        """Momentum of matrices of one shape, `[matrices, rows, columns]`, with singular values near 1."""
+        for parameter in parameters:
+            self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+        momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
+        return orthogonalize(torch.stack(ahead), group["ns_coefficients"], group["ns_steps"], group["eps"])
+
+
+def orthogonalize(
+    matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:
+    """Newton-Schulz iteration of `[matrices, rows, columns]` in bfloat16, as `torch.optim.Muon` does it for one."""
+    linear, cubic, quintic = coefficients
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    result = matrices.bfloat16().mT if is_tall else matrices.bfloat16()
+    result = result / result.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = result @ result.mT
+        result = torch.baddbmm(result, torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic), result, beta=linear)
+    return result.mT if is_tall else result
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -38,7 +86,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             if not parameter.is_contiguous():
                 raise ValueError(f"A parameter of shape {tuple(parameter.shape)} is not contiguous; Muon needs that.")
         self.views = [nn.Parameter(parameter.detach().flatten(1)) for parameter in matrices]
-        self.muon = torch.optim.Muon(self.views, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.muon = MuonOfStacks(self.views, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
         self.adamw = torch.optim.AdamW(rest, lr, adam_betas, weight_decay=0.0)
 
     @torch.no_grad()
@@ -92,4 +140,4 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     return matrices, rest
 
 
-__all__ = ["MuonFactory", "MuonWithAdamW", "split_parameters"]
+__all__ = ["MuonFactory", "MuonOfStacks", "MuonWithAdamW", "orthogonalize", "split_parameters"]

@@ -27,7 +27,7 @@ from .train_vae import to_pixels
 EDITS = {"video": "v2v", "image": "i2i"}
 RECOLORED_SEED = 5  # of scenes that no other training begins with
 SHARD_PAIRS = 100  # what a kill costs at most
-CLIPS_AT_ONCE = 8
+CLIPS_AT_ONCE = {"cpu": 8, "cuda": 200}
 
 
 class ScenePairs:
@@ -117,7 +117,8 @@ def encode_pairs(vae: AutoencoderKLWan, kind: str, count: int, folder: Path, rec
 def _encode(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
     """uint8 clips -> normalised float16 latents."""
     mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
-    modes = [vae.encode(to_pixels(batch)).latent_dist.mode() for batch in clips.split(CLIPS_AT_ONCE)]
+    batches = clips.split(CLIPS_AT_ONCE[vae.device.type])
+    modes = [vae.encode(to_pixels(batch.to(vae.device))).latent_dist.mode().cpu() for batch in batches]
     return ((torch.cat(modes) - mean) / std).half()
 
 
@@ -130,7 +131,8 @@ def main(
     recolored_images: Annotated[int, typer.Option(min=1, help="Pairs of images in any colours.")] = 3000,
 ) -> None:
     """Encode pairs of training scenes, and recolored ones; goes on where it was stopped."""
-    model = AutoencoderKLWan.from_pretrained(vae).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoencoderKLWan.from_pretrained(vae, torch_dtype=torch.float32).eval().to(device)
     counts = {"videos": videos, "images": images}
     counts |= {"recolored_videos": recolored_videos, "recolored_images": recolored_images}
     # Statistics differ with the last digit of any weight, and are there to be compared.

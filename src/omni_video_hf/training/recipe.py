@@ -84,7 +84,7 @@ def read_recipe(config: str | Path, overrides: Sequence[str] = ()) -> tuple[RunA
     run_types = {field.name: field.type for field in fields(RunArguments)}
     types = {field.name: field.type for field in fields(OmniVideoTrainingArguments) if field.init} | run_types
     check_known(path.name, values, types)
-    values = _overridden(values, overrides)
+    values = overridden(values, overrides)
     check_known("command line", values, types)
     values = {name: _meant(value, types[name]) for name, value in values.items()}
     run = RunArguments(**{name: value for name, value in values.items() if name in run_types})
@@ -95,7 +95,8 @@ def read_recipe(config: str | Path, overrides: Sequence[str] = ()) -> tuple[RunA
     return run, OmniVideoTrainingArguments(**({"disable_tqdm": False} | training))
 
 
-def _overridden(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+def overridden(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """Settings with those of command line words in their place, as in [`read_recipe`]."""
     values = dict(values)
     words = list(words)
     while words:

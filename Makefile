@@ -84,7 +84,13 @@ $(SHAPES)/refine/stage.json: $(SHAPES)/compose/stage.json
 $(SHAPES)/polish/stage.json: $(SHAPES)/refine/stage.json
 	$(STAGE) $(<D)/pipeline
 
-$(SHAPES)/omni-video-shapes/model_index.json: $(SHAPES)/polish/stage.json
+$(SHAPES)/finish/stage.json: $(SHAPES)/polish/stage.json
+	$(STAGE) $(<D)/pipeline
+
+$(SHAPES)/settle/stage.json: $(SHAPES)/finish/stage.json
+	$(STAGE) $(<D)/pipeline
+
+$(SHAPES)/omni-video-shapes/model_index.json: $(SHAPES)/settle/stage.json
 	$(RUN).assemble finished --model $(<D)/pipeline --output $(@D)
 
 $(SHAPES)/scores/scores.json: $(SHAPES)/omni-video-shapes/model_index.json

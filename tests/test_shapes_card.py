@@ -26,15 +26,19 @@ def build(tmp_path):
     """What `make shapes` leaves, without weights."""
     for number, folder in enumerate(RUNS):
         log = [{"loss": 3.0, "step": 1}, {"loss": number + 0.125, "step": 2}, {"train_runtime": 5.0, "step": 2}]
-        write(tmp_path / folder / "checkpoint-2" / "trainer_state.json", {"global_step": 2, "log_history": log})
         name, _, phase = folder.partition("/")
+        if phase:
+            write(tmp_path / folder / "checkpoint-2" / "trainer_state.json", {"log_history": log})
+        else:
+            write(tmp_path / folder / "stage.json", {"log": log})
         settings = {"learning_rate": 1e-3, "seed": 7, "batch_size": 4, "image_batch_size": 8}
         settings |= {"vision_batch_size": 64, "vision_learning_rate": 2e-3}
         if name == "text_to_video":  # where every phase has its own
             del settings["learning_rate"]
             settings["phases"] = {phase: {"learning_rate": 1e-2} for phase in PHASES}
         if not phase:
-            settings = {"recipe": {"learning_rate": 5e-4, "seed": 8, "per_device_train_batch_size": 32}}
+            settings = {"recipe": {"learning_rate": 1e-4, "seed": 8, "per_device_train_batch_size": 32}}
+            settings["command"] = ["--data", "latents", "--learning_rate", "5e-4"]
         write(tmp_path / name / "settings.json", settings)
     scores = (
         Score.of("t2v", "seen", [{"all": True}] * 3 + [{"all": False}]),
@@ -63,7 +67,7 @@ def test_the_card_is_valid_and_says_everything(build, tmp_path):
         "VAE, clips | 2 | 4 | 0.001 | 7 | 1.1250",
         "SigLIP | 2 | 64 | 0.002 | 7 | 4.1250",
         "Wan transformer, images | 2 | 8 | 0.01 | 7 | 7.1250",
-        f"stage `polish` | 2 | 32 | 0.0005 | 8 | {len(RUNS) - 1}.1250",
+        f"stage `{list(RUNS)[-1]}` | 2 | 32 | 0.0005 | 8 | {len(RUNS) - 1}.1250",
     ):
         assert f"| {training} |" in card
     assert "right in 75.0 %, 50.0 % of" in card
@@ -71,7 +75,9 @@ def test_the_card_is_valid_and_says_everything(build, tmp_path):
 
 
 def test_a_training_that_is_missing_is_named(build):
-    (build / "align" / "checkpoint-2" / "trainer_state.json").unlink()
-    (build / "align" / "checkpoint-2").rmdir()
-    with pytest.raises(ValueError, match="align: no checkpoint of stage `align`: run `make shapes`"):
-        training_row(build, "align")
+    (build / "align" / "stage.json").unlink()
+    (build / "vae" / "clips" / "checkpoint-2" / "trainer_state.json").unlink()
+    (build / "vae" / "clips" / "checkpoint-2").rmdir()
+    for folder, named in (("align", "align: stage `align`"), ("vae/clips", "clips: VAE, clips")):
+        with pytest.raises(ValueError, match=f"{named} is not done: run `make shapes`"):
+            training_row(build, folder)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from omni_video_hf.shapes.muon import MuonWithAdamW, split_parameters
+from omni_video_hf.shapes.muon import MuonOfStacks, MuonWithAdamW, split_parameters
 
 
 class Net(nn.Module):
@@ -66,6 +66,26 @@ def test_every_parameter_moves_as_by_its_own_optimizer(net):
         other.conv.weight.data.copy_(kernel.detach().view_as(other.conv.weight))
     for (name, one), two in zip(net.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(one, two), name
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_stacks_move_as_their_matrices_one_by_one(nesterov):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 24), (24, 8), (8, 24), (16, 16), (24, 8), (8, 24)]
+    begun = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([nn.Parameter(matrix.clone()) for matrix in begun] for _ in range(2))
+    settings = {"lr": 0.02, "weight_decay": 0.1, "nesterov": nesterov, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = MuonOfStacks(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for step in range(3):
+        for number, (one, two) in enumerate(zip(ours, theirs, strict=True)):
+            gradient = torch.randn(one.shape, generator=generator)
+            one.grad, two.grad = (None, None) if number == step else (gradient, gradient.clone())
+        for optimizer in optimizers:
+            optimizer.step()
+    for start, one, two in zip(begun, ours, theirs, strict=True):
+        assert (one - two).norm() < 0.01 * (two - start).norm()
+    other = torch.optim.Muon(theirs, **settings)
+    other.load_state_dict(optimizers[0].state_dict())  # a run that torch's own began goes on, and the other way round
 
 
 def test_schedules_reach_both(net):

@@ -41,7 +41,7 @@ from omni_video_hf.shapes.stage_data import StageCollator, StageSamples
 from omni_video_hf.shapes.train_text_encoder import NOT_SAID, PromptBatches
 from omni_video_hf.shapes.train_text_to_video import PHASES, CaptionedBatches, Phase, TextToVideoObjective
 
-STAGES = tuple(train_stage.SHARES)
+STAGES = tuple(train_stage.MIXES)
 SHORT = {"max_steps": 2, "save_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 2, "warmup_steps": 0}
 
 
@@ -414,6 +414,18 @@ def test_a_stage_resumes_as_if_it_had_not_stopped(stages, tmp_path, stage):
     )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_is_asked_for_goes_before_what_suits_the_machine(built, tmp_path):
+    asked = {"model": built / "given", "data": built / "latents", "output_dir": tmp_path, "dataloader_num_workers": 1}
+    # As on a GPU, but for where it trains and its kind of float32.
+    on_gpu = ["--use_cpu", "--bf16", "false", "--dataloader_num_workers", "14"]
+    stopped = patch.object(train_stage, "load_for_stage", side_effect=InterruptedError)
+    suited = patch.object(train_stage, "_settings_of_the_machine", return_value=on_gpu)
+    with suited, stopped as load, pytest.raises(InterruptedError):
+        train_stage.train("connect", words(**asked, **SHORT))
+    _, args, *_ = load.call_args.args
+    assert (args.dataloader_num_workers, args.bf16) == (1, False)
 
 
 def test_two_processes_share_a_batch(built, tmp_path):

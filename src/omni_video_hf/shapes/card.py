@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..model_card_omni_video import TAGS
+from ..training.recipe import overridden
 from .scores import LINES, SHOWN_SPLITS
 from .train_text_to_video import PHASES
 
@@ -32,6 +33,8 @@ RUNS = {
     "compose": "stage `compose`",
     "refine": "stage `refine`",
     "polish": "stage `polish`",
+    "finish": "stage `finish`",
+    "settle": "stage `settle`",
 }
 BATCHES = {
     "vae/images": "image_batch_size",
@@ -85,20 +88,29 @@ def score_rows(report: dict[str, Any]) -> list[list[str]]:
 
 
 def training_row(build: Path, folder: str) -> list[str]:
-    """What was trained, steps, batch size, learning rate, seed and last loss, from a run's last checkpoint."""
-    checkpoint = get_last_checkpoint(build / folder)
-    if checkpoint is None:
-        raise ValueError(f"{build / folder}: no checkpoint of {RUNS[folder]}: run `make shapes`.")
-    state = _read(Path(checkpoint) / "trainer_state.json")
-    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    """What was trained, steps, batch size, learning rate, seed and last loss, from the log of a run."""
+    log = training_log(build, folder)
+    losses = [entry["loss"] for entry in log if "loss" in entry]
     name, _, phase = folder.partition("/")
     settings = _read(build / name / "settings.json")
-    settings = settings.get("recipe", settings)
+    if not phase:
+        settings = overridden(settings["recipe"], settings["command"])
     settings |= settings.get("phases", {}).get(phase, {})
     batch = settings[BATCHES.get(folder, "batch_size" if phase else "per_device_train_batch_size")]
-    rate = settings["vision_learning_rate" if phase == "vision" else "learning_rate"]
-    values = [state["global_step"], batch, rate, settings["seed"], f"{float(losses[-1]):.4f}"]
+    rate = float(settings["vision_learning_rate" if phase == "vision" else "learning_rate"])
+    values = [log[-1]["step"], batch, rate, settings["seed"], f"{float(losses[-1]):.4f}"]
     return [RUNS[folder], *map(str, values)]
+
+
+def training_log(build: Path, folder: str) -> list[dict[str, Any]]:
+    """What a run logged: of a stage when it was done, of a phase of another script by its last checkpoint."""
+    done = build / folder / "stage.json"
+    if done.is_file():
+        return _read(done)["log"]
+    checkpoint = get_last_checkpoint(build / folder) if (build / folder).is_dir() else None
+    if checkpoint is None or "/" not in folder:
+        raise ValueError(f"{build / folder}: {RUNS[folder]} is not done: run `make shapes`.")
+    return _read(Path(checkpoint) / "trainer_state.json")["log_history"]
 
 
 def _with_interval(score: dict[str, Any]) -> str:
@@ -127,7 +139,7 @@ def main(
     write_card(build, model, template)
 
 
-__all__ = ["score_rows", "training_row", "write_card"]
+__all__ = ["score_rows", "training_log", "training_row", "write_card"]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 The paper's stages on Omni-Video Shapes, by the package's own trainer and from a recipe, resumable.
 
 `python -m omni_video_hf.shapes.train_stage align --model FOLDER --data FOLDER --output_dir FOLDER`, then the other
-stages of `SHARES` in order; `--model` is what the one before wrote into its `pipeline`, `--data` what `latents` wrote.
+stages of `MIXES` in order; `--model` is what the one before wrote into its `pipeline`, `--data` what `latents` wrote.
 Under `torchrun` several processes share a batch: two of one thread train 1.5 times as many samples as one with two
 threads.
 """
@@ -11,12 +11,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import yaml
 from accelerate import PartialState
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel, set_seed
+from transformers.utils import is_torch_tf32_available
 
 from ..processing_omni_video import OmniVideoProcessor
 from ..training.checkpoints import last_checkpoint
@@ -30,19 +32,34 @@ from .runs import check_settings, multiplies_bfloat16, plain_attention_on_cpu, w
 from .stage_data import StageCollator, StageSamples, siglip_features
 
 RECIPES = Path(__file__).parent / "recipes"
-# The stages in order, and shares of their batches by task; `understand` is questions and requests without a task.
-SHARES = {
-    "align": {"t2v": 6, "t2i": 2, "v2v": 3, "i2i": 2, "understand": 4},
-    "align_texts": {"t2v": 6, "t2i": 3, "v2v": 5, "i2i": 3, "understand": 1},
-    "connect": {"t2v": 4, "t2i": 2, "v2v": 3, "i2i": 2, "understand": 0},
-    "joint": {"t2v": 7, "t2i": 4, "v2v": 7, "i2i": 4, "understand": 2},
-    "compose": {"t2v": 3, "t2i": 2, "v2v": 6, "i2i": 4, "understand": 1},
-    "refine": {"t2v": 7, "t2i": 4, "v2v": 10, "i2i": 6, "understand": 2},
-    "polish": {"t2v": 6, "t2i": 4, "v2v": 14, "i2i": 7, "understand": 1},
+MAX_WORKERS = 14
+
+
+class Mix(NamedTuple):
+    """
+    What the batches of a stage are of.
+
+    Args:
+        shares: of the batches by task; `understand` is questions and requests without a task.
+        streams: what [`StageSamples`] brings besides.
+    """
+
+    shares: dict[str, int]
+    streams: tuple[str, ...] = ()
+
+
+# The stages in order.
+MIXES = {
+    "align": Mix({"t2v": 6, "t2i": 2, "v2v": 3, "i2i": 2, "understand": 4}),
+    "align_texts": Mix({"t2v": 6, "t2i": 3, "v2v": 5, "i2i": 3, "understand": 1}, ("phrases",)),
+    "connect": Mix({"t2v": 4, "t2i": 2, "v2v": 3, "i2i": 2, "understand": 0}),
+    "joint": Mix({"t2v": 7, "t2i": 4, "v2v": 7, "i2i": 4, "understand": 2}, ("phrases",)),
+    "compose": Mix({"t2v": 3, "t2i": 2, "v2v": 6, "i2i": 4, "understand": 1}, ("phrases", "disguises")),
+    "refine": Mix({"t2v": 7, "t2i": 4, "v2v": 10, "i2i": 6, "understand": 2}, ("phrases", "disguises")),
+    "polish": Mix({"t2v": 6, "t2i": 4, "v2v": 14, "i2i": 7, "understand": 1}, ("phrases", "disguises")),
+    "finish": Mix({"t2v": 8, "t2i": 5, "v2v": 13, "i2i": 6, "understand": 2}, ("phrases", "disguises")),
+    "settle": Mix({"t2v": 8, "t2i": 5, "v2v": 13, "i2i": 6, "understand": 2}, ("phrases", "disguises")),
 }
-# See [`StageSamples`].
-PHRASES = ("align_texts", "joint", "compose", "refine", "polish")
-DISGUISES = ("compose", "refine", "polish")
 
 
 def train(stage: str, words: Sequence[str]) -> Path:
@@ -50,16 +67,17 @@ def train(stage: str, words: Sequence[str]) -> Path:
     Run a stage, from its last checkpoint where there is one.
 
     Args:
-        stage: one of `SHARES`.
+        stage: one of `MIXES`.
         words: `--model`, `--data`, `--output_dir` and settings in place of the recipe's, as in `omni-video train`.
 
     Returns:
         The folder `pipeline` with the whole model.
     """
-    if stage not in SHARES:
-        raise ValueError(f"`stage` must be one of {', '.join(SHARES)}, got {stage!r}.")
+    if stage not in MIXES:
+        raise ValueError(f"`stage` must be one of {', '.join(MIXES)}, got {stage!r}.")
+    mix = MIXES[stage]
     recipe = RECIPES / f"{stage}.yaml"
-    run, args = read_recipe(recipe, [*words, *_settings_of_the_machine()])
+    run, args = read_recipe(recipe, [*_settings_of_the_machine(), *words])
     processes = PartialState().num_processes
     args.per_device_train_batch_size = _share(args.per_device_train_batch_size, processes)
     settings = {"recipe": yaml.safe_load(recipe.read_text()), "command": list(words), "processes": processes}
@@ -74,15 +92,14 @@ def train(stage: str, words: Sequence[str]) -> Path:
     if args.loss_config.alignment_weight > 0:
         features = {key: siglip_features(model.mllm, processor, pairs[key]) for key in pairs}
     length = args.max_steps * args.train_batch_size * processes
-    streams = {"phrases": stage in PHRASES, "disguises": stage in DISGUISES}
-    samples = StageSamples(pairs, processor, length, args.seed, features, **streams)
+    samples = StageSamples(pairs, processor, length, args.seed, features, **dict.fromkeys(mix.streams, True))
     collator = StageCollator(
         processor,
         PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
         UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
     )
     sampler = OmniVideoBatchSampler(
-        samples.buckets, args.train_batch_size, processes, weights=SHARES[stage], seed=args.seed
+        samples.buckets, args.train_batch_size, processes, weights=mix.shares, seed=args.seed
     )
     trainer = OmniVideoTrainer(
         model,
@@ -105,8 +122,12 @@ def train(stage: str, words: Sequence[str]) -> Path:
 
 
 def _settings_of_the_machine() -> list[str]:
+    """What `words` may say otherwise."""
     if torch.cuda.is_available():
-        return []
+        # Matrices are too small for bfloat16 to pay, and one core makes batches slower than a GPU trains on them.
+        workers = min(MAX_WORKERS, max(1, (os.cpu_count() or 2) - 2))
+        tf32 = str(is_torch_tf32_available()).lower()
+        return ["--bf16", "false", "--tf32", tf32, "--dataloader_num_workers", str(workers)]
     several = ["--ddp_backend", "gloo"] if "WORLD_SIZE" in os.environ else []
     return ["--use_cpu", "--bf16", str(multiplies_bfloat16()).lower(), *several]
 

@@ -20,17 +20,17 @@ from omni_video_hf.shapes.scene import ATTRIBUTES
 from omni_video_hf.shapes.scores import LINES, SHOWN_SPLITS
 from omni_video_hf.shapes.visual_tokens import read_visual_tokens
 
-# Right ones of 8.
+# Right ones of 8: at most one less than were counted, for other last digits elsewhere.
 LEAST = {
-    ("t2v", "seen"): 5,
+    ("t2v", "seen"): 7,
     ("t2v", "composition"): 5,
-    ("t2i", "seen"): 6,
+    ("t2i", "seen"): 7,
     ("t2i", "composition"): 6,
-    ("v2v", "seen"): 5,
+    ("v2v", "seen"): 7,
     ("v2v", "composition"): 4,
-    ("i2i", "seen"): 6,
-    ("i2i", "composition"): 4,
-    ("t2v_visual_only", "seen"): 5,
+    ("i2i", "seen"): 7,
+    ("i2i", "composition"): 6,
+    ("t2v_visual_only", "seen"): 7,
     ("understand", "seen"): 7,
     ("understand", "composition"): 7,
 }

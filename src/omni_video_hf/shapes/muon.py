@@ -22,6 +22,9 @@ class MuonOfStacks(torch.optim.Muon):
     State and settings are torch's own, and what a step gives is the same but for the order of sums.
     """
 
+    def __init__(self, params: Any, lr: float, **settings: Any) -> None:
+        super().__init__(params, lr, adjust_lr_fn="match_rms_adamw", **settings)
+
     @torch.no_grad()
     def step(self) -> None:
         """One step of all matrices that have a gradient."""
@@ -86,7 +89,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             if not parameter.is_contiguous():
                 raise ValueError(f"A parameter of shape {tuple(parameter.shape)} is not contiguous; Muon needs that.")
         self.views = [nn.Parameter(parameter.detach().flatten(1)) for parameter in matrices]
-        self.muon = MuonOfStacks(self.views, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.muon = MuonOfStacks(self.views, lr, weight_decay=weight_decay)
         self.adamw = torch.optim.AdamW(rest, lr, adam_betas, weight_decay=0.0)
 
     @torch.no_grad()

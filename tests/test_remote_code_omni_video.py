@@ -10,6 +10,7 @@ import tiny
 import torch
 from diffusers import pipelines
 from hub_server import hub_server_fixture, run_client  # noqa: F401
+from PIL import Image
 from strangers import (
     OUTPUTS,
     TRANSFORMERS_DOOR,
@@ -21,7 +22,12 @@ from strangers import (
 )
 
 import omni_video_hf
-from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline, remote_code_omni_video
+from omni_video_hf import (
+    OmniVideoForConditionalGeneration,
+    OmniVideoPipeline,
+    OmniVideoProcessor,
+    remote_code_omni_video,
+)
 from omni_video_hf.remote_code_omni_video import COMPONENT_CLASSES, MODULES, code_files
 
 NAME = "lab/omni-video-tiny"
@@ -157,17 +163,25 @@ def test_diffusers_refuses_without_the_flag(repository, hub_server):
         assert "trust_remote_code=True" in run_client(WITHOUT_PACKAGE + code, hub_server, fails=True).splitlines()[-1]
 
 
-def test_image_text_to_text_pipeline(repository, tmp_path):
+def test_image_text_to_text_pipeline_answers_as_the_model_does(repository, tmp_path):
     code = f"""
 from transformers import pipeline
 from PIL import Image
 ask = pipeline("image-text-to-text", model={str(repository)!r}, trust_remote_code=True)
 image = Image.new("RGB", (40, 30), "red")
 parts = [{{"type": "image", "image": image}}, {{"type": "text", "text": "rot"}}]
-answer = ask(text=[{{"role": "user", "content": parts}}], max_new_tokens=6, return_full_text=False)
+greedy = {{"do_sample": False, "max_new_tokens": 6}}
+answer = ask(text=[{{"role": "user", "content": parts}}], generate_kwargs=greedy, return_full_text=False)
 import json; print(json.dumps(answer[0]["generated_text"]))
 """
-    assert last_json(run_stranger(WITHOUT_PACKAGE + code, tmp_path)).strip()
+    processor = OmniVideoProcessor.from_pretrained(repository)
+    model = OmniVideoForConditionalGeneration.from_pretrained(repository)
+    image = Image.new("RGB", (40, 30), "red")
+    inputs = processor.apply_task_template("understand", "rot", images=[image], return_tensors="pt")
+    answer = model.generate(**inputs, do_sample=False, max_new_tokens=6)[:, inputs["input_ids"].shape[1] :]
+    expected = processor.batch_decode(answer, skip_special_tokens=True)[0]
+    assert expected
+    assert last_json(run_stranger(WITHOUT_PACKAGE + code, tmp_path)) == expected
 
 
 def test_without_pyav_pictures_still_work(repository, tmp_path):

@@ -51,7 +51,7 @@ def words(**settings):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Untrained VAE and MLLM, latents of three pairs of each kind, text encoder and decoder after two steps each."""
+    """Untrained VAE and MLLM, latents of a few pairs of each kind, text encoder and decoder after two steps each."""
     folder = tmp_path_factory.mktemp("shapes")
     torch.manual_seed(0)
     configuration.vae().save_pretrained(folder / "vae")
@@ -64,7 +64,7 @@ def built(tmp_path_factory):
     return folder
 
 
-def encode(folder, videos=3):
+def encode(folder, videos=12):  # the twelfth is the first edit of a colour
     latents.main(folder / "vae", folder / "latents", videos, images=3, recolored_videos=3, recolored_images=3)
 
 
@@ -105,10 +105,10 @@ def test_latents_are_written_once_and_normalised_pairs(built):
     encode(built)
     assert before == {path: path.stat().st_mtime_ns for path in (built / "latents").glob("*.safetensors")}
     pairs = ScenePairs(built / "latents", "video")
-    assert pairs.latents.shape == (3, 2, 16, 5, 8, 8)
-    assert [example.task for example in pairs.examples] == ["v2v"] * 3
-    with pytest.raises(typer.BadParameter, match="began with videos 3, not 4"):
-        encode(built, videos=4)
+    assert pairs.latents.shape == (12, 2, 16, 5, 8, 8)
+    assert [example.task for example in pairs.examples] == ["v2v"] * 12
+    with pytest.raises(typer.BadParameter, match="began with videos 12, not 13"):
+        encode(built, videos=13)
 
 
 @pytest.mark.parametrize(("kind", "frames"), [("video", 5), ("image", 1)])
@@ -300,9 +300,15 @@ def test_phrases_say_one_attribute_and_come_with_nothing_to_draw(built):
 class PairsInWords:
     """Pairs of scenes as `ScenePairs` has them, for streams that draw nothing: no latents."""
 
-    def __init__(self, kind):
+    def __init__(self, kind, count=60):
         self.kind, self.recolored = kind, False
-        self.examples, self.colors = zip(*drawn(kind, 60, recolored=False), strict=True)
+        self.examples, self.colors = zip(*drawn(kind, count, recolored=False), strict=True)
+
+
+def test_too_few_pairs_to_disguise_are_refused():
+    pairs = {(kind, recolored): PairsInWords(kind, 11) for kind in latents.EDITS for recolored in (False, True)}
+    with pytest.raises(ValueError, match="no edits of the colour to disguise"):
+        StageSamples(pairs, configuration.processor(), 1, seed=0, disguises=True)
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,9 @@ class StageSamples(Dataset):
     All but questions and requests brings `prompt`. Edits that draw or are disguised also bring `target_prompt`, a text
     on what there will be to see, which visual tokens align with, and `unsaid`: the attribute in which that text is not
     to be believed, or `None`. `buckets` is what [`OmniVideoBatchSampler`] wants.
+
+    Raises:
+        ValueError: when `disguises` find no edit of the colour among `pairs`.
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class StageSamples(Dataset):
             kind: [row for row, example in enumerate(pairs[kind, False].examples) if example.attribute == "color"]
             for kind in EDITS
         }
+        if disguises and not all(self.color_edits.values()):
+            raise ValueError("`pairs` have no edits of the colour to disguise: compute more latents.")
         drawn = [(task, about) for task, kind in KINDS.items() for about in DRAWN[kind]]
         if phrases:
             drawn += [(task, "phrase") for task in KINDS]
@@ -171,8 +176,8 @@ class StageSamples(Dataset):
     def _chosen(
         self, rng: np.random.Generator, task: str, pairs: ScenePairs, rows: Sequence[int] | None = None
     ) -> tuple[int, str, int]:
-        """Number of a pair, out of `rows` if there are any, a prompt, and which of the two is to be drawn."""
-        rows = rows or range(len(pairs.examples))
+        """Number of a pair, out of `rows` or of all, a prompt, and which of the two is to be drawn."""
+        rows = range(len(pairs.examples)) if rows is None else rows
         row = int(rows[rng.integers(len(rows))])
         example = pairs.examples[row]
         if TASKS[task].source is not None:

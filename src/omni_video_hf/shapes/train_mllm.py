@@ -159,7 +159,7 @@ def evaluate(mllm: VilaForConditionalGeneration, processor: OmniVideoProcessor, 
                 prompts = [item["prompt"] for item in items]
                 inputs = processor.apply_task_template(
                     "understand", prompts, **{f"{kind}s": sources}, return_tensors="pt"
-                )
+                ).to(mllm.device)
                 ids = mllm.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)
                 answers = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
                 verdicts += [check_answer(dataset.example(n), a) for n, a in zip(numbers, answers, strict=True)]

@@ -17,6 +17,7 @@ MOVES = {
     "decoder": (VISUAL_CONTEXT, "decoder."),
 }
 # Each visual token is alone in the adapter's encoder: with one key, what queries and keys are changes nothing.
+# Their gradient is nothing, or on some processors what rounding leaves, which the optimizer takes for a direction.
 ALONE = re.compile(r"adapter\.query_transformer\.encoder_layers\.\d+\.self_attn\.[qk]_proj\.")
 
 
@@ -29,7 +30,8 @@ def test_exactly_the_named_parameters_move(stage, tmp_path):
     run.train()
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     named = {name for name in before if name.startswith(MOVES[stage])}
-    assert moved == {name for name in named if not ALONE.match(name)}
+    assert moved <= named
+    assert all(ALONE.match(name) for name in named - moved)
     held = {id(parameter) for group in run.optimizer.param_groups for parameter in group["params"]}
     assert held == {id(p) for name, p in model.named_parameters() if name.startswith(MOVES[stage])}
     assert len(run.optimizer.state) == len(held)

@@ -3,6 +3,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import typer
 from diffusers import AutoencoderKLWan
 
 from omni_video_hf.shapes import Scene, configuration, render
@@ -52,3 +53,8 @@ def test_it_resumes_exactly_and_latents_stay_what_they_are(vae, tmp_path):
     changed = {name for name, value in vae.state_dict().items() if not torch.equal(value, first[name])}
     assert changed
     assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
+    second["encoder.conv_in.bias"] += 1
+    vae.load_state_dict(second)
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(typer.BadParameter, match="began with the weights in vae"):
+        train(tmp_path / "vae", stopped, **settings)

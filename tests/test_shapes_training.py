@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import typer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline
 from omni_video_hf.losses_omni_video import OmniVideoLossConfig
@@ -420,6 +420,25 @@ def test_a_stage_resumes_as_if_it_had_not_stopped(stages, tmp_path, stage):
     )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_stage_does_not_go_on_from_other_weights(stages, tmp_path):
+    """`make` comes back to a stage whenever what it begins from is newer."""
+    command = words(model=tmp_path / "pipeline", data=stages / "latents", output_dir=tmp_path / "run", **SHORT)
+    with pytest.raises(typer.BadParameter, match="no weights to begin from"):
+        train_stage.train("connect", command)
+    assert not (tmp_path / "run").exists()
+    shutil.copytree(stages / "align_texts" / "pipeline", tmp_path / "pipeline")
+    stopped = patch.object(train_stage, "load_for_stage", side_effect=InterruptedError)
+    for _ in range(2):  # written down, and found to be the same
+        with stopped, pytest.raises(InterruptedError):
+            train_stage.train("connect", command)
+    path = tmp_path / "pipeline" / "adapter" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, path, {"format": "pt"})
+    with stopped, pytest.raises(typer.BadParameter, match="began with the weights in pipeline"):
+        train_stage.train("connect", command)
 
 
 def test_what_is_asked_for_goes_before_what_suits_the_machine(built, tmp_path):

@@ -1,5 +1,6 @@
 """What the training scripts of Omni-Video Shapes share: settings that stay, exact resuming, results that are whole."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -18,8 +19,16 @@ from transformers.trainer_utils import get_last_checkpoint
 from .muon import MuonFactory
 
 
-def check_settings(settings: dict[str, Any], output: Path) -> None:
-    """Refuse to go on with a training that began otherwise; write down how a new one begins."""
+def check_settings(settings: dict[str, Any], output: Path, *begins_from: Path) -> None:
+    """
+    Refuse to go on with a training that began otherwise; write down how a new one begins.
+
+    Args:
+        settings: of the training.
+        output: its folder.
+        begins_from: folders of weights or latents. Checkpoints of what other ones became are no way on from these.
+    """
+    settings = settings | {f"the weights in {folder.name}": _digest(folder) for folder in begins_from}
     path = output / "settings.json"
     if not path.exists():
         output.mkdir(parents=True, exist_ok=True)
@@ -32,6 +41,18 @@ def check_settings(settings: dict[str, Any], output: Path) -> None:
                 f"{output}: this training began with {name} {stored.get(name)}, not {settings.get(name)}. Go on with "
                 "that, or begin another in an empty folder."
             )
+
+
+def _digest(folder: Path) -> str:
+    """Of names and contents of all its weights."""
+    digest, files = hashlib.sha256(), sorted(folder.rglob("*.safetensors"))
+    if not files:
+        raise typer.BadParameter(f"{folder}: there are no weights to begin from.")
+    for path in files:
+        digest.update(str(path.relative_to(folder)).encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def fit(
@@ -58,7 +79,7 @@ def fit(
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(50, steps),
         "max_grad_norm": 1.0,
-        "logging_steps": min(50, save_steps),
+        "logging_steps": min(50, save_steps, steps),
         "save_steps": save_steps,
         "save_total_limit": 2,
         "seed": seed,

@@ -48,6 +48,7 @@ class Mix(NamedTuple):
     streams: tuple[str, ...] = ()
 
 
+LAST_MIX = Mix({"t2v": 8, "t2i": 5, "v2v": 13, "i2i": 6, "understand": 2}, ("phrases", "disguises"))
 # The stages in order.
 MIXES = {
     "align": Mix({"t2v": 6, "t2i": 2, "v2v": 3, "i2i": 2, "understand": 4}),
@@ -57,8 +58,8 @@ MIXES = {
     "compose": Mix({"t2v": 3, "t2i": 2, "v2v": 6, "i2i": 4, "understand": 1}, ("phrases", "disguises")),
     "refine": Mix({"t2v": 7, "t2i": 4, "v2v": 10, "i2i": 6, "understand": 2}, ("phrases", "disguises")),
     "polish": Mix({"t2v": 6, "t2i": 4, "v2v": 14, "i2i": 7, "understand": 1}, ("phrases", "disguises")),
-    "finish": Mix({"t2v": 8, "t2i": 5, "v2v": 13, "i2i": 6, "understand": 2}, ("phrases", "disguises")),
-    "settle": Mix({"t2v": 8, "t2i": 5, "v2v": 13, "i2i": 6, "understand": 2}, ("phrases", "disguises")),
+    "finish": LAST_MIX,
+    "settle": LAST_MIX,
 }
 
 
@@ -82,7 +83,7 @@ def train(stage: str, words: Sequence[str]) -> Path:
     args.per_device_train_batch_size = _share(args.per_device_train_batch_size, processes)
     settings = {"recipe": yaml.safe_load(recipe.read_text()), "command": list(words), "processes": processes}
     with PartialState().main_process_first():
-        check_settings(settings, Path(args.output_dir))
+        check_settings(settings, Path(args.output_dir), Path(run.model), Path(run.data))
     set_seed(args.seed)
     folder = Path(run.model)
     model = load_for_stage(folder, args, precomputed=False)

@@ -207,7 +207,7 @@ def train(
     phases = {name: replace(phase, steps=max(1, phase.steps // shorten)) for name, phase in PHASES.items()}
     settings = {"phases": {name: asdict(phase) for name, phase in phases.items()}, "prompt_dropout": PROMPT_DROPOUT}
     settings |= {"batch_size": batch_size, "image_batch_size": image_batch_size, "seed": seed}
-    check_settings(settings | {"save_steps": save_steps}, output)
+    check_settings(settings | {"save_steps": save_steps}, output, text_encoder, latents)
     set_seed(seed)
     pairs = read_pairs(latents)
     model = configuration.model()

@@ -69,7 +69,7 @@ def train(
     """Train the decoder of the VAE, from the last checkpoint where there is one, and judge reconstructions."""
     settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
     settings |= {"latent_noise": LATENT_NOISE, "seed": seed, "save_steps": save_steps}
-    check_settings(settings, output)
+    check_settings(settings, output, vae)
     set_seed(seed)
     model = AutoencoderKLWan.from_pretrained(vae)
     fit(

@@ -27,6 +27,11 @@ def kind(case: str) -> str:
     return "video" if case.startswith(("t2v", "v2v")) else "image"
 
 
+def assert_equal_but_rounding(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Every float32 number within two of its last digits, in which processors differ."""
+    torch.testing.assert_close(actual, expected, rtol=2 * torch.finfo(torch.float32).eps, atol=0.0)
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """`|actual - expected| / |expected|`; shapes must be equal."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)

@@ -6,6 +6,7 @@ from golden import DATA
 from PIL import Image
 from typer.testing import CliRunner
 
+from omni_video_hf import OmniVideoPipelineOutput, cli
 from omni_video_hf.cli import app
 from omni_video_hf.media_omni_video import load_image, load_video, probe_video, save_video
 
@@ -88,6 +89,15 @@ def test_ask(run, tmp_path):
     Image.new("L", (30, 20)).save(tmp_path / "grey.jpeg")
     ok(run("ask", "grey.jpeg", "what is it?", "--max-new-tokens", 5))
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".mp4"]
+
+
+@pytest.mark.parametrize(("answer", "note"), [("a fox", ""), ("", "the model ended its answer before the first word")])
+def test_an_empty_answer_is_said_to_be_one(capsys, answer, note):
+    cli._finish(OmniVideoPipelineOutput(task="understand", text=[answer]))
+    printed = capsys.readouterr()
+    assert printed.out == f"{answer}\n"
+    assert note in printed.err
+    assert bool(printed.err) == bool(note)
 
 
 def test_info(run, converted):

@@ -483,6 +483,8 @@ def _generator(seed: int | None) -> dict[str, Any]:
 def _finish(output: OmniVideoPipelineOutput, path: Path | None = None, overwrite: bool = False) -> None:
     """Write the file and say what was done; an answer goes to stdout."""
     if output.text is not None:
+        if not output.text[0]:
+            console.print("[yellow]note:[/] the model ended its answer before the first word.")
         print(output.text[0])  # noqa: T201 - the answer is what the command is for
         return
     frames = output.frames[0]

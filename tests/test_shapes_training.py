@@ -100,7 +100,7 @@ def run_stage(built, stage, model, output):
     return train_stage.train(stage, words(model=model, data=built / "latents", output_dir=output, **SHORT))
 
 
-def test_latents_are_written_once_and_normalised_pairs(built):
+def test_latents_are_written_once_and_normalised_pairs(built, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (built / "latents").glob("*.safetensors")}
     encode(built)
     assert before == {path: path.stat().st_mtime_ns for path in (built / "latents").glob("*.safetensors")}
@@ -109,6 +109,10 @@ def test_latents_are_written_once_and_normalised_pairs(built):
     assert [example.task for example in pairs.examples] == ["v2v"] * 12
     with pytest.raises(typer.BadParameter, match="began with videos 12, not 13"):
         encode(built, videos=13)
+    torch.manual_seed(1)
+    configuration.vae().save_pretrained(tmp_path / "vae")
+    with pytest.raises(typer.BadParameter, match="began with the weights in vae"):
+        latents.main(tmp_path / "vae", built / "latents", 12, images=3, recolored_videos=3, recolored_images=3)
 
 
 @pytest.mark.parametrize(("kind", "frames"), [("video", 5), ("image", 1)])

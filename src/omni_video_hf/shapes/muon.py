@@ -41,7 +41,8 @@ class MuonOfStacks(torch.optim.Muon):
     def _directions(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> torch.Tensor:
         """Momentum of matrices of one shape, `[matrices, rows, columns]`, with singular values near 1."""
         for parameter in parameters:
-            self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         gradients = [parameter.grad for parameter in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])

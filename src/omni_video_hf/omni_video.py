@@ -29,6 +29,8 @@ from .repository_omni_video import finalize_repository
 from .saving_omni_video import OmniVideoSavingMixin
 from .settings_omni_video import PRESETS
 from .source_omni_video import Source
+from .staging_omni_video import finish_saving
+from .writing_omni_video import complete_or_absent
 
 __all__ = [
     "PRESETS",
@@ -54,8 +56,10 @@ __all__ = [
     "VilaForConditionalGeneration",
     "VilaModel",
     "__version__",
+    "complete_or_absent",
     "constant_context",
     "finalize_repository",
+    "finish_saving",
     "load_image",
     "load_video",
     "probe_video",

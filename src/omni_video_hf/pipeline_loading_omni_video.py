@@ -14,7 +14,7 @@ from .modeling_omni_video_connectors import OmniVideoAdapter
 from .processing_omni_video import OmniVideoProcessor
 from .publishing_omni_video import push_repository
 from .remote_code_omni_video import COMPONENT_CLASSES, PIPELINE_CLASS
-from .repository_omni_video import finalize_repository, staged
+from .repository_omni_video import check_finished, check_indices, finalize_repository, staged
 
 CLASSES = {cls.__name__: cls for cls in (OmniVideoForConditionalGeneration, OmniVideoAdapter, OmniVideoProcessor)}
 
@@ -47,8 +47,11 @@ class OmniVideoRepositoryMixin:
             kwargs: as in diffusers.
 
         Raises:
-            ValueError: for an unknown profile, one together with arguments that it chooses, or without accelerator.
+            ValueError: for an unknown profile, one together with arguments that it chooses, or without accelerator;
+                for a folder into which a save did not finish, or whose index names files outside of it.
         """
+        if Path(pretrained_model_name_or_path).is_dir():
+            check_finished(pretrained_model_name_or_path)
         if memory is None:
             if memory_device is not None:
                 raise ValueError(f"`memory_device` is {memory_device!r}, but no `memory` was asked for: pass both.")
@@ -67,6 +70,8 @@ class OmniVideoRepositoryMixin:
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
         """The pipeline's index, as in diffusers, with this code's classes in the place of the repository's."""
+        if Path(pretrained_model_name_or_path).is_dir():  # a user's, or what was downloaded
+            check_indices(pretrained_model_name_or_path)
         config = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
         index = config[0] if isinstance(config, tuple) else config
         for component, name in COMPONENT_CLASSES.items():
@@ -116,7 +121,7 @@ class OmniVideoRepositoryMixin:
             if getattr(tokenizer, "is_fast", False):  # padding of the last call, set anew by the next one
                 tokenizer.backend_tokenizer.no_padding()
                 tokenizer.backend_tokenizer.no_truncation()
-        with staged(save_directory, variant) as folder:
+        with staged(save_directory, variant, ["", *self.components]) as folder:
             super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
             self.processor.save_pretrained(folder)
             finalize_repository(folder, variant)

@@ -19,11 +19,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .writing_omni_video import write_text
+
 __version__ = "0.1.0"
 
 MODULES = (
     "configuration_vila",
+    "writing_omni_video",
     "remote_code_omni_video",
+    "staging_omni_video",
     "media_reading_omni_video",
     "settings_omni_video",
     "flow_matching_omni_video",
@@ -127,16 +131,15 @@ def write_remote_code(directory: Path) -> None:
     files = code_files()
     suffix = re.fullmatch(rf"{ENTRY}({SUFFIX})\.py", list(files)[-1]).group(1)
     folders = [name for name in COMPONENT_CLASSES if (directory / name).is_dir()]
+    outdated: list[Path] = []
     for folder in (directory, *(directory / name for name in folders)):
         wanted = dict(files)
         if folder == directory and (directory / "model_index.json").is_file():
             with_weights = [name for name in folders if any((directory / name).glob("*.safetensors"))]
             wanted[f"{PIPELINE_ENTRY}{suffix}.py"] = _pipeline_entry(files, suffix, with_weights)
+        outdated += [path for path in folder.glob("*.py") if path.name not in wanted and is_written_code(path)]
         for name, text in wanted.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        for path in folder.glob("*.py"):
-            if path.name not in wanted and CODE_FILE.fullmatch(path.name):
-                path.unlink()
+            write_text(folder / name, text)
     _write_model_index(directory, suffix)
     processors = [directory / name / "processor_config.json" for name in ("", "processor")]
     for path in (directory / "config.json", directory / "mllm" / "config.json"):
@@ -144,6 +147,16 @@ def write_remote_code(directory: Path) -> None:
         _update_json(path, auto_map={name: f"{ENTRY}{suffix}.{entry}" for name, entry in auto_map.items()})
     for path in processors:
         _update_json(path, auto_map={"AutoProcessor": f"{ENTRY}{suffix}.{AUTO_MAP['AutoProcessor']}"})
+    for path in outdated:  # last: until then something refers to them
+        path.unlink(missing_ok=True)
+
+
+def is_written_code(path: Path) -> bool:
+    """Whether a file is code that a save wrote, by its name and its first line."""
+    if CODE_FILE.fullmatch(path.name) is None or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.readline(200).startswith(b"# omni_video_hf ")
 
 
 def _write_model_index(directory: Path, suffix: str) -> None:
@@ -164,13 +177,21 @@ def _write_model_index(directory: Path, suffix: str) -> None:
             )
         index[name] = [f"{PIPELINE_ENTRY if name == '_class_name' else ENTRY}{suffix}", expected]
     index.pop("_name_or_path", None)
-    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _update_json(path: Path, **entries: Any) -> None:
     if path.is_file():
         content = json.loads(path.read_text(encoding="utf-8")) | entries
-        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-__all__ = ["CODE_FILE", "COMPONENT_CLASSES", "PIPELINE_CLASS", "__version__", "code_files", "write_remote_code"]
+__all__ = [
+    "CODE_FILE",
+    "COMPONENT_CLASSES",
+    "PIPELINE_CLASS",
+    "__version__",
+    "code_files",
+    "is_written_code",
+    "write_remote_code",
+]

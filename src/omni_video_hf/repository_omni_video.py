@@ -9,11 +9,8 @@ The layout of a repository: one copy of the weights, two front doors.
 
 import json
 import math
-import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -23,20 +20,25 @@ from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from .configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig
-from .remote_code_omni_video import CODE_FILE, write_remote_code
+from .remote_code_omni_video import write_remote_code
+from .staging_omni_video import (
+    check_finished,
+    commit,
+    finalize_with,
+    finish_saving,
+    is_weight_file,
+    staged,
+    staging,
+    variant_of,
+)
+from .writing_omni_video import complete_or_absent, is_plain_name, write_text
 
 INDEX_NAME = "model.safetensors.index.json"
 PIPELINE_INDEX_NAME = "model_index.json"
 # Folders whose weights make up the whole model, in the order of the figure.
 MODEL_FOLDERS = ("mllm", "adapter", "transformer")
-# Files that open a door: they come last, when everything behind the door is there.
-_DOORS = (INDEX_NAME, "config.json", PIPELINE_INDEX_NAME)
 # What libraries write of the machine and the call that something was loaded on and with.
 _LOCAL_ENTRIES = {"_name_or_path", "name_or_path", "is_local", "local_files_only", "cache_dir", "token"}
-_WEIGHTS = re.compile(
-    r"(model|diffusion_pytorch_model)(?:\.(?P<variant>[^.]+?))??(-\d{5}-of-\d{5})?\.safetensors"
-    r"|(model|diffusion_pytorch_model)\.safetensors\.index(?:\.(?P<index_variant>[^.]+))?\.json"
-)
 
 
 def finalize_repository(directory: str | Path, variant: str | None = None) -> None:
@@ -51,7 +53,7 @@ def finalize_repository(directory: str | Path, variant: str | None = None) -> No
         variant: of the weights that the root index is to name, as in `model.fp16.safetensors`.
     """
     directory = Path(directory)
-    for path in (*directory.glob("*/config.json"), *directory.rglob("tokenizer_config.json")):
+    for path in (*directory.glob("*/config.json"), *_visible(directory, "tokenizer_config.json")):
         content = _read_json(path)
         if content.keys() & _LOCAL_ENTRIES:
             kept = {name: value for name, value in content.items() if name not in _LOCAL_ENTRIES}
@@ -103,7 +105,8 @@ def write_root_index(directory: str | Path, variant: str | None = None) -> None:
         architectures=["OmniVideoForConditionalGeneration"],
         dtype=config.dtype,
     )
-    whole.save_pretrained(directory)
+    with complete_or_absent(directory / "config.json") as partial:
+        whole.save_pretrained(partial.parent)
     _write_generation_config(directory)
 
 
@@ -117,26 +120,17 @@ def _write_generation_config(directory: Path) -> None:
     settings = _read_json(path)
     if settings is None:
         return
-    shutil.copyfile(path, directory / path.name)
+    write_text(directory / path.name, path.read_text(encoding="utf-8"))
     names = GenerationConfig().to_dict().keys() - {"transformers_version"}
     config = {name: value for name, value in _read_json(component).items() if name not in names}
     settings = {name: value for name, value in settings.items() if name in names}
     _write_json(component, config | settings, sort_keys=True)
 
 
-def is_weight_file(name: str) -> bool:
-    """Whether a file is called as libraries call weights or an index of them."""
-    return _WEIGHTS.fullmatch(name) is not None
-
-
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """Files with weights of a variant in a component's folder; `None` stands for those without one."""
-    files = []
-    for file in sorted(folder.glob("*.safetensors")):
-        match = _WEIGHTS.fullmatch(file.name)
-        if match and match["variant"] == variant:
-            files.append(file)
-    return files
+    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in files if is_weight_file(file.name) and variant_of(file.name) == variant]
 
 
 def read_header(file: str | Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
@@ -159,46 +153,6 @@ def read_header(file: str | Path) -> dict[str, tuple[str, tuple[int, ...], int]]
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def staged(directory: str | Path, variant: str | None = None) -> Iterator[Path]:
-    """
-    A folder to write a repository to, whose files move to `directory` when all of them are complete.
-
-    It lies beside `directory`, so that moving is renaming. Files that open a door move last. Weights and code that an
-    earlier save left in `directory` and that this one did not write anew are removed; other files stay.
-
-    Args:
-        directory: made if need be.
-        variant: of the weights that are written; those of other variants stay.
-    """
-    directory = Path(directory).absolute()
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} is a file: choose a folder to save to.")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as name:
-        staging = Path(name)
-        yield staging
-        written = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
-        for file in sorted(written, key=lambda file: (str(file) in _DOORS, str(file))):
-            (directory / file).parent.mkdir(parents=True, exist_ok=True)
-            (staging / file).replace(directory / file)
-        _remove_outdated(directory, written, variant)
-
-
-def _remove_outdated(directory: Path, written: Iterable[Path], variant: str | None) -> None:
-    """Remove weights of the same variant, and code, that the files written now replace."""
-    names = {
-        folder: {file.name for file in written if file.parent == folder} for folder in {f.parent for f in written}
-    }
-    for folder, new in names.items():
-        has_weights, has_code = any(map(is_weight_file, new)), any(map(CODE_FILE.fullmatch, new))
-        for path in (directory / folder).iterdir():
-            weights = _WEIGHTS.fullmatch(path.name)
-            is_old = weights and has_weights and (weights["variant"] or weights["index_variant"]) == variant
-            if path.name not in new and (is_old or (has_code and CODE_FILE.fullmatch(path.name))):
-                path.unlink()
 
 
 def complete_repository(
@@ -228,6 +182,9 @@ def complete_repository(
         ValueError: when the base is not a pipeline's repository, or the folder lacks parts that the base lacks too.
     """
     directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: is not a folder, so nothing completes it.")
+    finish_saving(directory)
     source = Path(base)
     if not source.is_dir():
         kept = [name for name in MODEL_FOLDERS if (directory / name).is_dir()]
@@ -235,11 +192,10 @@ def complete_repository(
             kept.remove("mllm")
         unneeded = ["*.py", "README.md", *(f"{name}/*" for name in kept)]
         source = Path(snapshot_download(str(base), revision=revision, token=token, ignore_patterns=unneeded))
+    check_finished(source)
     index = _read_json(source / PIPELINE_INDEX_NAME)
     if index is None:
         raise ValueError(f"{base}: has no {PIPELINE_INDEX_NAME}, so it cannot complete {directory} to a pipeline.")
-    copy = link_weights if link else shutil.copyfile
-    _add_left_out_mllm(directory, source, copy)
     components = [name for name, value in index.items() if isinstance(value, list) and name[0] != "_" and value[0]]
     processor_files = [path.name for path in sorted(source.iterdir()) if _is_processor_file(path)]
     wanted = [name for name in (*components, *processor_files) if not (directory / name).exists()]
@@ -247,54 +203,57 @@ def complete_repository(
     if absent:
         raise ValueError(f"{base}: lacks {', '.join(absent)}, which {directory} lacks too: choose another base.")
     added = [*wanted, *([] if (directory / PIPELINE_INDEX_NAME).exists() else [PIPELINE_INDEX_NAME])]
-    with tempfile.TemporaryDirectory(prefix=".complete.", dir=directory) as staging:
+    copy = link_weights if link else shutil.copyfile
+    with staging(directory, is_inside=True) as work:
+        new = work / "new"
+        replaced = _add_left_out_mllm(directory, source, new, copy)
         for name in added:
             if (source / name).is_dir():
                 ignored = shutil.ignore_patterns("*.py")
-                shutil.copytree(source / name, Path(staging) / name, ignore=ignored, copy_function=copy)
+                shutil.copytree(source / name, new / name, ignore=ignored, copy_function=copy)
             else:
-                copy(source / name, Path(staging) / name)
-        for name in added:
-            (Path(staging) / name).replace(directory / name)
-    finalize_repository(directory)
+                copy(source / name, new / name)
+        # What finalizing writes anew over all parts is not there while some of them are.
+        commit(work, directory, removed=[*replaced, INDEX_NAME, "config.json"], finalize=True)
     return added
 
 
-def _add_left_out_mllm(directory: Path, source: Path, copy: Callable[[Path, Path], object]) -> None:
+def _add_left_out_mllm(directory: Path, source: Path, new: Path, copy: Callable[[Path, Path], object]) -> list[str]:
     """
-    Give a model that was trained without its MLLM (`enable_mllm=False`) the base's.
+    Give a model that was trained without its MLLM (`enable_mllm=False`) the base's, written to `new`.
 
     Its folder holds the vision head alone; files of the base that hold another one are written without it.
+
+    Returns:
+        Names of the files in `directory` that the new ones replace.
     """
     folder, base = directory / "mllm", source / "mllm"
     if not _lacks_mllm(folder):
-        return
+        return []
     heads = weight_files(folder)
     sources = [(file, "mllm.") for file in weight_files(base)] + [(file, "vision_head.") for file in heads]
     sources = [(file, prefix) for file, prefix in sources if any(key.startswith(prefix) for key in read_header(file))]
-    with tempfile.TemporaryDirectory(prefix=".complete.", dir=directory) as name:
-        staging, weight_map, total_size = Path(name), {}, 0
-        for number, (file, prefix) in enumerate(sources, 1):
-            header = read_header(file)
-            kept = [key for key in header if key.startswith(prefix)]
-            shard = f"model-{number:05d}-of-{len(sources):05d}.safetensors"
-            if len(kept) == len(header):
-                copy(file, staging / shard)
-            else:
-                with safe_open(file, "pt") as handle:
-                    save_file({key: handle.get_tensor(key) for key in kept}, staging / shard, {"format": "pt"})
-            weight_map |= dict.fromkeys(kept, shard)
-            total_size += sum(header[key][2] for key in kept)
-        content = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(staging / INDEX_NAME, content)
-        config = _read_json(folder / "config.json") | {"enable_mllm": True}
-        _write_json(staging / "config.json", config, sort_keys=True)
-        if (base / GENERATION_CONFIG_NAME).is_file():
-            copy(base / GENERATION_CONFIG_NAME, staging / GENERATION_CONFIG_NAME)
-        for file in heads:
-            file.unlink()
-        for file in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):
-            file.replace(folder / file.name)
+    target, weight_map, total_size = new / "mllm", {}, 0
+    target.mkdir()
+    for number, (file, prefix) in enumerate(sources, 1):
+        header = read_header(file)
+        kept = [key for key in header if key.startswith(prefix)]
+        shard = f"model-{number:05d}-of-{len(sources):05d}.safetensors"
+        if len(kept) == len(header):
+            copy(file, target / shard)
+        else:
+            with safe_open(file, "pt") as handle:
+                save_file({key: handle.get_tensor(key) for key in kept}, target / shard, {"format": "pt"})
+            shutil.copymode(folder / "config.json", target / shard)  # safetensors lets only its owner read
+        weight_map |= dict.fromkeys(kept, shard)
+        total_size += sum(header[key][2] for key in kept)
+    content = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(target / INDEX_NAME, content)
+    config = _read_json(folder / "config.json") | {"enable_mllm": True}
+    _write_json(target / "config.json", config, sort_keys=True)
+    if (base / GENERATION_CONFIG_NAME).is_file():
+        copy(base / GENERATION_CONFIG_NAME, target / GENERATION_CONFIG_NAME)
+    return [f"mllm/{file.name}" for file in heads]
 
 
 def _lacks_mllm(folder: Path) -> bool:
@@ -315,6 +274,46 @@ def link_root(directory: str | Path) -> Path:
     return directory.parent.parent if directory.parent.name == "snapshots" else directory
 
 
+def check_indices(directory: str | Path) -> None:
+    """
+    Refuse weight indices that name files outside their repository, or that are damaged.
+
+    Raises:
+        ValueError: names the index and the entry.
+    """
+    directory = Path(directory)
+    root = link_root(directory).resolve()
+    for index in sorted(path for path in (*directory.glob("*.json"), *directory.glob("*/*.json"))):
+        if not is_weight_file(index.name):
+            continue
+        for name in index_entries(index):
+            path = index.parent / name
+            if not is_plain_name(name) or not path.resolve().is_relative_to(root):
+                raise ValueError(
+                    f"{index}: names the file {name!r}, outside of {directory}. An index may only name files "
+                    "of its own repository: download it again, from somebody you trust."
+                )
+
+
+def index_entries(index: Path) -> list[str]:
+    """
+    Names of the files that a weight index lists.
+
+    Raises:
+        ValueError: when it is damaged.
+    """
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{index}: cannot be read as JSON ({error}): download it again.") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) and name for name in weight_map.values()):
+        raise ValueError(
+            f"{index}: is no index of weights, which has a `weight_map` of file names: download it again."
+        )
+    return sorted(set(weight_map.values()))
+
+
 def missing_parts(directory: str | Path) -> list[str]:
     """What keeps a folder from being a repository with both doors; nothing when it is one."""
     directory = Path(directory)
@@ -332,12 +331,18 @@ def _is_processor_file(path: Path) -> bool:
     return path.is_file() and (path.name in names or path.name.startswith("tokenizer"))
 
 
+def _visible(directory: Path, name: str) -> list[Path]:
+    """Files of a name, or pattern, at any depth, none of them in a hidden folder."""
+    found = sorted(directory.rglob(name))
+    return [path for path in found if not any(part[0] == "." for part in path.relative_to(directory).parts[:-1])]
+
+
 def _read_json(path: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _write_json(path: Path, content: dict, sort_keys: bool = False) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
 
 
 def _bits(dtype: str) -> int:
@@ -346,10 +351,16 @@ def _bits(dtype: str) -> int:
     return int(digits) if digits else 8
 
 
+finalize_with(finalize_repository)
+
 __all__ = [
     "MODEL_FOLDERS",
+    "check_finished",
+    "check_indices",
     "complete_repository",
     "finalize_repository",
+    "finish_saving",
+    "index_entries",
     "is_weight_file",
     "link_root",
     "link_weights",

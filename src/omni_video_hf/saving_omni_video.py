@@ -15,11 +15,24 @@ from torch import nn
 from .configuration_omni_video import state_dtype
 from .lora_omni_video import has_lora
 from .publishing_omni_video import push_completed, push_repository
-from .repository_omni_video import finalize_repository, staged
+from .repository_omni_video import MODEL_FOLDERS, check_finished, check_indices, finalize_repository, staged
 
 
 class OmniVideoSavingMixin:
     """What [`OmniVideoForConditionalGeneration`] does differently from other transformers models when it is saved."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:
+        """
+        Load a model, as in transformers.
+
+        Raises:
+            ValueError: for a folder into which a save did not finish, or whose index names files outside of it.
+        """
+        if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
+            check_finished(pretrained_model_name_or_path)
+            check_indices(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def pipeline_components(self) -> dict[str, nn.Module]:
         """
@@ -74,14 +87,19 @@ class OmniVideoSavingMixin:
         self._check_saveable(safe_serialization)
         if self.adapter is None and self.decoder is None:
             state_dtype(self.config, self.dtype)
-            super().save_pretrained(
-                save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, variant, **kwargs
-            )
+            arguments = {"state_dict": state_dict, "max_shard_size": max_shard_size, "variant": variant}
+            if is_main_process:
+                with staged(save_directory, variant, [""]) as folder:
+                    super().save_pretrained(folder, **arguments)
+            if push_to_hub or not is_main_process:
+                with tempfile.TemporaryDirectory() as folder:
+                    kwargs.setdefault("repo_id", Path(save_directory).name)
+                    super().save_pretrained(folder, is_main_process, push_to_hub=push_to_hub, **arguments, **kwargs)
             return
         if state_dict is None and any(tensor.is_meta for tensor in self.state_dict().values()):
             state_dict = get_state_dict_offloaded_model(self)
         if is_main_process:
-            with staged(save_directory, variant) as folder:
+            with staged(save_directory, variant, ["", *MODEL_FOLDERS]) as folder:
                 for name, part in self.pipeline_components().items():
                     weights = None if state_dict is None else _weights_of(name, state_dict)
                     _save_part(part, folder / name, weights, max_shard_size, variant)

@@ -1,7 +1,7 @@
 """Fills a feature cache from any kind of samples: resumable, by several processes, recomputing only what changed."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,10 +9,9 @@ from typing import Any, Protocol
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, tqdm
-from filelock import Timeout
-from huggingface_hub.utils import WeakFileLock
 
 from .bad_data import BadDataError, Offender, stop_or_count
+from .cache_files import begin, check_output, only_run
 from .features import (
     PROVENANCE,
     Record,
@@ -82,7 +81,7 @@ def build_cache(
     Run it under `accelerate launch` and the processes share the work. A killed run goes on from its last shards.
 
     Args:
-        folder: the cache; made if need be.
+        folder: the cache; made if need be. A folder with anything else in it is refused.
         samples: all that it is to hold.
         on_bad_data: `"stop"` or `"skip"`, see [`stop_or_count`]. Samples that fail while they are computed do not stop
             the others: what was computed is kept for the next run.
@@ -92,7 +91,7 @@ def build_cache(
 
     Raises:
         BadDataError: with all samples that cannot be used.
-        ValueError: when another run works on this cache.
+        ValueError: when another run works on this cache, or `folder` is none.
     """
     state, folder = PartialState(), Path(folder)
     with _only_run(folder, state):
@@ -173,25 +172,21 @@ def _joined(shares: Sequence[_Share], total: int) -> BuildReport:
 @contextmanager
 def _only_run(folder: Path, state: PartialState) -> Iterator[None]:
     """Refuse to work on a cache that another run works on; the lock goes with the process that holds it."""
-    problem, lock = [], None
-    if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = WeakFileLock(folder / ".lock", timeout=0.1)
-        try:
-            lock.__enter__()
-        except Timeout:
-            problem, lock = (
-                [f"{folder}: another run computes features into this cache: wait for it, or stop it."],
-                None,
-            )
-    try:
+    with ExitStack() as stack:
+        problem = []
+        if state.is_main_process:
+            try:
+                check_output(folder)
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(only_run(folder))
+                check_output(folder)  # once more: another run may just have ended
+                begin(folder)
+            except (ValueError, OSError) as error:
+                problem = [str(error)]
         problem = gather_object(problem)
         if problem:
             raise ValueError(problem[0])
         yield
-    finally:
-        if lock is not None:
-            lock.__exit__(None, None, None)
 
 
 __all__ = ["BuildReport", "Sample", "build_cache", "changed_fields"]

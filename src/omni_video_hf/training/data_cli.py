@@ -93,6 +93,7 @@ def precompute_command(
     """
     with _one_line_errors(verbose):
         work = _work()
+        work.check_cache(output)
         folder = work.compute(
             work.read_table(data, data_format, task, column or ()),
             model,

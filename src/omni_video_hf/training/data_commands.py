@@ -14,6 +14,7 @@ from rich.table import Table
 
 from .bad_data import SHOWN, BadDataError, count_problems, offenders_table
 from .cache_building import BuildReport
+from .cache_files import check_output
 from .encoding import FeatureEncoder, PrecomputeSettings, load_encoders
 from .features import FeatureCache
 from .framing import FramingRules
@@ -60,6 +61,11 @@ def read_settings(
     """The settings behind the command's words."""
     rules = FramingRules([_size(text) for text in sizes], tuple(frames), _fps(fps))
     return PrecomputeSettings(rules, instruction, mllm_frames)
+
+
+def check_cache(output: Path) -> None:
+    """Refuse an output folder that holds anything but a cache, before anything is read; see [`check_output`]."""
+    check_output(output)
 
 
 def read_table(data: Path, data_format: str | None, task: str | None, columns: Sequence[str]) -> MediaTable:

@@ -14,9 +14,7 @@ is killed leaves shards and parts from which the next one goes on; a reader sees
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,46 +22,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate.utils import tqdm
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from ..processing_omni_video import TASKS
+from ..writing_omni_video import complete_or_absent, remove_abandoned
 from .bad_data import BadDataError, Offender, stop_or_count
+from .cache_files import (
+    FORMAT_VERSION,
+    MANIFEST,
+    PROVENANCE,
+    SCHEMA,
+    SHARD_NAME,
+    WRITTEN_BY,
+    check_inside,
+    one_error,
+    read_index,
+    read_manifest,
+    read_table,
+    remove_unused,
+)
 from .data import PADDED, STACKED, TENSORS, bucket_of
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 OPEN_SHARDS = 64  # memory-mapped at a time by one process
-
-# Everything the features of an entry depend on; a field that does not apply is null.
-PROVENANCE = {
-    "task": pa.string(),
-    "text": pa.string(),  # prompt or question
-    "answer": pa.string(),
-    "media_sha256": pa.string(),
-    "source_sha256": pa.string(),
-    "width": pa.int32(),  # pixels
-    "height": pa.int32(),
-    "num_frames": pa.int32(),
-    "fps": pa.float64(),
-    "crop": pa.list_(pa.int32()),  # left, top, right, bottom in the file's pixels
-    "source_crop": pa.list_(pa.int32()),
-    "vae": pa.string(),  # hash of weights and configuration, likewise below
-    "vae_dtype": pa.string(),
-    "mllm": pa.string(),
-    "mllm_dtype": pa.string(),
-    "text_encoder": pa.string(),
-    "text_encoder_dtype": pa.string(),
-    "target_encoder": pa.string(),
-    "target_encoder_dtype": pa.string(),
-    "template": pa.string(),  # hash of chat template, the task's prompt, tokenizers and image processing
-    "instruction": pa.string(),  # "states" or "tokens"
-    "mllm_frames": pa.string(),
-    "code_version": pa.int32(),
-}
-PLACE = {"key": pa.string(), "shard": pa.string(), "number": pa.int32()}
-SCHEMA = pa.schema({**PLACE, **PROVENANCE, **{f"{name}_shape": pa.list_(pa.int32()) for name in TENSORS}})
 Record = dict[str, Any]  # a row of SCHEMA
 
 
@@ -81,7 +63,7 @@ class FeatureCache(Dataset):
     `buckets` has the bucket of every sample, for [`OmniVideoBatchSampler`]; `records` everything the index says.
 
     Raises:
-        ValueError: when it is no cache, is unfinished, or lacks shards.
+        ValueError: when it is no cache, is unfinished or damaged, lacks shards, or names files outside of its folder.
     """
 
     def __init__(self, folder: str | Path, tasks: Sequence[str] | None = None) -> None:
@@ -93,13 +75,14 @@ class FeatureCache(Dataset):
                 f"{self.folder}: the run that computes these features did not finish ({len(left)} shards are not in "
                 "the index): run the same command again, it goes on where it stopped."
             )
-        records = pq.read_table(self.folder / self.manifest["index"], schema=SCHEMA).to_pylist()
+        records = read_index(self.folder, self.manifest)
         self.records = [record for record in records if tasks is None or record["task"] in tasks]
         if not self.records:
             raise ValueError(f"{self.folder}: has no entry" + (f" of the tasks {', '.join(tasks)}." if tasks else "."))
-        missing = sorted(
-            name for name in {record["shard"] for record in self.records} if not self._shard_path(name).is_file()
-        )
+        shards = sorted({record["shard"] for record in self.records})
+        for name in shards:
+            check_inside(self.folder, self._shard_path(name))
+        missing = [name for name in shards if not self._shard_path(name).is_file()]
         if missing:
             raise ValueError(
                 f"{self.folder}: {len(missing)} shards are missing ({', '.join(missing[:8])}): copy the cache again, "
@@ -113,8 +96,9 @@ class FeatureCache(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
-        shard = self._open(record["shard"])
-        tensors = {name: shard.get_tensor(f"{record['number']}.{name}") for name in stored_shapes(record)}
+        with one_error(self._shard_path(record["shard"])):
+            shard = self._open(record["shard"])
+            tensors = {name: shard.get_tensor(f"{record['number']}.{name}") for name in stored_shapes(record)}
         return {"task": record["task"]} | tensors
 
     @property
@@ -140,8 +124,8 @@ class FeatureCache(Dataset):
         for index, record in enumerate(tqdm(self.records, desc="Checking features", disable=not progress)):
             try:
                 offenders += [Offender(record["key"], problem) for problem in self._problems(index)]
-            except (SafetensorError, OSError) as error:
-                offenders.append(Offender(record["key"], f"{self._shard_path(record['shard'])}: damaged ({error})"))
+            except ValueError as error:
+                offenders.append(Offender(record["key"], str(error)))
         left_out = stop_or_count(offenders, len(self), on_bad_data)
         kept = [number for number, record in enumerate(self.records) if record["key"] not in left_out]
         self.records = [self.records[number] for number in kept]
@@ -170,23 +154,6 @@ class FeatureCache(Dataset):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open_handles()
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a cache; a `ValueError` says why there is none."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        raise ValueError(
-            f"{folder}: holds no {MANIFEST}, so it is no feature cache or an unfinished one: make it with `omni-video "
-            "precompute` or `omni-video import-features`."
-        )
-    manifest = json.loads(path.read_text())
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: has the format {manifest.get('format_version')!r}, this version reads {FORMAT_VERSION}: update "
-            "the package, or compute the features again."
-        )
-    return manifest
 
 
 def stored_shapes(record: Record) -> dict[str, list[int]]:
@@ -243,23 +210,6 @@ def unequal_widths(records: Sequence[Record]) -> Iterator[Offender]:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def complete_or_absent(path: Path) -> Iterator[Path]:
-    """A name to write under; the file gets its own name when the block ends well and it lies on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.touch()
-    mode = partial.stat().st_mode  # safetensors writes files that nobody else may read
-    try:
-        yield partial
-        partial.chmod(mode)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 class ShardWriter:
     """
     Writes entries of one process into shards, each complete or absent.
@@ -297,7 +247,7 @@ class ShardWriter:
         if not self._records:
             return
         with complete_or_absent(self.folder / "shards" / f"{self._name}.safetensors") as partial:
-            save_file(self._tensors, partial)
+            save_file(self._tensors, partial, WRITTEN_BY)
         with complete_or_absent(self.folder / "parts" / f"{self._name}.parquet") as partial:
             pq.write_table(pa.Table.from_pylist(self._records, SCHEMA), partial)
         self._records, self._tensors, self.next = [], {}, self.next + 1
@@ -311,21 +261,23 @@ def read_records(folder: Path) -> dict[str, Record]:
     """Entries of a cache by key, finished or not; of two with one key, the one computed last."""
     records: list[Record] = []
     if (folder / MANIFEST).is_file():
-        records += pq.read_table(folder / read_manifest(folder)["index"], schema=SCHEMA).to_pylist()
+        records += read_index(folder, read_manifest(folder))
     for part in sorted((folder / "parts").glob("*.parquet")):
-        records += pq.read_table(part, schema=SCHEMA).to_pylist()
+        check_inside(folder, part)
+        records += read_table(part)
     there = {path.stem for path in (folder / "shards").glob("*.safetensors")}
     return {record["key"]: record for record in records if record["shard"] in there}
 
 
 def next_shard(folder: Path) -> int:
     """The smallest number larger than that of every shard."""
-    return 1 + max((int(path.stem.split("-")[0]) for path in (folder / "shards").glob("*.safetensors")), default=-1)
+    names = [path.stem for path in (folder / "shards").glob("*.safetensors")]
+    return 1 + max((int(name.split("-")[0]) for name in names if SHARD_NAME.fullmatch(name)), default=-1)
 
 
 def commit(folder: Path, records: Sequence[Record], about: Mapping[str, Any]) -> None:
     """
-    Make `records` what the cache holds, and remove what they do not use.
+    Make `records` what the cache holds, and remove what runs wrote and they do not use; other files stay.
 
     Args:
         folder: the cache.
@@ -335,6 +287,11 @@ def commit(folder: Path, records: Sequence[Record], about: Mapping[str, Any]) ->
     offenders = list(unequal_widths(records))
     if offenders:
         raise BadDataError(offenders, len(records))
+    listed: list[str] = []  # what is there by the word of the cache itself
+    if (folder / MANIFEST).is_file():
+        earlier = read_manifest(folder)
+        listed = [earlier["index"], *(record["shard"] for record in read_index(folder, earlier))]
+    listed += [record["shard"] for part in (folder / "parts").glob("*.parquet") for record in read_table(part)]
     table = pa.Table.from_pylist(list(records), SCHEMA)
     digest = hashlib.sha256(json.dumps(table.to_pylist()).encode()).hexdigest()[:16]
     name = f"index-{digest}.parquet"
@@ -351,15 +308,9 @@ def commit(folder: Path, records: Sequence[Record], about: Mapping[str, Any]) ->
     with complete_or_absent(folder / MANIFEST) as partial:
         partial.write_text(json.dumps(manifest, indent=2) + "\n")
     # Committed: the rest is tidying up, and does no harm if it is cut short.
-    used = {record["shard"] for record in records}
-    for path in (folder / "parts").glob("*"):
-        path.unlink()
-    for path in [*(folder / "shards").glob("*"), *(folder / "shards").glob(".*.partial")]:
-        if path.stem not in used:
-            path.unlink(missing_ok=True)
-    for path in [*folder.glob("index-*.parquet"), *folder.glob(".*.partial")]:
-        if path.name != name:
-            path.unlink(missing_ok=True)
+    remove_unused(folder, name, used=sorted({record["shard"] for record in records}), listed=listed)
+    for place in (folder, folder / "shards", folder / "parts"):
+        remove_abandoned(None, place)
 
 
 __all__ = [

@@ -11,6 +11,7 @@ from ..processing_omni_video import TASKS
 from ..safe_load import load_checkpoint
 from .bad_data import BadDataError, Offender
 from .cache_building import BuildReport, build_cache
+from .cache_files import check_output
 from .names import check_known
 
 IMPORT_VERSION = 1  # raised when an import gives other tensors than before
@@ -184,7 +185,9 @@ def import_features(
 
     Raises:
         BadDataError: with every file that cannot be used.
+        ValueError: when `folder` holds anything but a cache.
     """
+    check_output(folder)
     if task is not None:
         check_known("task", [task], [name for name in TASKS if name != "understand"])
     samples = [FeatureFile(path, key, task) for key, path in find_feature_files(sources).items()]

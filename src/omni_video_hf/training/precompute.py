@@ -11,6 +11,7 @@ from accelerate.utils import gather_object, tqdm
 
 from .bad_data import Offender, stop_or_count
 from .cache_building import BuildReport, build_cache
+from .cache_files import check_output
 from .encoding import FeatureEncoder
 from .framing import Framing, FramingRules
 from .tables import MediaTable, Row, check_row, probe
@@ -148,7 +149,9 @@ def precompute(
     Raises:
         BadDataError: with all samples that cannot be used: before anything is computed what a look at the files tells,
             after it what only decoding all frames does.
+        ValueError: when `folder` holds anything but a cache.
     """
+    check_output(folder)
     samples, left_out = plan_table(table, encoder, on_bad_data)
     report = build_cache(
         folder,

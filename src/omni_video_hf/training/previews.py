@@ -21,15 +21,34 @@ def bind_pipeline(pipeline: OmniVideoPipeline, model: OmniVideoForConditionalGen
     Raises:
         ValueError: when the model lacks adapter or decoder, as in the `align` stage.
     """
+    _check_parts(model)
+    pipeline.register_modules(adapter=model.adapter, transformer=model.decoder)
+    pipeline.mllm.vision_head = model.vision_head
+    if model.mllm is not None:
+        pipeline.mllm.mllm = model.mllm
+
+
+def load_preview_pipeline(folder: str | Path, model: OmniVideoForConditionalGeneration) -> OmniVideoPipeline:
+    """
+    A pipeline that draws with a model in training, and has what the model lacks from the repository `folder`.
+
+    A stage may train without its MLLM; the pipeline then reads it for itself, in the format in which it is stored.
+
+    Raises:
+        ValueError: as [`bind_pipeline`].
+    """
+    _check_parts(model)
+    pipeline = OmniVideoPipeline.from_pretrained(folder, adapter=model.adapter, transformer=model.decoder)
+    bind_pipeline(pipeline, model)
+    return pipeline
+
+
+def _check_parts(model: OmniVideoForConditionalGeneration) -> None:
     missing = [name for name in ("adapter", "decoder") if getattr(model, name) is None]
     if missing:
         raise ValueError(
             f"Previews need the {' and the '.join(missing)}, which this stage does not load: set `preview_steps` to 0."
         )
-    pipeline.register_modules(adapter=model.adapter, transformer=model.decoder)
-    pipeline.mllm.vision_head = model.vision_head
-    if model.mllm is not None:
-        pipeline.mllm.mllm = model.mllm
 
 
 def draw_previews(

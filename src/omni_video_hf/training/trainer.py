@@ -14,7 +14,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    HubStrategy,
+    TrainOutput,
+    rotate_checkpoints,
+)
 
 from ..modeling_omni_video import OmniVideoForConditionalGeneration, OmniVideoOutput
 from ..pipeline_omni_video import OmniVideoPipeline
@@ -25,7 +31,8 @@ from .lora import save_lora
 from .meter import TASKS, LossMeter
 from .names import check_known
 from .previews import bind_pipeline, draw_previews
-from .randomness import derive_seed, draw_dropouts, sample_generators
+from .randomness import derive_seed, draw_dropouts, kept_chance, sample_generators
+from .run_lock import only_training
 from .stages import cast_frozen, freeze_all_but, part_of
 
 # Inputs that decide which parts of the model run.
@@ -134,6 +141,11 @@ class OmniVideoTrainer(Trainer):
             return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in parameters.items()}
         state = self.accelerator.get_state_dict(self.model_wrapped)
         return {name: state[name] for name in self.trained_names} if self.is_world_process_zero() else {}
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """transformers' `train`, with its `output_dir` kept from other trainings; see [`only_training`]."""
+        with only_training(self.args):
+            return super().train(*args, **kwargs)
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -340,7 +352,7 @@ class OmniVideoTrainer(Trainer):
         was_training = self.model.training
         self.model.eval()
         try:
-            with self.averaged_weights(), self.accelerator.autocast():
+            with kept_chance(), self.averaged_weights(), self.accelerator.autocast():
                 folder = Path(self.args.output_dir) / "previews"
                 return draw_previews(pipeline, self.args.previews, folder, self.state.global_step)
         finally:

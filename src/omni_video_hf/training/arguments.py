@@ -22,7 +22,7 @@ class OmniVideoTrainingArguments(TrainingArguments):
     transformers' [`TrainingArguments`] and the settings of Omni-Video's stages.
 
     Args:
-        stage: one of `align`, `connect`, `joint`, `decoder`, `lora` (see `stages.STAGES`).
+        stage: one of `align`, `connect`, `joint`, `decoder`, `understand`, `lora` (see `stages.STAGES`).
         losses: options of [`OmniVideoLossConfig`] in place of the stage's, e.g. `{"alignment": "squared_l2"}`.
         part_learning_rates: learning rates of parts in place of `learning_rate`, e.g. `{"decoder": 1e-6}`; names are
             `text_head`, `vision_head`, `adapter`, `visual_context_adapter`, `decoder`.
@@ -44,7 +44,9 @@ class OmniVideoTrainingArguments(TrainingArguments):
         ValueError: for unknown names and numbers out of range.
     """
 
-    stage: str = field(default="decoder", metadata={"help": "What trains: align, connect, joint, decoder or lora."})
+    stage: str = field(
+        default="decoder", metadata={"help": "What trains: align, connect, joint, decoder, understand or lora."}
+    )
     losses: dict[str, Any] | str | None = field(default=None, metadata={"help": "Options of OmniVideoLossConfig."})
     part_learning_rates: dict[str, float] | str | None = field(
         default=None, metadata={"help": "Learning rates of parts in place of learning_rate."}

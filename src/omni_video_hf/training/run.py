@@ -15,7 +15,8 @@ from . import checkpoints
 from .arguments import OmniVideoTrainingArguments
 from .data import OmniVideoDataCollator
 from .lora import ADAPTER_NAME, add_lora, save_lora
-from .previews import load_preview_pipeline
+from .loss_data import check_losses
+from .previews import check_previews, load_preview_pipeline
 from .publishing import push, summarize
 from .recipe import RunArguments
 from .result import lora_deltas, tied_names, write_pipeline
@@ -48,13 +49,17 @@ def _train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console
     checkpoint = _checkpoint_to_resume(run, args)
     if not Path(run.model).is_dir() and run.model.count("/") != 1:
         raise ValueError(f"`model` {run.model} is neither a folder nor a Hub repository (`owner/name`).")
+    check_previews(args.previews or [])
     folder = Path(run.model if Path(run.model).is_dir() else snapshot_download(run.model, revision=run.revision))
     processor = OmniVideoProcessor.from_pretrained(folder)
     data = load_training_data(run, processor, console)
     eval_data = load_evaluation_data(run, processor, console)
+    check_losses(data.buckets, args.loss_config, args.stage, run.task_weights)
+    if eval_data is not None:
+        check_losses(eval_data.buckets, args.loss_config, args.stage, name="eval_data")
     data_seed = args.seed if args.data_seed is None else args.data_seed
     batch_size = args.per_device_train_batch_size
-    sampler = make_sampler(data, run, args.loss_config, batch_size, args.world_size, data_seed)
+    sampler = make_sampler(data, run, batch_size, args.world_size, data_seed)
     set_seed(args.seed)
     model = load_for_stage(folder, args, is_precomputed(data))
     model.config._name_or_path = run.model  # not where it lies in a cache, which means nothing to others
@@ -67,6 +72,7 @@ def _train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console
         train_batch_sampler=sampler,
         preview_pipeline=load_preview_pipeline(folder, model) if args.preview_steps > 0 else None,
     )
+    trainer.base_revision = run.revision
     if trainer.is_world_process_zero():
         console.print(parameter_table(model, args.stage))
     trainer.train(resume_from_checkpoint=checkpoint)

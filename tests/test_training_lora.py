@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from omni_video_hf import OmniVideoForConditionalGeneration
 from omni_video_hf.training.lora import add_lora, save_lora
-from omni_video_hf.training.run import save_merged
+from omni_video_hf.training.result import lora_deltas, write_pipeline
 
 PARTS = ("mllm", "vision_head", "adapter", "decoder")
 SETTINGS = {"r": 2, "lora_alpha": 8, "lora_dropout": 0.1}
@@ -71,7 +71,7 @@ def test_the_file_is_small_loads_with_the_same_outputs_and_merges(trained, tmp_p
     for value, expected in zip(run(whole(pipe)), run(model), strict=True):
         assert torch.allclose(value, expected, atol=1e-5)
     tiny.pipeline().save_pretrained(tmp_path / "base")
-    save_merged(tmp_path / "base", tmp_path, tmp_path / "merged")
+    write_pipeline(tmp_path / "base", tmp_path / "merged", {}, deltas=lora_deltas(model))
     merged = OmniVideoForConditionalGeneration.from_pretrained(tmp_path / "merged")
     for value, expected in zip(run(merged), run(model), strict=True):
         assert torch.allclose(value, expected, atol=1e-3)

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import tiny
@@ -97,6 +98,7 @@ def test_wrong_recipes_are_refused(tmp_path):
     refused("- a\n", "a recipe is a mapping of settings, got list")
     refused("a: [\n", "mine.yaml: not YAML")
     refused("stage: decoder\n", "`model` is missing", [])
+    refused("stage: decoder\n", "`data` is missing: name a feature cache", NEEDED[:2])
     refused("stage: decoder\n", "`output_dir` is missing", NEEDED[:4])
     refused("stage: decoder\n", r"`command line`: unknown 'stge' \(did you mean 'stage'\?\)", [*NEEDED, "--stge", "x"])
     question = ["--previews", "[{prompt: what is it?, task: understand}]"]
@@ -136,12 +138,44 @@ def test_data_that_do_not_fit_the_stage_are_refused(base, data, tmp_path):
     refused("nowhere", data, tmp_path / "run", "`model` nowhere is neither a folder nor a Hub repository")
     refused(base, tmp_path / "none", tmp_path / "run", "holds no manifest.json, so it is no feature cache")
     questions = write_samples(tmp_path / "data", [training.sample("understand"), training.sample("t2v")])
-    refused(base, questions, tmp_path / "run", "1 samples of the task 'understand', but `losses.answer_weight` is 0")
+    useless = (
+        "`data`: 1 samples of the tasks understand allow none of the losses of the stage 'decoder' (flow_matching)"
+    )
+    refused(base, questions, tmp_path / "run", useless)
     weights = "{t2v: 1, understand: 0}"
     result = command(base, questions, tmp_path / "run", "decoder", "--task_weights", weights)
     assert result.exit_code == 0, result.output
     refused(base, data, tmp_path / "b", "`weights` has no entry for t2v, v2v", "--task_weights", "{t2i: 1}")
     refused(base, data, tmp_path / "b", "`task_weights`: unknown 't2x'", "--task_weights", "{t2x: 1}")
+
+
+@pytest.mark.parametrize("stage", ["align", "joint"])
+def test_a_loss_that_no_sample_allows_is_refused_before_anything_is_loaded(base, data, tmp_path, stage):
+    def refuse(cache, *words):
+        (tmp_path / "model").mkdir(exist_ok=True)
+        for path in base.iterdir():  # without its weights the model cannot be loaded
+            if path.is_file() and path.suffix != ".safetensors" and not path.name.endswith("index.json"):
+                shutil.copyfile(path, tmp_path / "model" / path.name)
+        result = command(tmp_path / "model", cache, tmp_path / "run", stage, *words)
+        assert result.exit_code == 2
+        return " ".join(result.output.split())
+
+    said = refuse(data)
+    assert f"`data`: no sample allows the answer loss of the stage '{stage}'" in said
+    assert "`losses.answer_weight` is 1 and needs `labels`: compute features with `--instruction tokens`" in said
+    plain = {name: value for name, value in training.sample("t2i").items() if name != "target_features"}
+    said = refuse(write_samples(tmp_path / "plain", [plain]))
+    assert "the answer and the alignment loss" in said
+    assert "needs `target_features`: compute features with `--target-encoder`" in said
+    weights = ["--task_weights", "{t2i: 1, understand: 0}"]
+    mixed = write_samples(tmp_path / "mixed", [training.sample("t2i"), training.sample("understand")])
+    assert "no sample allows the answer loss" in refuse(mixed, *weights)
+
+
+def test_evaluation_data_that_allow_no_loss_are_refused(base, data, tmp_path):
+    questions = write_samples(tmp_path / "data", [training.sample("understand")])
+    said = "`eval_data`: 1 samples of the tasks understand allow none of the losses of the stage 'decoder'"
+    refused(base, data, tmp_path / "run", said, "--eval_data", questions)
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -205,6 +239,8 @@ def test_every_shipped_recipe_runs(name, base, data, tmp_path):
             tmp_path / "data",
             [training.instructed("v2v", 0), training.instructed("t2i", 1), training.sample("understand")],
         )
+    elif name == "understand":
+        data = write_samples(tmp_path / "data", [training.sample("understand", number) for number in range(3)])
     result = command(base, data, output, name, "--learning_rate", "1e-2", "--max_steps", "6")
     assert result.exit_code == 0, result.output
     trained, untrained = (OmniVideoPipeline.from_pretrained(folder) for folder in (output / "pipeline", base))
@@ -221,6 +257,7 @@ def test_every_shipped_recipe_runs(name, base, data, tmp_path):
         "connect": {"adapter"},
         "connect_text": {"adapter"},
         "decoder": {"adapter", "transformer"},
+        "understand": {"mllm"},
     }
     summary = TrainingSummary.read(output / "pipeline")
     assert (summary.steps, summary.datasets, summary.hardware) == (6, [data.name], "1 x CPU")

@@ -167,6 +167,18 @@ class OmniVideoConfig(PreTrainedConfig):
     """
 
     model_type = "omni_video"
+    # Trainer's predictions and metrics are of the logits alone.
+    keys_to_ignore_at_inference = [  # noqa: RUF012 - read by transformers on the class
+        "answer_loss",
+        "alignment_loss",
+        "text_alignment_loss",
+        "flow_matching_loss",
+        "past_key_values",
+        "hidden_states",
+        "attentions",
+        "vision_tokens",
+        "velocity",
+    ]
     sub_configs_defaults = {  # noqa: RUF012 - read by transformers on the class
         "mllm_config": _MllmSpec(config_class=AutoConfig, model_type=VilaConfig.model_type),
         "vision_head_config": OmniVideoVisionHeadConfig,

@@ -1,6 +1,7 @@
 """Settings of a training run: transformers' own, and what Omni-Video adds."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -11,6 +12,8 @@ from .names import check_known
 from .stages import PARTS, Stage, get_stage
 
 LORA_PARTS = ("mllm", "vision_head", "adapter", "decoder")
+# Settings of peft's LoraConfig that the file of a LoRA can say, and the parts that get matrices.
+LORA_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "target_modules", "parts")
 
 
 @dataclass
@@ -19,7 +22,7 @@ class OmniVideoTrainingArguments(TrainingArguments):
     transformers' [`TrainingArguments`] and the settings of Omni-Video's stages.
 
     Args:
-        stage: one of `align`, `connect`, `joint`, `decoder`, `lora` (see `stages.STAGES`).
+        stage: one of `align`, `connect`, `joint`, `decoder`, `understand`, `lora` (see `stages.STAGES`).
         losses: options of [`OmniVideoLossConfig`] in place of the stage's, e.g. `{"alignment": "squared_l2"}`.
         part_learning_rates: learning rates of parts in place of `learning_rate`, e.g. `{"decoder": 1e-6}`; names are
             `text_head`, `vision_head`, `adapter`, `visual_context_adapter`, `decoder`.
@@ -32,6 +35,8 @@ class OmniVideoTrainingArguments(TrainingArguments):
         preview_steps: draw the previews every so many steps, 0 for never.
         previews: arguments of the pipeline's call, one mapping per preview, e.g. `{"prompt": "a fox", "task": "t2i"}`.
         frozen_dtype: `float32`, or `bfloat16` to keep what does not train in half the memory (with `bf16`).
+        result_dtype: in which the outcome stores what was trained: `float32`, from which the next stage goes on
+            without loss, or `bfloat16` for files of half the size. What was not trained stays as the base stores it.
         hub_strategy: `end`, or `every_save` to push the whole repository at every checkpoint.
         lora: settings of peft's `LoraConfig` for the `lora` stage; `parts` names the parts that get matrices.
 
@@ -39,7 +44,9 @@ class OmniVideoTrainingArguments(TrainingArguments):
         ValueError: for unknown names and numbers out of range.
     """
 
-    stage: str = field(default="decoder", metadata={"help": "What trains: align, connect, joint, decoder or lora."})
+    stage: str = field(
+        default="decoder", metadata={"help": "What trains: align, connect, joint, decoder, understand or lora."}
+    )
     losses: dict[str, Any] | str | None = field(default=None, metadata={"help": "Options of OmniVideoLossConfig."})
     part_learning_rates: dict[str, float] | str | None = field(
         default=None, metadata={"help": "Learning rates of parts in place of learning_rate."}
@@ -51,6 +58,10 @@ class OmniVideoTrainingArguments(TrainingArguments):
     preview_steps: int = field(default=0, metadata={"help": "Draw previews every so many steps, 0 for never."})
     previews: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Arguments of pipeline calls."})
     frozen_dtype: str = field(default="float32", metadata={"help": "Format of what does not train."})
+    result_dtype: str = field(
+        default="float32",
+        metadata={"help": "Format in which the outcome stores what was trained: float32 or bfloat16."},
+    )
     hub_strategy: HubStrategy | str = field(
         default="end", metadata={"help": "`end`, or `every_save`: a push of the whole repository at every checkpoint."}
     )
@@ -65,7 +76,27 @@ class OmniVideoTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
+            raise ValueError(f"`output_dir` {self.output_dir} is a file: choose a folder.")
         self.loss_config = self.training_stage.loss_config(self.losses)
+        self._check_numbers()
+        if self.preview_steps and not self.previews:
+            raise ValueError("`preview_steps` is set but `previews` names nothing to draw.")
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"`hub_strategy` {self.hub_strategy.value!r} would push optimiser states: use 'end' or 'every_save', "
+                "which push the repository."
+            )
+        for name in ("frozen_dtype", "result_dtype"):
+            check_known(name, [getattr(self, name)], ["float32", "bfloat16"])
+        if self.frozen_dtype == "bfloat16" and not self.bf16:
+            raise ValueError("`frozen_dtype: bfloat16` needs `bf16: true`, which lets float32 parts work beside it.")
+        if self.lora is not None and not self.training_stage.lora:
+            raise ValueError(f"`lora` is set but `stage` is {self.stage!r}: use `stage: lora`.")
+        check_known("lora", self.lora or {}, LORA_SETTINGS)
+        check_known("lora.parts", (self.lora or {}).get("parts") or (), LORA_PARTS)
+
+    def _check_numbers(self) -> None:
         check_known("part_learning_rates", self.part_learning_rates or {}, [*PARTS, "mllm"])
         for name, rate in (self.part_learning_rates or {}).items():
             if not isinstance(rate, (int, float)) or rate < 0:
@@ -82,18 +113,6 @@ class OmniVideoTrainingArguments(TrainingArguments):
             raise ValueError(f"`ema_decay` must be 0 (none) or less than 1, got {self.ema_decay}.")
         if self.preview_steps < 0:
             raise ValueError(f"`preview_steps` must be 0 (never) or more, got {self.preview_steps}.")
-        if self.preview_steps and not self.previews:
-            raise ValueError("`preview_steps` is set but `previews` names nothing to draw.")
-        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            raise ValueError(
-                f"`hub_strategy` {self.hub_strategy.value!r} would push optimiser states: use 'end' or 'every_save', "
-                "which push the repository."
-            )
-        check_known("frozen_dtype", [self.frozen_dtype], ["float32", "bfloat16"])
-        if self.frozen_dtype == "bfloat16" and not self.bf16:
-            raise ValueError("`frozen_dtype: bfloat16` needs `bf16: true`, which lets float32 parts work beside it.")
-        if self.lora is not None and not self.training_stage.lora:
-            raise ValueError(f"`lora` is set but `stage` is {self.stage!r}: use `stage: lora`.")
 
     @property
     def training_stage(self) -> Stage:

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from ..lora_omni_video import collect_lora_layers
 from ..modeling_omni_video import OmniVideoForConditionalGeneration
 from ..pipeline_omni_video import OmniVideoPipeline
-from .arguments import LORA_PARTS
+from .arguments import LORA_PARTS, LORA_SETTINGS
 from .names import check_known
 
 ADAPTER_NAME = "default"
@@ -21,8 +21,6 @@ TARGETS = {
     "decoder": r"decoder\..*\.(to_q|to_k|to_v|to_out\.0|ffn\.net\.0\.proj|ffn\.net\.2)",
 }
 DEFAULTS = {"r": 16, "lora_alpha": 16}
-# Settings of peft's LoraConfig that the file of a LoRA can say.
-KNOWN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "target_modules", "parts")
 
 
 def add_lora(model: OmniVideoForConditionalGeneration, settings: Mapping[str, Any] | None = None) -> None:
@@ -38,7 +36,7 @@ def add_lora(model: OmniVideoForConditionalGeneration, settings: Mapping[str, An
         ValueError: for unknown settings, and parts that are unknown or not there.
     """
     settings = dict(settings or {})
-    check_known("lora", settings, KNOWN)
+    check_known("lora", settings, LORA_SETTINGS)
     present = [part for part in LORA_PARTS if getattr(model, part) is not None]
     parts = settings.pop("parts", present)
     check_known("lora.parts", parts, LORA_PARTS)

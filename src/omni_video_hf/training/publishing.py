@@ -12,6 +12,7 @@ from ..model_card_omni_video import TrainingSummary, write_model_card
 from ..publishing_omni_video import push_completed, push_repository
 
 if TYPE_CHECKING:
+    from .arguments import OmniVideoTrainingArguments
     from .trainer import OmniVideoTrainer
 
 _PREVIEW = re.compile(r"step-(\d+)-(\d+)\.mp4")
@@ -40,7 +41,7 @@ def summarize(trainer: "OmniVideoTrainer", datasets: list[str] | None = None) ->
         learning_rate=rates if args.part_learning_rates else args.learning_rate,
         losses={name: value for name, value in logged.items() if name == "loss" or name in _loss_names()},
         scores={name: value for name, value in logged.items() if name.startswith("eval_") and "loss" in name},
-        dtype="bfloat16 over float32" if args.bf16 else "float16 over float32" if args.fp16 else "float32",
+        dtype=_precision(args),
         hardware=f"{args.world_size} x {device}",
         peak_memory=torch.cuda.max_memory_allocated(args.device) if is_cuda else None,
         seconds=logged.get("train_runtime"),
@@ -71,6 +72,12 @@ def push(trainer: "OmniVideoTrainer", folder: Path, base: str | Path | None = No
     if args.training_stage.lora:
         return push_repository(folder, trainer.hub_model_id, base_model=base, **(defaults | settings))
     return push_completed(folder, trainer.hub_model_id, base, **(defaults | settings))
+
+
+def _precision(args: "OmniVideoTrainingArguments") -> str:
+    """In what was computed, and in what the outcome stores what was trained."""
+    computed = "bfloat16 over float32" if args.bf16 else "float16 over float32" if args.fp16 else "float32"
+    return f"{computed}; trained weights are stored in {args.result_dtype}, the others as in the base"
 
 
 def _loss_names() -> list[str]:

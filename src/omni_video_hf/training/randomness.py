@@ -6,7 +6,9 @@ draws what the uninterrupted one would have, and a step of four samples draws th
 accumulated from four batches of one.
 """
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -46,3 +48,17 @@ def draw_dropouts(
     drops_instruction = (draws >= both) & (draws < both + instruction)
     drops_prompt = (draws >= both + instruction) & (draws < both + instruction + prompt)
     return drops_both | drops_instruction, drops_both | drops_prompt
+
+
+@contextmanager
+def kept_chance() -> Iterator[None]:
+    """Leave the global generators of Python, numpy and torch, on every device, as they were before the block."""
+    python, numbers = random.getstate(), np.random.get_state()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = [] if accelerator is None else list(range(torch.accelerator.device_count()))
+    with torch.random.fork_rng(devices, device_type="cuda" if accelerator is None else accelerator.type):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numbers)

@@ -24,7 +24,8 @@ class RunArguments:
     Args:
         model: folder or Hub repository to start from.
         data: feature cache, or several (see `features`), of `omni-video precompute` or `import-features`.
-        questions: table with questions and answers (see `tables`), read as they are; those in a cache count as well.
+        questions: table with questions and answers (see `tables`), read as they are, beside `data` or alone; those in
+            a cache count as well.
         eval_data: feature cache, or several, for evaluation.
         task_weights: share of the batches by task, e.g. `{t2v: 2, understand: 1}`; by default every sample once.
         stopping_strategy: with weights, what ends an epoch: `first_exhausted` or `all_exhausted`.
@@ -46,9 +47,13 @@ class RunArguments:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("model", "data"):
-            if not getattr(self, name):
-                raise ValueError(f"`{name}` is missing: name it in the recipe, or pass `--{name} ...`.")
+        if not self.model:
+            raise ValueError("`model` is missing: name it in the recipe, or pass `--model ...`.")
+        if not self.data and not self.questions:
+            raise ValueError(
+                "`data` is missing: name a feature cache in the recipe or with `--data ...`, or a table of questions "
+                "with `--questions ...`."
+            )
         check_known("on_bad_data", [self.on_bad_data], ON_BAD_DATA)
         check_known("stopping_strategy", [self.stopping_strategy], STOPPING_STRATEGIES)
         if self.task_weights is not None:

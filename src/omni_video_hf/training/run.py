@@ -1,6 +1,5 @@
 """A training run from its recipe to a repository that every front door opens."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,15 +10,18 @@ from transformers import set_seed
 
 from ..configuration_omni_video import OmniVideoConfig
 from ..modeling_omni_video import OmniVideoForConditionalGeneration
-from ..pipeline_omni_video import OmniVideoPipeline
 from ..processing_omni_video import OmniVideoProcessor
 from . import checkpoints
 from .arguments import OmniVideoTrainingArguments
 from .data import OmniVideoDataCollator
-from .lora import add_lora, save_lora
+from .lora import ADAPTER_NAME, add_lora, save_lora
+from .loss_data import check_losses
+from .previews import check_previews, load_preview_pipeline
 from .publishing import push, summarize
 from .recipe import RunArguments
+from .result import lora_deltas, tied_names, write_pipeline
 from .run_data import is_precomputed, load_evaluation_data, load_training_data, make_sampler, names_of_data
+from .run_lock import only_training
 from .stages import part_of, stage_config
 from .trainer import OmniVideoTrainer
 
@@ -39,16 +41,25 @@ def train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console 
         ValueError: for data, settings and folders that do not fit, before anything is loaded.
     """
     console = console or Console(stderr=True)
+    with only_training(args):
+        return _train(run, args, console)
+
+
+def _train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console) -> Path:
     checkpoint = _checkpoint_to_resume(run, args)
     if not Path(run.model).is_dir() and run.model.count("/") != 1:
         raise ValueError(f"`model` {run.model} is neither a folder nor a Hub repository (`owner/name`).")
+    check_previews(args.previews or [])
     folder = Path(run.model if Path(run.model).is_dir() else snapshot_download(run.model, revision=run.revision))
     processor = OmniVideoProcessor.from_pretrained(folder)
     data = load_training_data(run, processor, console)
     eval_data = load_evaluation_data(run, processor, console)
+    check_losses(data.buckets, args.loss_config, args.stage, run.task_weights)
+    if eval_data is not None:
+        check_losses(eval_data.buckets, args.loss_config, args.stage, name="eval_data")
     data_seed = args.seed if args.data_seed is None else args.data_seed
     batch_size = args.per_device_train_batch_size
-    sampler = make_sampler(data, run, args.loss_config, batch_size, args.world_size, data_seed)
+    sampler = make_sampler(data, run, batch_size, args.world_size, data_seed)
     set_seed(args.seed)
     model = load_for_stage(folder, args, is_precomputed(data))
     model.config._name_or_path = run.model  # not where it lies in a cache, which means nothing to others
@@ -59,8 +70,9 @@ def train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console 
         eval_dataset=eval_data,
         data_collator=OmniVideoDataCollator(processor.tokenizer.pad_token_id),
         train_batch_sampler=sampler,
-        preview_pipeline=OmniVideoPipeline.from_pretrained(folder) if args.preview_steps > 0 else None,
+        preview_pipeline=load_preview_pipeline(folder, model) if args.preview_steps > 0 else None,
     )
+    trainer.base_revision = run.revision
     if trainer.is_world_process_zero():
         console.print(parameter_table(model, args.stage))
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -96,10 +108,9 @@ def load_for_stage(
     The model in float32 with the parts that the stage runs; the others are not read.
 
     bf16 weights would lose updates as small as a learning rate of 3e-6; `bf16: true` computes in bf16 all the same.
+    Previews load what else they need into a pipeline of their own: what trains must not depend on them.
     """
     config = stage_config(OmniVideoConfig.from_pretrained(folder), args.loss_config, precomputed)
-    if args.preview_steps > 0:
-        config.enable_mllm = True
     model = OmniVideoForConditionalGeneration.from_pretrained(folder, config=config, dtype=torch.float32)
     if args.training_stage.lora:
         add_lora(model, args.lora)
@@ -107,50 +118,23 @@ def load_for_stage(
 
 
 def save_result(trainer: OmniVideoTrainer, base: Path) -> Path:
-    """Write the outcome of a run into its `output_dir`; every process must call."""
-    folder = Path(trainer.args.output_dir) / PIPELINE_FOLDER
-    with trainer.averaged_weights():
+    """
+    Write the outcome of a run into its `output_dir`; every process must call.
+
+    What was trained is stored in `args.result_dtype`, everything else as `base` stores it.
+    """
+    args, folder = trainer.args, Path(trainer.args.output_dir) / PIPELINE_FOLDER
+    with only_training(args), trainer.averaged_weights():
         weights = trainer.gather_trained()
         if trainer.is_world_process_zero():
-            if trainer.args.training_stage.lora:
-                save_lora(trainer.model, folder.with_name(LORA_FOLDER))
-                save_merged(base, folder.with_name(LORA_FOLDER), folder)
+            model, dtype = trainer.accelerator.unwrap_model(trainer.model), getattr(torch, args.result_dtype)
+            if args.training_stage.lora:
+                save_lora(model, folder.with_name(LORA_FOLDER))
+                write_pipeline(base, folder, {}, dtype, deltas=lora_deltas(model, ADAPTER_NAME))
             else:
-                save_pipeline(base, weights, folder)
-    trainer.accelerator.wait_for_everyone()
+                write_pipeline(base, folder, weights, dtype, aliases=tied_names(model))
+        trainer.accelerator.wait_for_everyone()
     return folder
-
-
-def save_pipeline(base: Path, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """
-    The repository `base` with `weights` (by the whole model's names) in place of its own.
-
-    Raises:
-        ValueError: for a weight that the repository does not have in this shape.
-    """
-    pipeline = OmniVideoPipeline.from_pretrained(base)
-    homes = {"mllm": pipeline.mllm, "vision_head": pipeline.mllm, "adapter": pipeline.adapter}
-    homes["decoder"] = pipeline.transformer
-    tensors = {part: dict(home.named_parameters()) for part, home in homes.items()}
-    with torch.no_grad():
-        for name, value in weights.items():
-            part, _, rest = name.partition(".")
-            target = tensors[part].get(rest if part in ("adapter", "decoder") else name)
-            if target is None or target.shape != value.shape:
-                raise ValueError(
-                    f"{base}: no weight {name!r} of {tuple(value.shape)}: not the model the run began with."
-                )
-            target.copy_(value.detach().cpu())
-    pipeline.save_pretrained(folder)
-
-
-def save_merged(base: Path, lora: Path, folder: Path) -> None:
-    """The repository `base` with a LoRA merged into its weights."""
-    pipeline = OmniVideoPipeline.from_pretrained(base)
-    pipeline.load_lora_weights(lora)
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
-    pipeline.save_pretrained(folder)
 
 
 def parameter_table(model: OmniVideoForConditionalGeneration, stage: str) -> Table:
@@ -176,4 +160,4 @@ def _checkpoint_to_resume(run: RunArguments, args: OmniVideoTrainingArguments) -
     return last
 
 
-__all__ = ["leave_process_group", "load_for_stage", "save_pipeline", "train"]
+__all__ = ["leave_process_group", "load_for_stage", "parameter_table", "save_result", "train"]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..losses_omni_video import OmniVideoLossConfig
 from ..processing_omni_video import OmniVideoProcessor
 from .bad_data import BadDataError, count_problems, offenders_table
 from .conversations import ConversationDataset
@@ -27,7 +26,7 @@ def load_training_data(run: RunArguments, processor: OmniVideoProcessor, console
     Raises:
         ValueError: when samples cannot be used and are not to be skipped.
     """
-    return _load(run.data, run.questions, run, processor, console)
+    return _load(run.data or [], run.questions, run, processor, console)
 
 
 def load_evaluation_data(run: RunArguments, processor: OmniVideoProcessor, console: Console) -> MixedDataset | None:
@@ -59,26 +58,19 @@ def is_precomputed(data: MixedDataset) -> bool:
 
 
 def make_sampler(
-    data: MixedDataset, run: RunArguments, losses: OmniVideoLossConfig, batch_size: int, num_processes: int, seed: int
+    data: MixedDataset, run: RunArguments, batch_size: int, num_processes: int, seed: int
 ) -> OmniVideoBatchSampler:
     """
     Batches of one task and shape, the tasks mixed by `run.task_weights`.
 
     Raises:
-        ValueError: for questions where no answer is learned, and for weights that do not fit the data.
+        ValueError: for weights that do not fit the data.
     """
-    weights = run.task_weights
-    asked = sum(bucket.task == "understand" for bucket in data.buckets)
-    if asked and losses.answer_weight == 0 and (weights is None or weights.get("understand", 0) > 0):
-        raise ValueError(
-            f"The data hold {asked} samples of the task 'understand', but `losses.answer_weight` is 0, so nothing is "
-            "learned from them: set `task_weights`, with 0 for `understand`, or choose a stage that learns answers."
-        )
     return OmniVideoBatchSampler(
         data.buckets,
         batch_size,
         num_processes,
-        weights=weights,
+        weights=run.task_weights,
         stopping_strategy=run.stopping_strategy,
         seed=seed,
     )
@@ -86,5 +78,5 @@ def make_sampler(
 
 def names_of_data(run: RunArguments) -> list[str]:
     """What the card calls the data."""
-    folders = [run.data] if isinstance(run.data, str) else list(run.data)
+    folders = [run.data] if isinstance(run.data, str) else list(run.data or [])
     return [Path(folder).name for folder in [*folders, *([run.questions] if run.questions else [])]]

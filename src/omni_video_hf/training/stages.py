@@ -71,6 +71,11 @@ STAGES = {
         losses=("flow_matching",),
         about="Upstream's released fine-tune: decoder and visual context adapter.",
     ),
+    "understand": Stage(
+        trains=("text_head",),
+        losses=("answer",),
+        about="Questions with answers alone: the MLLM's text head learns to answer, and nothing is drawn.",
+    ),
     "lora": Stage(
         trains=(),
         losses=("answer", "alignment", "flow_matching"),

@@ -11,10 +11,16 @@ from diffusers.training_utils import EMAModel
 from huggingface_hub import CommitInfo
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    HubStrategy,
+    TrainOutput,
+    rotate_checkpoints,
+)
 
 from ..modeling_omni_video import OmniVideoForConditionalGeneration, OmniVideoOutput
 from ..pipeline_omni_video import OmniVideoPipeline
@@ -24,9 +30,12 @@ from .callbacks import CloseLogAtCheckpoint, EpochOfSampler, MovingAverage, Prev
 from .lora import save_lora
 from .meter import TASKS, LossMeter
 from .names import check_known
-from .previews import bind_pipeline, draw_previews
-from .randomness import derive_seed, draw_dropouts, sample_generators
+from .predictions import check_metrics, check_predictable
+from .previews import bind_pipeline, check_previews, draw_previews, log_previews
+from .randomness import derive_seed, draw_dropouts, kept_chance, sample_generators
+from .run_lock import only_training
 from .stages import cast_frozen, freeze_all_but, part_of
+from .streaming import stream_loader
 
 # Inputs that decide which parts of the model run.
 ROUTE = (
@@ -69,12 +78,16 @@ class OmniVideoTrainer(Trainer):
     Trains one stage of Omni-Video.
 
     Args:
-        model: an [`OmniVideoForConditionalGeneration`]; its parameters are frozen but for those of `args.stage`.
+        model: an [`OmniVideoForConditionalGeneration`]; its parameters are frozen but for those of `args.stage`. Or
+            pass `model_init`, which makes one when a training begins.
         args: [`OmniVideoTrainingArguments`].
         train_batch_sampler: yields lists of indices into `train_dataset`, each of one task and size; has `__len__` and
             `set_epoch`. Without it, batches are drawn at random as by every Trainer.
         preview_pipeline: draws the previews; its trained parts are replaced by the model's.
-        trainer_arguments: of transformers' [`Trainer`].
+        trainer_arguments: of transformers' [`Trainer`]. `compute_metrics` gets logits and labels of answers, so it is
+            for data of the task `understand`.
+
+    A dataset may be a stream (`IterableDataset`): it gives samples, from which batches are made here.
 
     Batches are arguments of the model's `forward` and `task`, one of `t2i t2v i2i v2v i2v understand`.
 
@@ -84,39 +97,61 @@ class OmniVideoTrainer(Trainer):
 
     def __init__(
         self,
-        model: OmniVideoForConditionalGeneration,
-        args: OmniVideoTrainingArguments,
+        model: OmniVideoForConditionalGeneration | None = None,
+        args: OmniVideoTrainingArguments | None = None,
         *,
         train_batch_sampler: Any = None,
         preview_pipeline: OmniVideoPipeline | None = None,
         **trainer_arguments: Any,
     ) -> None:
-        self.trained_names = freeze_all_but(model, args.training_stage, args.loss_config)
-        if args.frozen_dtype != "float32":
-            cast_frozen(model, getattr(torch, args.frozen_dtype))
+        if not isinstance(args, OmniVideoTrainingArguments):
+            raise ValueError(f"`args` must be OmniVideoTrainingArguments, got {type(args).__name__}.")
+        evaluated = trainer_arguments.get("eval_dataset")
+        metrics = trainer_arguments.get("compute_metrics")
+        check_metrics(metrics, args.loss_config, args.stage, args.prediction_loss_only, evaluated)
+        if args.preview_steps > 0 and preview_pipeline is None:
+            raise ValueError("`preview_steps` is set: pass the `preview_pipeline` that draws.")
+        check_previews(args.previews or [])
+        if train_batch_sampler is not None and isinstance(trainer_arguments.get("train_dataset"), IterableDataset):
+            raise ValueError("`train_batch_sampler` chooses samples by number, which a stream has not: leave it out.")
         self.train_batch_sampler = train_batch_sampler
         self.preview_pipeline = preview_pipeline
+        self.base_revision: str | None = None  # of the Hub repository that the model came from
         self.ema: EMAModel | None = None
+        self._stage_args = args
         self._micro_step = (-1, -1)  # optimiser step, batch within it
         self._eval_batches = 0
         self._writing = False
+        if model is not None:
+            self._prepare_for_stage(model)
         super().__init__(model=model, args=args, **trainer_arguments)
         self.loss_is_scaled_for_ga = False  # the model's loss is a mean over samples
         self.meters = {mode: LossMeter(args.device) for mode in (True, False)}
         self.is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self._refuse_what_sharding_cannot(args)
         if self.is_fsdp_enabled:
-            self._name_fsdp_blocks(model)
+            self._name_fsdp_blocks(self.model)
         self.add_callback(CloseLogAtCheckpoint())
         if train_batch_sampler is not None:
             self.add_callback(EpochOfSampler(self))
         if args.ema_decay > 0:
             self.add_callback(MovingAverage(self))
         if args.preview_steps > 0:
-            if preview_pipeline is None:
-                raise ValueError("`preview_steps` is set: pass the `preview_pipeline` that draws.")
-            bind_pipeline(preview_pipeline, model)
             self.add_callback(Previews(self))
+
+    def call_model_init(self, trial: Any = None) -> OmniVideoForConditionalGeneration:
+        """A new model of `model_init`, with what the stage does not train frozen."""
+        model = super().call_model_init(trial)
+        self._prepare_for_stage(model)
+        return model
+
+    def _prepare_for_stage(self, model: OmniVideoForConditionalGeneration) -> None:
+        args = self._stage_args
+        self.trained_names = freeze_all_but(model, args.training_stage, args.loss_config)
+        if args.frozen_dtype != "float32":
+            cast_frozen(model, getattr(torch, args.frozen_dtype))
+        if args.preview_steps > 0:
+            bind_pipeline(self.preview_pipeline, model)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by name."""
@@ -135,10 +170,17 @@ class OmniVideoTrainer(Trainer):
         state = self.accelerator.get_state_dict(self.model_wrapped)
         return {name: state[name] for name in self.trained_names} if self.is_world_process_zero() else {}
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """transformers' `train`, with its `output_dir` kept from other trainings; see [`only_training`]."""
+        with only_training(self.args):
+            return super().train(*args, **kwargs)
+
     # --- data -------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of `train_batch_sampler`, dealt out to the processes."""
+        """Batches of `train_batch_sampler` or of a stream, dealt out to the processes."""
+        if isinstance(self.train_dataset, IterableDataset):
+            return stream_loader(self.train_dataset, self.data_collator, self.args, self.accelerator, training=True)
         if self.train_batch_sampler is None:
             return super().get_train_dataloader()
         args, accelerator = self.args, self.accelerator
@@ -165,6 +207,20 @@ class OmniVideoTrainer(Trainer):
             put_on_device=True,
             even_batches=False,
         )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """transformers' batches, or those of a stream."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        data = data[eval_dataset] if isinstance(eval_dataset, str) else data
+        if isinstance(data, IterableDataset):
+            return stream_loader(data, self.data_collator, self.args, self.accelerator, training=False)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Likewise for `predict`."""
+        if isinstance(test_dataset, IterableDataset):
+            return stream_loader(test_dataset, self.data_collator, self.args, self.accelerator, training=False)
+        return super().get_test_dataloader(test_dataset)
 
     def _run_epoch(self, **arguments: Any) -> None:
         """A run that is resumed at its end has nothing left to do; transformers would take one more step."""
@@ -215,14 +271,25 @@ class OmniVideoTrainer(Trainer):
         self,
         model: nn.Module,
         inputs: dict[str, Any],
-        prediction_loss_only: bool,  # noqa: ARG002 - nothing else is predicted
-        ignore_keys: list[str] | None = None,  # noqa: ARG002
-    ) -> tuple[torch.Tensor, None, None]:
-        """The loss of a batch; its noise is the same at every evaluation."""
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """
+        The loss of a batch, whose noise is the same at every evaluation, and logits and labels of answers.
+
+        Raises:
+            ValueError: when more than the loss is wanted of a batch without answers.
+        """
+        if not prediction_loss_only:
+            check_predictable(inputs)
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss, output = self.compute_loss(model, inputs, return_outputs=True)
         self._eval_batches += 1
-        return loss.detach(), None, None
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        logits = None if "logits" in (ignore_keys or ()) else output.logits.detach()
+        return loss.detach(), logits, inputs["labels"]
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Adds every loss by name and task to the metrics."""
@@ -335,14 +402,16 @@ class OmniVideoTrainer(Trainer):
             self.ema.restore(parameters)
 
     def draw_previews(self) -> Path | None:
-        """Draw the previews with the weights of now into `output_dir/previews`."""
+        """Draw the previews with the weights of now into `output_dir/previews`, and show them to the loggers."""
         pipeline = self.preview_pipeline.to(self.args.device)
         was_training = self.model.training
         self.model.eval()
         try:
-            with self.averaged_weights(), self.accelerator.autocast():
+            with kept_chance(), self.averaged_weights(), self.accelerator.autocast():
                 folder = Path(self.args.output_dir) / "previews"
-                return draw_previews(pipeline, self.args.previews, folder, self.state.global_step)
+                drawn = draw_previews(pipeline, self.args.previews, folder, self.state.global_step)
+            log_previews(self.callback_handler.callbacks, drawn, self.args.previews, self.state.global_step)
+            return drawn.sheet
         finally:
             self.model.train(was_training)
 

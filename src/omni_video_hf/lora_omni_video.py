@@ -8,20 +8,24 @@ LoRA for every trained part, in one file.
 Rank and alpha of every layer are in the file's metadata, as diffusers writes them.
 """
 
-from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders import WanLoraLoaderMixin
-from diffusers.utils import is_peft_available
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+from diffusers.loaders import PeftAdapterMixin, WanLoraLoaderMixin
+from diffusers.utils import is_peft_available, logging
 from torch import nn
 from transformers import PreTrainedModel
 
+from .lora_files_omni_video import PREFIXES, LoraPart, lora_settings, read_lora_file, split_lora
 from .repository_omni_video import staged
 
-# Component of the pipeline -> first parts of its keys in the file. Those of `mllm` are the names of its children.
-PREFIXES = {"transformer": ("transformer",), "adapter": ("adapter",), "mllm": ("mllm", "vision_head")}
+logger = logging.get_logger(__name__)
+
+FILE_ARGUMENTS = ("weight_name", "subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
 class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
@@ -42,93 +46,74 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
         **kwargs: Any,
     ) -> None:
         """
-        Load a LoRA: ours, or any format of Wan's that diffusers reads.
+        Load a LoRA: ours, a checkpoint of a LoRA run, PEFT's, or one for Wan from diffusers, DiffSynth, ComfyUI,
+        kohya and musubi-tuner.
 
         Args:
-            pretrained_model_name_or_path_or_dict: file, folder, Hub repository, or state dict.
+            pretrained_model_name_or_path_or_dict: `.safetensors` file, folder, Hub repository, or state dict.
             adapter_name: by default `default_0`, `default_1` and so on.
             hotswap: exchange the weights of an adapter that is loaded; decoder and adapter only.
-            kwargs: as in diffusers, e.g. `weight_name`, `revision`, `token`.
+            kwargs: where the file lies: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`,
+                `force_download`, `local_files_only`; and `low_cpu_mem_usage` as in diffusers.
 
         Raises:
-            ValueError: when a layer of the file is not in the model, or nothing matches; nothing is loaded then.
+            ValueError: when the file does not fit the model as a whole: a layer the model does not have, another
+                shape, half a pair of matrices, a value that is not finite, a name in use. Whatever fails, also in the
+                midst of loading, nothing of the file is loaded then.
         """
         if not is_peft_available():
             raise ImportError("LoRA needs the package `peft`: `pip install peft`.")
-        given = pretrained_model_name_or_path_or_dict
-        given = str(given) if isinstance(given, Path) else given
         low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", True)
-        kwargs.setdefault("use_safetensors", True)  # a pickle is not opened by itself
-        state_dict, metadata = self.lora_state_dict(given, **kwargs, return_lora_metadata=True)
-        source = given if isinstance(given, str) else "the state dict"
-        parts = self._split_lora(state_dict, source)
-        if adapter_name is None:
-            names = {name for names in self.get_list_adapters().values() for name in names}
-            adapter_name = next(f"default_{i}" for i in range(len(names) + 1) if f"default_{i}" not in names)
-        for component in parts.keys() - {"mllm"}:
-            getattr(self, component).load_lora_adapter(
-                parts[component],
-                prefix=None,
-                adapter_name=adapter_name,
-                metadata=_metadata_of(metadata, component),
-                _pipeline=self,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                hotswap=hotswap,
-            )
-        if "mllm" in parts:
-            if hotswap:
+        if kwargs.pop("use_safetensors", True) is False:
+            raise ValueError("`use_safetensors=False`: pickles are not opened, they can run code: convert the file.")
+        unknown = sorted(kwargs.keys() - set(FILE_ARGUMENTS))
+        if unknown:
+            raise TypeError(f"`load_lora_weights` has no arguments {unknown}; there are {FILE_ARGUMENTS}.")
+        components = {name: getattr(self, name, None) for name in PREFIXES}
+        file = read_lora_file(pretrained_model_name_or_path_or_dict, **kwargs)
+        parts = split_lora(file, components)
+        adapter_name = self._adapter_name(adapter_name, parts, hotswap)
+        with self._without_offload(), _nothing_on_failure({name: components[name] for name in parts}, adapter_name):
+            for component, part in parts.items():
+                _load_part(components[component], part, adapter_name, hotswap, low_cpu_mem_usage)
+
+    def _adapter_name(self, adapter_name: str | None, parts: Mapping[str, LoraPart], hotswap: bool) -> str:
+        """The name to load under: free, or of what is to be exchanged."""
+        listed = self.get_list_adapters()
+        names = {name for entries in listed.values() for name in entries}
+        if hotswap:
+            if "mllm" in parts:
                 raise ValueError("`hotswap=True` cannot exchange LoRA layers of the MLLM: load them under a new name.")
-            self._load_lora_into_mllm(parts["mllm"], adapter_name, _metadata_of(metadata, "mllm"))
-
-    def _split_lora(self, state_dict: dict[str, torch.Tensor], source: str) -> dict[str, dict[str, torch.Tensor]]:
-        """The layers of every component, by their names in it; refuses a file that does not fit."""
-        of_prefix = {prefix: component for component, prefixes in PREFIXES.items() for prefix in prefixes}
-        parts: dict[str, dict[str, torch.Tensor]] = {}
-        unmatched = []
-        modules = {component: dict(getattr(self, component).named_modules()) for component in PREFIXES}
-        for key, tensor in state_dict.items():
-            prefix, _, rest = key.partition(".")
-            component = of_prefix.get(prefix)
-            name = key if component == "mllm" else rest
-            layer = name.partition(".lora")[0]
-            if component is None or ".lora" not in name or layer not in modules[component]:
-                unmatched.append(key)
-            elif not _fits(name, tensor, modules[component][layer]):
+            holders = {component for component, entries in listed.items() if adapter_name in entries}
+            if holders != set(parts):
                 raise ValueError(
-                    f"{source}: {key} is {tuple(tensor.shape)}, which does not fit the layer "
-                    f"{modules[component][layer]}: the adapter was made for a model of other sizes."
+                    f"`hotswap=True` exchanges the LoRA `adapter_name` {adapter_name!r} in the parts that have it, "
+                    f"{sorted(holders)}; this file is for {sorted(parts)}."
                 )
-            else:
-                parts.setdefault(component, {})[name] = tensor
-        if unmatched:
-            prefixes = ", ".join(f"{prefix}." for prefix in of_prefix)
-            raise ValueError(
-                f"{source}: {len(unmatched)} of {len(state_dict)} LoRA weights match no layer of this model, such as "
-                f"{unmatched[0]!r}. Names begin with {prefixes}; the adapter was made for another model."
-            )
-        if not parts:
-            raise ValueError(f"{source}: holds no LoRA weights.")
-        return parts
+            return adapter_name
+        if adapter_name is None:
+            return next(f"default_{i}" for i in range(len(names) + 1) if f"default_{i}" not in names)
+        if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+            raise ValueError(f"`adapter_name` must be a name without a dot, got {adapter_name!r}.")
+        if adapter_name in names:
+            raise ValueError(f"`adapter_name` {adapter_name!r} is already in use: choose another, or delete that one.")
+        return adapter_name
 
-    def _load_lora_into_mllm(
-        self, state_dict: dict[str, torch.Tensor], adapter_name: str, metadata: dict[str, Any] | None
-    ) -> None:
-        """What diffusers' `load_lora_adapter` does for its own models."""
-        from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict  # noqa: PLC0415 - optional
-
-        if adapter_name in getattr(self.mllm, "peft_config", {}):
-            raise ValueError(f"`adapter_name` {adapter_name!r} is in use already: choose another.")
-        if metadata is None:
-            ranks = {name.partition(".lora_B")[0]: t.shape[1] for name, t in state_dict.items() if ".lora_B" in name}
-            metadata = _lora_settings({name: (rank, rank) for name, rank in ranks.items()})
-        model_offload, sequential_offload, _ = self._optionally_disable_offloading(self)
-        inject_adapter_in_model(LoraConfig(**metadata), self.mllm, adapter_name=adapter_name, state_dict=state_dict)
-        set_peft_model_state_dict(self.mllm, state_dict, adapter_name)
-        self.mllm._hf_peft_config_loaded = True  # so that removing an adapter also removes its settings
-        if model_offload:
-            self.enable_model_cpu_offload()
-        elif sequential_offload:
-            self.enable_sequential_cpu_offload()
+    @contextmanager
+    def _without_offload(self) -> Iterator[None]:
+        """Take hooks of model and sequential offloading off, and put them on again whatever happens."""
+        model_offload, sequential_offload, group_offload = self._optionally_disable_offloading(self)
+        try:
+            yield
+        finally:
+            if model_offload:
+                self.enable_model_cpu_offload()
+            elif sequential_offload:
+                self.enable_sequential_cpu_offload()
+            elif group_offload:
+                for component in self.components.values():
+                    if isinstance(component, nn.Module):
+                        _maybe_remove_and_reapply_group_offloading(component)
 
     @classmethod
     def save_lora_weights(
@@ -203,7 +188,7 @@ def collect_lora_layers(model: Any, adapter_name: str = "default") -> dict[str, 
         layers, settings = _lora_layers(components[component], adapter_name) if components.get(component) else ({}, {})
         if layers:
             arguments[f"{component}_lora_layers"] = layers
-            arguments[f"{component}_lora_adapter_metadata"] = _lora_settings(settings)
+            arguments[f"{component}_lora_adapter_metadata"] = lora_settings(settings)
     if not arguments:
         raise ValueError(f"The model has no LoRA layers of the adapter {adapter_name!r}.")
     return arguments
@@ -224,40 +209,131 @@ def _lora_layers(module: nn.Module, adapter_name: str) -> tuple[dict[str, torch.
         for matrix in ("lora_A", "lora_B"):
             linear = getattr(child, matrix)[adapter_name]
             layers |= {f"{name}.{matrix}.{key}": value.detach() for key, value in linear.state_dict().items()}
-        rank = child.r[adapter_name]
-        settings[name] = (rank, child.scaling[adapter_name] * rank)
+        rank = child.lora_A[adapter_name].weight.shape[0]
+        settings[name] = (rank, _trained_scale(child, adapter_name) * rank)
     return layers, settings
 
 
-def _lora_settings(layers: dict[str, tuple[int, float]]) -> dict[str, Any]:
-    """Arguments of `LoraConfig` that give every layer its rank and alpha."""
-    (rank, alpha), _ = Counter(layers.values()).most_common(1)[0]
-    others = {name: values for name, values in layers.items() if values != (rank, alpha)}
-    return {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {f"^{name}": values[0] for name, values in others.items()},
-        "alpha_pattern": {f"^{name}": values[1] for name, values in others.items()},
-        "target_modules": sorted(layers),
-        "lora_dropout": 0.0,
-        "bias": "none",
-    }
+def _trained_scale(layer: nn.Module, adapter_name: str) -> float:
+    """The scale of a layer's LoRA without the weight that `set_adapters` gave it."""
+    rank = layer.r[adapter_name]
+    return layer.lora_alpha[adapter_name] / (rank**0.5 if layer.use_rslora.get(adapter_name, False) else rank)
 
 
-def _fits(name: str, tensor: torch.Tensor, layer: nn.Module) -> bool:
-    """Whether a LoRA matrix has the widths of a linear layer; of other layers its library decides."""
-    if ".lora_A." in name and hasattr(layer, "in_features"):
-        return tensor.shape[-1] == layer.in_features
-    if ".lora_B.weight" in name and hasattr(layer, "out_features"):
-        return tensor.shape[0] == layer.out_features
-    return True
+def _load_part(model: nn.Module, part: LoraPart, adapter_name: str, hotswap: bool, low_cpu_mem_usage: bool) -> None:
+    """Put the LoRA of one component into it: by diffusers' own method, or by what that does, for the MLLM."""
+    if isinstance(model, PeftAdapterMixin):
+        settings = dict(part.settings)
+        if hotswap:  # peft wants equal patterns, though it does not read them
+            old = model.peft_config[adapter_name]
+            settings |= {"rank_pattern": old.rank_pattern, "alpha_pattern": old.alpha_pattern}
+        model.load_lora_adapter(
+            part.tensors,
+            prefix=None,
+            adapter_name=adapter_name,
+            metadata=settings,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            hotswap=hotswap,
+        )
+        if hotswap:
+            _set_scales(model, part, adapter_name)
+        return
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict  # noqa: PLC0415 - optional
+
+    memory = {"low_cpu_mem_usage": low_cpu_mem_usage}
+    config = LoraConfig(**part.settings)
+    inject_adapter_in_model(config, model, adapter_name=adapter_name, state_dict=part.tensors, **memory)
+    set_peft_model_state_dict(model, part.tensors, adapter_name, **memory)
+    model._hf_peft_config_loaded = True  # so that removing an adapter also removes its settings
 
 
-def _metadata_of(metadata: dict[str, Any] | None, component: str) -> dict[str, Any] | None:
-    """The settings of one component, `None` where the file has none."""
-    prefix = f"{component}."
-    settings = {key.removeprefix(prefix): value for key, value in (metadata or {}).items() if key.startswith(prefix)}
-    return settings or None
+def _set_scales(model: nn.Module, part: LoraPart, adapter_name: str) -> None:
+    """Give every layer the alpha of its new weights: peft exchanges weights with one alpha for all."""
+    layers = dict(_lora_modules(model))
+    for name, (rank, alpha) in part.scales.items():
+        layer = layers[name]
+        layer.r[adapter_name], layer.lora_alpha[adapter_name] = rank, alpha
+        scale = layer.scaling[adapter_name]
+        if isinstance(scale, torch.Tensor):  # after `enable_lora_hotswap`, for compiled models
+            scale.fill_(alpha / rank)
+        else:
+            layer.scaling[adapter_name] = alpha / rank
+
+
+@contextmanager
+def _nothing_on_failure(components: Mapping[str, nn.Module], adapter_name: str) -> Iterator[None]:
+    """Give every component back as it was when the loading of an adapter into them fails."""
+    before = {name: _LoraState(module, adapter_name) for name, module in components.items()}
+    try:
+        yield
+    except BaseException:
+        for name, module in components.items():
+            before[name].restore(module)
+        raise
+
+
+class _LoraState:
+    """Which layers of a component carry LoRA, which are active, and the values of the one to be exchanged."""
+
+    def __init__(self, model: nn.Module, adapter_name: str) -> None:
+        self.adapter_name = adapter_name
+        self.configs = dict(getattr(model, "peft_config", {}))
+        self.had_configs = hasattr(model, "peft_config")
+        self.loaded = getattr(model, "_hf_peft_config_loaded", False)
+        self.hotswap = getattr(model, "_prepare_lora_hotswap_kwargs", None)
+        self.active = {name: list(layer.active_adapters) for name, layer in _lora_modules(model)}
+        self.tables = {
+            name: {table: dict(getattr(layer, table).items()) for table in _tables(layer)}
+            for name, layer in _lora_modules(model)
+        }
+        self.values = {
+            name: value.detach().clone() for name, value in model.named_parameters() if _is_of(name, adapter_name)
+        }
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        """Take off what came since."""
+        for name, layer in list(_lora_modules(model)):
+            if name not in self.active:
+                parent = model.get_submodule(name.rpartition(".")[0])
+                setattr(parent, name.rpartition(".")[2], layer.get_base_layer())
+                continue
+            for table, entries in self.tables[name].items():
+                current = getattr(layer, table)
+                for adapter in set(current.keys()) - entries.keys():
+                    del current[adapter]
+                for adapter, entry in entries.items():
+                    current[adapter] = entry
+            if list(layer.active_adapters) != self.active[name]:
+                layer.set_adapter(self.active[name])
+        for name, value in model.named_parameters():
+            if name in self.values and value.shape == self.values[name].shape:
+                value.copy_(self.values[name])
+        if self.had_configs:
+            model.peft_config = self.configs
+        elif hasattr(model, "peft_config"):
+            del model.peft_config
+        model._hf_peft_config_loaded = self.loaded
+        if hasattr(model, "_prepare_lora_hotswap_kwargs"):
+            model._prepare_lora_hotswap_kwargs = self.hotswap
+
+
+def _tables(layer: nn.Module) -> list[str]:
+    """Attributes of a layer of peft's in which every adapter has an entry."""
+    names = (*layer.adapter_layer_names, *layer.other_param_names, "use_rslora", "use_dora", "lora_bias")
+    return [name for name in dict.fromkeys(names) if hasattr(getattr(layer, name, None), "keys")]
+
+
+def _is_of(name: str, adapter_name: str) -> bool:
+    """Whether a parameter belongs to an adapter."""
+    return ".lora_" in name and f".{adapter_name}." in name
+
+
+def _lora_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Layers that peft has replaced, by name."""
+    for name, layer in model.named_modules():
+        if hasattr(layer, "base_layer") and hasattr(layer, "lora_A"):
+            yield name, layer
 
 
 __all__ = ["OmniVideoLoraLoaderMixin", "collect_lora_layers", "has_lora"]

@@ -11,6 +11,7 @@ from .configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig, O
 from .configuration_vila import VilaConfig
 from .flow_matching_omni_video import sampling_sigmas
 from .guidance_omni_video import Guidance
+from .lora_files_omni_video import read_lora_file
 from .lora_omni_video import OmniVideoLoraLoaderMixin
 from .losses_omni_video import OmniVideoLossConfig
 from .media_omni_video import VideoClip, load_image, load_video, save_image, save_video
@@ -64,6 +65,7 @@ __all__ = [
     "load_video",
     "probe_video",
     "push_repository",
+    "read_lora_file",
     "sampling_sigmas",
     "save_image",
     "save_video",

@@ -42,6 +42,7 @@ MODULES = (
     "source_omni_video",
     "processing_omni_video",
     "modeling_omni_video_connectors",
+    "lora_files_omni_video",
     "lora_omni_video",
     "model_card_omni_video",
     "publishing_omni_video",

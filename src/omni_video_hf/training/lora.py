@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import LoraConfig
 
+from ..lora_files_omni_video import METADATA_KEY
 from ..lora_omni_video import collect_lora_layers
 from ..modeling_omni_video import OmniVideoForConditionalGeneration
 from ..pipeline_omni_video import OmniVideoPipeline
@@ -46,6 +47,16 @@ def add_lora(model: OmniVideoForConditionalGeneration, settings: Mapping[str, An
     settings.setdefault("target_modules", "|".join(TARGETS[part] for part in parts))
     model.requires_grad_(False)
     model.add_adapter(LoraConfig(**(DEFAULTS | settings)), adapter_name=ADAPTER_NAME)
+
+
+def checkpoint_metadata(model: OmniVideoForConditionalGeneration) -> dict[str, Any]:
+    """What a checkpoint of the `lora` stage says of its layers, so that `load_lora_weights` reads it, too."""
+    layers = collect_lora_layers(model, ADAPTER_NAME)
+    settings = {}
+    for name, values in layers.items():
+        component, is_settings, _ = name.partition("_lora_adapter_metadata")
+        settings |= {f"{component}.{key}": value for key, value in values.items()} if is_settings else {}
+    return {METADATA_KEY: settings}
 
 
 def save_lora(model: OmniVideoForConditionalGeneration, folder: Path) -> None:

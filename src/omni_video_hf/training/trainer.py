@@ -27,7 +27,7 @@ from ..pipeline_omni_video import OmniVideoPipeline
 from . import checkpoints, publishing
 from .arguments import OmniVideoTrainingArguments
 from .callbacks import CloseLogAtCheckpoint, EpochOfSampler, MovingAverage, Previews
-from .lora import save_lora
+from .lora import checkpoint_metadata, save_lora
 from .meter import TASKS, LossMeter
 from .names import check_known
 from .predictions import check_metrics, check_predictable
@@ -435,6 +435,8 @@ class OmniVideoTrainer(Trainer):
             folder = Path(output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             metadata = {"stage": self.args.stage, "base_model": self.model.config._name_or_path}
+            if self.args.training_stage.lora:
+                metadata |= checkpoint_metadata(self.accelerator.unwrap_model(self.model))
             checkpoints.save_trained(folder / checkpoints.TRAINED_NAME, self.trained_parameters(), metadata)
 
     def _get_output_dir(self, trial: Any) -> str:

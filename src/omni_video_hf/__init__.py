@@ -1,36 +1,71 @@
-"""Omni-Video (arXiv 2507.06119) for transformers and diffusers."""
+"""
+Omni-Video (arXiv 2507.06119) for transformers and diffusers.
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-)
+Importing the package registers its classes with transformers' Auto classes. The `omni-video` command alone does so
+later, when it loads a model: `--help`, completion and a wrong flag need neither torch nor transformers.
+"""
 
-from .configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig, OmniVideoVisionHeadConfig
-from .configuration_vila import VilaConfig
-from .lora_omni_video import collect_lora_layers
-from .losses_omni_video import OmniVideoLossConfig
-from .modeling_omni_video import OmniVideoForConditionalGeneration
-from .modeling_omni_video_connectors import OmniVideoAdapter, OmniVideoVisionHead
-from .modeling_vila import VilaForConditionalGeneration, VilaModel
-from .pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
-from .processing_omni_video import OmniVideoProcessor
+import sys
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from .remote_code_omni_video import __version__
-from .repository_omni_video import complete_repository
 
-# With the package installed no `trust_remote_code` is needed, and the package's classes are used.
-for _config, _model in (
-    (OmniVideoConfig, OmniVideoForConditionalGeneration),
-    (VilaConfig, VilaForConditionalGeneration),
-):
-    AutoConfig.register(_config.model_type, _config)
-    AutoModelForImageTextToText.register(_config, _model)
-    AutoModelForMultimodalLM.register(_config, _model)
-AutoModel.register(OmniVideoConfig, OmniVideoForConditionalGeneration)
-AutoModel.register(VilaConfig, VilaModel)
-AutoProcessor.register(OmniVideoConfig, OmniVideoProcessor)
+if TYPE_CHECKING:
+    from .configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig, OmniVideoVisionHeadConfig
+    from .configuration_vila import VilaConfig
+    from .lora_omni_video import collect_lora_layers
+    from .losses_omni_video import OmniVideoLossConfig
+    from .modeling_omni_video import OmniVideoForConditionalGeneration
+    from .modeling_omni_video_connectors import OmniVideoAdapter, OmniVideoVisionHead
+    from .modeling_vila import VilaForConditionalGeneration
+    from .pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
+    from .processing_omni_video import OmniVideoProcessor
+    from .repository_omni_video import complete_repository
+
+_HOMES = {
+    "OmniVideoAdapter": "modeling_omni_video_connectors",
+    "OmniVideoAdapterConfig": "configuration_omni_video",
+    "OmniVideoConfig": "configuration_omni_video",
+    "OmniVideoForConditionalGeneration": "modeling_omni_video",
+    "OmniVideoLossConfig": "losses_omni_video",
+    "OmniVideoPipeline": "pipeline_omni_video",
+    "OmniVideoPipelineOutput": "pipeline_omni_video",
+    "OmniVideoProcessor": "processing_omni_video",
+    "OmniVideoVisionHead": "modeling_omni_video_connectors",
+    "OmniVideoVisionHeadConfig": "configuration_omni_video",
+    "VilaConfig": "configuration_vila",
+    "VilaForConditionalGeneration": "modeling_vila",
+    "collect_lora_layers": "lora_omni_video",
+    "complete_repository": "repository_omni_video",
+}
+
+
+def __getattr__(name: str) -> object:
+    """A class or function of the package, from the module that defines it; all classes are registered then."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(".registration", __name__).register_auto_classes()
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _is_command() -> bool:
+    """Whether this process is the `omni-video` command, by the name or module that Python was started with."""
+    modules = {after for before, after in pairwise(sys.orig_argv) if before == "-m"}
+    names = {Path(sys.argv[0]).stem if getattr(sys, "argv", None) else ""}
+    return "omni-video" in names or bool(modules & {__name__, f"{__name__}.cli"})
+
+
+if not _is_command():
+    import_module(".registration", __name__).register_auto_classes()
 
 __all__ = [
     "OmniVideoAdapter",

@@ -1,7 +1,10 @@
 """Reads and writes videos and images: files, URLs, PIL images, arrays and tensors in, upright 8-bit RGB out."""
 
+import json
+import os
+import secrets
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from huggingface_hub.utils import get_session
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from transformers.utils import is_av_available
 
 from .media_reading_omni_video import (
@@ -35,6 +38,9 @@ MAX_DOWNLOAD_BYTES = 2**31
 BT709 = 1  # as primaries and as transfer, in ITU-T H.273; older PyAV has no names for them
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer; the session's own default is to wait for ever
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+FPS_RANGE = (0.01, 1000.0)  # what mp4 files and their players keep exactly
+METADATA_KEY = "omni_video"  # under which files say how they were made, as JSON
+MAX_EXIF_BYTES = 60_000  # JPEG has room for 64 kB; what is longer is kept in PNG, WebP and mp4 alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,19 +93,38 @@ def load_image(source: Any) -> Image.Image:
             raise MediaError(f"{source}: the image is damaged or cut short ({error}).") from error
 
 
-def save_image(image: Image.Image | np.ndarray | torch.Tensor, path: str | Path) -> None:
+def save_image(
+    image: Image.Image | np.ndarray | torch.Tensor, path: str | Path, metadata: Mapping[str, Any] | None = None
+) -> None:
     """
     Write one image; its format follows from the suffix (.png .jpg .webp). The file appears when it is complete.
 
+    Args:
+        image: as in [`load_image`].
+        path: its suffix names the format.
+        metadata: what the file is to say about how it was made, such as a pipeline's `settings`; plain values. It is
+            text in a PNG and the EXIF description elsewhere; a JPEG takes 60,000 bytes of it.
+
     Raises:
-        MediaError: for another suffix, or values that are no image.
+        MediaError: for another suffix, values that are no image, or metadata that are too long or not JSON.
     """
     path = Path(path)
     if path.suffix.lower() not in IMAGE_FORMATS:
         raise MediaError(f"{path}: the suffix of an image must be one of {', '.join(IMAGE_FORMATS)}.")
-    picture = load_image(image)
+    picture, kind = load_image(image), IMAGE_FORMATS[path.suffix.lower()]
+    options: dict[str, Any] = {"quality": 95}
+    if metadata is not None:
+        text = _metadata_text(metadata)
+        if kind == "JPEG" and len(text) > MAX_EXIF_BYTES:
+            raise MediaError(f"{path}: `metadata` has {len(text)} bytes, a JPEG takes {MAX_EXIF_BYTES}. Write a PNG.")
+        if kind == "PNG":
+            options["pnginfo"] = PngImagePlugin.PngInfo()
+            options["pnginfo"].add_itxt(METADATA_KEY, text)
+        else:
+            options["exif"] = Image.Exif()
+            options["exif"][ExifTags.Base.ImageDescription] = text
     with _complete_or_absent(path) as partial:
-        picture.save(partial, format=IMAGE_FORMATS[path.suffix.lower()], quality=95)
+        picture.save(partial, format=kind, **options)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -307,7 +332,14 @@ def sample_frames(frames: np.ndarray, strategy: str, num_frames: int) -> np.ndar
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def save_video(frames: Any, path: str | Path, fps: float | None = None, *, crf: int = 18) -> None:
+def save_video(
+    frames: Any,
+    path: str | Path,
+    fps: float | None = None,
+    *,
+    crf: int = 18,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
     """
     Write an H.264 mp4 that plays everywhere. The file appears under its name when it is complete.
 
@@ -317,8 +349,10 @@ def save_video(frames: Any, path: str | Path, fps: float | None = None, *, crf: 
     Args:
         frames: as in [`load_video`].
         path: ends in .mp4.
-        fps: frames per second; needed unless `frames` is a [`VideoClip`].
+        fps: frames per second, 0.01 to 1000; needed unless `frames` is a [`VideoClip`].
         crf: quality, 0 (lossless) to 51.
+        metadata: what the file is to say about how it was made, such as a pipeline's `settings`; plain values, in the
+            file's comment as JSON.
 
     Raises:
         MediaError: for another suffix, no frames, no rate, or values that are no pictures.
@@ -331,9 +365,14 @@ def save_video(frames: Any, path: str | Path, fps: float | None = None, *, crf: 
     rate = fps or clip.fps
     if rate is None:
         raise MediaError("`fps` must be given for frames that carry no rate.")
+    if not FPS_RANGE[0] <= rate <= FPS_RANGE[1]:
+        raise MediaError(f"`fps` must be {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} frames per second, got {rate}.")
+    comment = None if metadata is None else _metadata_text(metadata)
     odd_rows, odd_columns = clip.frames.shape[1] % 2, clip.frames.shape[2] % 2
     options = {"movflags": "+faststart"}  # the index first: browsers play while they load
     with _complete_or_absent(path) as partial, av.open(str(partial), "w", format="mp4", options=options) as container:
+        if comment is not None:
+            container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(100_000))
         stream.height, stream.width = clip.frames.shape[1] + odd_rows, clip.frames.shape[2] + odd_columns
         stream.pix_fmt = "yuv420p"
@@ -440,12 +479,28 @@ def _local_file(source: str | Path) -> Iterator[Path]:
             raise MediaError(str(error).replace(str(path), str(source))) from error
 
 
+def _metadata_text(metadata: Mapping[str, Any]) -> str:
+    """The metadata as one line of ASCII, which every format keeps."""
+    try:
+        return json.dumps({METADATA_KEY: dict(metadata)}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise MediaError(f"`metadata` must hold plain values that JSON has ({error}).") from error
+
+
 @contextmanager
 def _complete_or_absent(path: Path) -> Iterator[Path]:
-    """A name to write under; it becomes `path` when the block ends well, and is removed otherwise."""
+    """
+    A name to write under; it becomes `path` when the block ends well, and is removed otherwise.
+
+    The name is random, so that it is short enough beside any other and nobody can put a link in its place before; the
+    number in it is that of the process.
+    """
     if not path.parent.is_dir():
         raise MediaError(f"{path}: the folder {path.parent} does not exist.")
-    partial = path.with_name(f".{path.name}.partial")
+    if path.is_dir():
+        raise MediaError(f"{path}: is a folder; a file is to be written.")
+    partial = path.with_name(f".omni-video-{os.getpid()}-{secrets.token_hex(6)}.partial")
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield partial
         partial.replace(path)

@@ -205,7 +205,8 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
             flow_shift (`float`, *optional*): Shift of the scheduler's sigmas towards noise.
             num_videos_per_prompt (`int`, defaults to 1): Samples per prompt.
             generator (`torch.Generator` or list, *optional*): One for all samples, or one per sample. Answers of the
-                MLLM are sampled from the first one's seed.
+                MLLM are sampled from the first one's seed. By default one with a new seed, which `settings["seed"]`
+                of the output names: `torch.Generator().manual_seed(seed)` repeats the call bit by bit.
             latents (`torch.Tensor`, *optional*): `[batch, channels, frames, height, width]` initial noise.
             prompt_embeds, negative_prompt_embeds (*optional*): Text embeddings, `[batch, length, width]` or one
                 `[length, width]` per prompt, instead of running the text encoder.
@@ -256,6 +257,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         prompts = [prompt] if isinstance(prompt, str) else prompt
         batch_size = len(prompts) if prompts is not None else len(mllm_hidden_states)
         notes: list[str] = []
+        generator, seed = seeded_generator(generator)
         self._guidance_scale, self._interrupt, self._num_timesteps = guidance_scale or 0.0, False, 0
 
         # 2. Source and task. For an answer only the frames that the MLLM sees are decoded.
@@ -264,7 +266,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
             task, answers = self.answer(prompts, source, task, max_new_tokens, generator)
             if task == "understand":
                 self.maybe_free_model_hooks()
-                settings = {"task": task, "max_new_tokens": max_new_tokens}
+                settings = {"task": task, "max_new_tokens": max_new_tokens, "seed": seed}
                 return self._output(return_dict, text=answers, task=task, settings=settings)
         if source.videos is not None:
             self.check_videos_fit(source, height, width, num_frames, fps, context_overflow, max_context_length)
@@ -342,7 +344,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
             fps=settings.fps,
             settings=settings.to_dict()
             | {"scheduler": type(scheduler).__name__, "negative_prompt": negative_prompt, "prompt": prompt}
-            | {"guidance_interval": guidance_interval, "batch_guidance": batch_guidance},
+            | {"guidance_interval": guidance_interval, "batch_guidance": batch_guidance, "seed": seed},
             notes=notes,
         )
 
@@ -827,6 +829,29 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
     def _output(self, return_dict: bool, **fields: Any) -> OmniVideoPipelineOutput | tuple:
         output = OmniVideoPipelineOutput(**fields)
         return output if return_dict else (output.frames, output.text)
+
+
+def seeded_generator(
+    generator: torch.Generator | list[torch.Generator] | None,
+) -> tuple[torch.Generator | list[torch.Generator], int | list[int] | None]:
+    """
+    A generator, and the seed that repeats what it gives.
+
+    Returns:
+        The given one, or without it one with a seed below 2^32 that torch's global generator gives. The seed is `None`
+        for a generator that was used before, which no seed alone repeats; a list has one for each.
+    """
+    if generator is None:
+        seed = int(torch.randint(2**32, ()))
+        return torch.Generator("cpu").manual_seed(seed), seed
+    seeds = [
+        entry.initial_seed()
+        for entry in (generator if isinstance(generator, list) else [generator])
+        if torch.equal(entry.get_state(), torch.Generator(entry.device).manual_seed(entry.initial_seed()).get_state())
+    ]
+    if isinstance(generator, list):
+        return generator, seeds if len(seeds) == len(generator) else None
+    return generator, seeds[0] if seeds else None
 
 
 def _per_prompt(value: str | list[str], batch_size: int) -> list[str]:

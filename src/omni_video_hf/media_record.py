@@ -1,0 +1,54 @@
+"""Reads from a picture or video how it was made, as `save_image` and `save_video` wrote it; without torch."""
+
+import json
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+KEY = "omni_video"  # as `METADATA_KEY` in `media_omni_video`
+_IMAGE_DESCRIPTION = 0x010E  # in EXIF
+MAX_BYTES = 10**6  # of a record; longer text is none of ours
+
+
+def read_media_record(path: str | Path) -> dict[str, Any]:
+    """
+    Prompt, seed, settings, model and revision that a file was made with.
+
+    Args:
+        path: .mp4, .png, .jpg or .webp.
+
+    Raises:
+        ValueError: for a file that says nothing of that, or is no such file.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            is_mp4 = file.read(12)[4:8] == b"ftyp"
+        texts = _of_video(path) if is_mp4 else _of_image(path)
+    except Exception as error:  # PyAV's and Pillow's own, and files that cannot be opened
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: cannot be read as a picture or video ({reason}).") from error
+    for text in texts:
+        with suppress(ValueError, RecursionError):
+            found = json.loads(text) if isinstance(text, str) and len(text) <= MAX_BYTES else None
+            if isinstance(found, dict) and isinstance(found.get(KEY), dict):
+                return found[KEY]
+    raise ValueError(
+        f"{path}: does not say how it was made. Files that `generate` and `edit` write do, unless another program has "
+        "written them anew."
+    )
+
+
+def _of_image(path: Path) -> list[Any]:
+    with import_module("PIL.Image").open(path) as image:
+        exif = image.getexif()
+        return [image.info.get(KEY), exif.get(_IMAGE_DESCRIPTION)]
+
+
+def _of_video(path: Path) -> list[Any]:
+    with import_module("av").open(str(path), format="mov") as container:
+        return [container.metadata.get("comment")]
+
+
+__all__ = ["read_media_record"]

@@ -1,6 +1,9 @@
+import copy
+
 import pytest
 import tiny
 import torch
+from diffusers.hooks import apply_layerwise_casting
 from golden import CORE_EXPECTED
 from torch import nn
 
@@ -184,6 +187,79 @@ def test_gradient_checkpointing_changes_nothing():
         adapter(*parts()[:3]).square().sum().backward()
         gradients.append({name: p.grad.clone() for name, p in adapter.named_parameters()})
     assert all(torch.allclose(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+@torch.no_grad()
+def test_layerwise_casting_stores_less_and_computes_as_told(adapter, storage, compute):
+    vision, prompt, source, _ = parts()
+    cast = copy.deepcopy(adapter).to(compute)
+    whole = cast.get_memory_footprint()
+    cast.enable_layerwise_casting(storage_dtype=storage, compute_dtype=compute)
+    context = cast(vision, prompt, source)
+    assert context.dtype == compute
+    stored = {cast.query_transformer.input_proj_1.weight.dtype, cast.visual_context_adapter.proj.weight.dtype}
+    assert stored == {storage}
+    if storage != compute:
+        assert cast.get_memory_footprint() < 0.75 * whole
+    wanted = adapter(vision, prompt, source)
+    distance = (context.float() - wanted).norm() / wanted.norm()
+    assert distance < (0.01 if storage == torch.bfloat16 else 0.2)
+
+
+def test_layerwise_casting_trains_what_is_not_cast():
+    adapter = OmniVideoAdapter(**tiny.ADAPTER).train().to(torch.bfloat16)
+    adapter.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    adapter(*parts()[:3]).float().square().sum().backward()
+    assert adapter.query_transformer.query_tokens.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_a_vision_head_is_cast_layer_by_layer_too(head):
+    cast, states = copy.deepcopy(head), torch.randn(1, 7, 48)
+    apply_layerwise_casting(cast, torch.float8_e4m3fn, torch.float32)
+    assert cast.query_transformer.input_proj_1.weight.dtype == torch.float8_e4m3fn
+    assert (cast(states) - head(states)).norm() < 0.2 * head(states).norm()
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@torch.no_grad()
+def test_sharded_weights_of_any_variant_load(adapter, tmp_path, variant):
+    adapter.save_pretrained(tmp_path, variant=variant, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*-of-*.safetensors"))) > 1
+    loaded = OmniVideoAdapter.from_pretrained(tmp_path, variant=variant).eval()
+    assert torch.equal(loaded(*parts()), adapter(*parts()))
+    half = OmniVideoAdapter.from_pretrained(tmp_path, variant=variant, torch_dtype=torch.float16)
+    assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.float16}
+
+
+def test_from_config_builds_the_same_modules(adapter):
+    built = OmniVideoAdapter.from_config(adapter.config)
+    assert built.config == adapter.config
+    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (built, adapter)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    "options", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
+)
+@torch.no_grad()
+def test_group_offloading_changes_nothing(adapter, options):
+    offloaded = copy.deepcopy(adapter)
+    offloaded.enable_group_offload(torch.device("cpu"), **options)
+    assert torch.equal(offloaded(*parts()), adapter(*parts()))
+
+
+@torch.no_grad()
+def test_one_graph_holds_the_whole_adapter(adapter):
+    torch.compiler.reset()
+    compiled = torch.compile(copy.deepcopy(adapter), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*parts()), adapter(*parts()))
+    torch.compiler.reset()
+    blocks = copy.deepcopy(adapter)
+    blocks.compile_repeated_blocks(backend="eager", fullgraph=True)
+    assert torch.equal(blocks(*parts()), adapter(*parts()))
 
 
 def test_heads_too_wide_for_flash_kernels_use_sdpa(adapter):

@@ -28,7 +28,8 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.utils import can_return_tuple
 
 from .attention_omni_video import folded_context
 from .configuration_omni_video import OmniVideoConfig, state_dtype
@@ -40,6 +41,7 @@ from .flow_matching_omni_video import (
     token_timesteps,
     velocity_target,
 )
+from .generation_omni_video import OmniVideoTextMixin
 from .losses_omni_video import (
     LOSS_NAMES,
     Generators,
@@ -105,27 +107,27 @@ class OmniVideoOutput(ModelOutput):
 
     Args:
         loss: sum of the losses that the inputs allow, times their weights.
-        answer_loss: cross-entropy of `labels`.
-        alignment_loss: distance of the mean visual token from `target_features`.
-        text_alignment_loss: distance of the adapter's mean token from that of the target's text.
-        flow_matching_loss: weighted squared error of the decoder's velocity.
         logits: `[batch, length, vocabulary]` of the MLLM.
         past_key_values: cache of the MLLM.
         hidden_states: of the MLLM, one `[batch, length, width]` per layer, as in every transformers model.
         attentions: of the MLLM.
+        answer_loss: cross-entropy of `labels`.
+        alignment_loss: distance of the mean visual token from `target_features`.
+        text_alignment_loss: distance of the adapter's mean token from that of the target's text.
+        flow_matching_loss: weighted squared error of the decoder's velocity.
         vision_tokens: `[batch, num_query_tokens, vision width]`.
         velocity: `[batch, channels, frames, height, width]`, the decoder's prediction.
     """
 
     loss: torch.Tensor | None = None
-    answer_loss: torch.Tensor | None = None
-    alignment_loss: torch.Tensor | None = None
-    text_alignment_loss: torch.Tensor | None = None
-    flow_matching_loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    answer_loss: torch.Tensor | None = None
+    alignment_loss: torch.Tensor | None = None
+    text_alignment_loss: torch.Tensor | None = None
+    flow_matching_loss: torch.Tensor | None = None
     vision_tokens: torch.Tensor | None = None
     velocity: torch.Tensor | None = None
 
@@ -135,7 +137,8 @@ class OmniVideoPreTrainedModel(PreTrainedModel):
 
     config: OmniVideoConfig
     config_class = OmniVideoConfig
-    base_model_prefix = ""
+    # The MLLM without its head, where trainers look for hidden states: see the property.
+    base_model_prefix = "model"
     main_input_name = "input_ids"
     input_modalities = ("image", "video", "text")
     output_modalities = ("text",)
@@ -186,7 +189,9 @@ class OmniVideoPreTrainedModel(PreTrainedModel):
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
 
 
-class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTrainedModel, GenerationMixin):
+class OmniVideoForConditionalGeneration(
+    OmniVideoTextMixin, OmniVideoSavingMixin, OmniVideoPreTrainedModel, GenerationMixin
+):
     """
     MLLM, vision head, adapter and decoder.
 
@@ -303,42 +308,9 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
         with folded_context(self.decoder, context.to(dtype), self.adapter.config.max_context_length) as folded:
             return self.decoder(latents.to(dtype), timesteps, folded, return_dict=False)[0]
 
-    # --- text -----------------------------------------------------------------------------------------------------
-
-    # `generate` is GenerationMixin's own and runs through `forward`, where hooks of device maps and offloading sit.
-    # What it asks about inputs, the MLLM knows.
-
-    def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> dict[str, object]:
-        """See the MLLM's method."""
-        return self.mllm.prepare_inputs_for_generation(*args, **kwargs)
-
-    def _prepare_position_ids_for_generation(self, *args: object, **kwargs: object) -> torch.Tensor:
-        return self.mllm._prepare_position_ids_for_generation(*args, **kwargs)
-
-    def _expand_inputs_for_generation(self, *args: object, **kwargs: object) -> tuple:
-        return self.mllm._expand_inputs_for_generation(*args, **kwargs)
-
-    def _validate_model_kwargs(self, model_kwargs: dict[str, object]) -> None:
-        self.mllm._validate_model_kwargs(model_kwargs)
-
-    def get_input_embeddings(self) -> nn.Module | None:
-        """The MLLM's token embedding; `None` in a model without MLLM."""
-        return None if self.mllm is None else self.mllm.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the MLLM's token embedding."""
-        self.mllm.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The MLLM's language-modelling head; `None` in a model without MLLM."""
-        return None if self.mllm is None else self.mllm.get_output_embeddings()
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replace the MLLM's language-modelling head."""
-        self.mllm.set_output_embeddings(value)
-
     # --- training -------------------------------------------------------------------------------------------------
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -369,6 +341,7 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
         drop_prompt: torch.Tensor | None = None,
         loss_config: OmniVideoLossConfig | None = None,
         output_vision_tokens: bool = False,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **mllm_kwargs: object,
     ) -> OmniVideoOutput:
         """
@@ -376,8 +349,9 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
 
         Args:
             input_ids: `[batch, length]`, or `inputs_embeds`; runs the MLLM. `attention_mask`, `pixel_values`,
-                `position_ids`, `past_key_values`, `logits_to_keep` and `mllm_kwargs` go to it; `labels`
-                `[batch, length]`, -100 where nothing is to be learned, give `answer_loss`.
+                `position_ids`, `past_key_values`, `logits_to_keep`, `mm_encoder_outputs` (images that
+                `get_image_features` has encoded, for `generate`) and `mllm_kwargs` go to it; `labels`
+                `[batch, length]`, -100 where nothing is to be learned, give `answer_loss`. Placeholders count as -100.
             mllm_hidden_states: precomputed instead of `input_ids`, with `mllm_attention_mask` `[batch, length]`.
             vision_embeds: `[batch, tokens, text_dim]`, precomputed output of the adapter's `adapt_vision_tokens`, for
                 training the decoder behind frozen bridges: neither vision head nor adapter runs for a sample.
@@ -428,6 +402,8 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
             self._require("mllm")
             if needs_vision_tokens:
                 mllm_kwargs.update(output_hidden_states=True, use_cache=False)
+            if mm_encoder_outputs is not None:
+                mllm_kwargs["mm_encoder_outputs"] = mm_encoder_outputs
             mllm_outputs = self.mllm(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -435,8 +411,9 @@ class OmniVideoForConditionalGeneration(OmniVideoSavingMixin, OmniVideoPreTraine
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
-                labels=labels if config.answer_weight > 0 else None,
+                labels=None if labels is None or config.answer_weight == 0 else self.without_placeholders(labels),
                 logits_to_keep=logits_to_keep,
+                return_dict=True,
                 **mllm_kwargs,
             )
             if needs_vision_tokens:

@@ -10,6 +10,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.activations import ACT2FN
@@ -67,6 +68,17 @@ def pad_embeddings(
     if bool((lengths == lengths[0]).all()):
         return padded, None
     return padded, (torch.arange(padded.shape[1]) < lengths[:, None]).long().to(padded.device)
+
+
+def input_dtype(layer: nn.Module, given: torch.dtype) -> torch.dtype:
+    """
+    In which format `layer` wants what comes in `given`.
+
+    That of its weights, or under layerwise casting the one it computes in. Quantised weights (integers, or floats of
+    one byte) say nothing about it.
+    """
+    dtype = get_parameter_dtype(layer)
+    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else given
 
 
 class OmniVideoStoredEmbeddings(nn.Module):
@@ -250,8 +262,7 @@ class OmniVideoVisionHead(nn.Module):
         if mllm_hidden_states is None:
             mllm_hidden_states = self.null_hidden_states()[None]
         hidden_states, attention_mask = pad_embeddings(mllm_hidden_states, attention_mask, "mllm_hidden_states")
-        weight = self.query_transformer.input_proj_1.weight
-        dtype = weight.dtype if weight.dtype.is_floating_point else hidden_states.dtype  # quantised weights are not
+        dtype = input_dtype(self.query_transformer.input_proj_1, hidden_states.dtype)
         return self.query_transformer(hidden_states.to(dtype), attention_mask)
 
 
@@ -284,7 +295,8 @@ class OmniVideoVisualContextAdapter(nn.Module):
                 f"Source latents must be [batch, channels, frames, height, width] with the last three divisible by "
                 f"{self.patch_size}, got {tuple(latents.shape)}."
             )
-        tokens = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        latents = latents.to(input_dtype(self.patch_embedding, latents.dtype))
+        tokens = self.patch_embedding(latents).flatten(2).transpose(1, 2)
         return self.norm(self.proj(self.patch_norm(tokens)))
 
 
@@ -420,8 +432,7 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         if output_kind == "image":
             vision_tokens = vision_tokens[:, : self.config.num_image_vision_tokens]
-        weight = self.query_transformer.input_proj_1.weight
-        dtype = weight.dtype if weight.dtype.is_floating_point else vision_tokens.dtype
+        dtype = input_dtype(self.query_transformer.input_proj_1, vision_tokens.dtype)
         batch, count = vision_tokens.shape[:2]
         adapted = self.query_transformer(vision_tokens.to(dtype).flatten(0, 1)[:, None])
         return adapted.unflatten(0, (batch, count)).flatten(1, 2)

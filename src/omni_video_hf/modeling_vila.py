@@ -1,14 +1,17 @@
 """VILA on transformers' SigLIP and causal language models, with the numbers of upstream's Omni-Video v1."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.import_utils import is_tracing, torch_compilable_check
 
 from .configuration_vila import VilaConfig
 
@@ -30,6 +33,48 @@ class VilaCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
+
+
+IGNORED_LABEL = -100
+
+
+class PlaceholderLabelsMixin:
+    """
+    Labels in which placeholders of images count as -100.
+
+    Most trainers begin with `labels = input_ids.clone()`. A placeholder is never an answer, and its id may lie outside
+    the vocabulary, where the cross-entropy fails with an index error, on CUDA with a device assert.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As `forward`. Trainers that put their own loss in place of `forward` get the same labels."""
+        for name in ("labels", "shift_labels"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = self.without_placeholders(kwargs[name])
+        return super().__call__(*args, **kwargs)
+
+    def without_placeholders(self, labels: torch.Tensor) -> torch.Tensor:
+        """
+        `labels` `[batch, length]` with -100 in place of placeholders.
+
+        Raises:
+            ValueError: for another id outside the vocabulary, where the labels lie on the CPU; to look at those on a
+                GPU would make every step wait for it.
+        """
+        for token in self._placeholder_ids():
+            labels = labels.masked_fill(labels == token, IGNORED_LABEL)
+        if labels.device.type == "cpu" and not is_tracing(labels):
+            size = self.config.get_text_config().vocab_size
+            outside = labels[((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= size)]
+            if len(outside):
+                raise ValueError(
+                    f"`labels` hold {outside[0].item()}, but the vocabulary has the ids 0 to {size - 1}: write "
+                    f"{IGNORED_LABEL} where nothing is to be learned."
+                )
+        return labels
+
+    def _placeholder_ids(self) -> tuple[int, ...]:
+        return (self.config.image_token_id,)
 
 
 def merge_patches(features: torch.Tensor) -> torch.Tensor:
@@ -123,15 +168,19 @@ class VilaModel(VilaPreTrainedModel):
             pixel_values: `[images, 3, size, size]`, normalised by the image processor.
 
         Returns:
-            `last_hidden_state` `[images, patches, vision hidden]`, the selected hidden state of the tower, and
-            `pooler_output` `[images, tokens, text hidden]`, its projection.
+            `last_hidden_state` `[images, patches, vision hidden]`, the selected hidden state of the tower,
+            `pooler_output` `[images, tokens, text hidden]`, its projection, and where asked for `attentions` and
+            `hidden_states`, the last of which is `last_hidden_state`: no later layer is built.
         """
-        kwargs.pop("output_hidden_states", None)
+        wants_states = kwargs.pop("output_hidden_states", None)
+        if wants_states is None:
+            wants_states = self.config.vision_config.output_hidden_states
         outputs = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True, **kwargs)
         selected = outputs.hidden_states[-1]  # before post_layernorm
         return BaseModelOutputWithPooling(
             last_hidden_state=selected,
             pooler_output=self.multi_modal_projector(selected),
+            hidden_states=outputs.hidden_states if wants_states else None,
             attentions=outputs.attentions,
         )
 
@@ -146,13 +195,15 @@ class VilaModel(VilaPreTrainedModel):
             ValueError: when placeholders and features differ in number; the message gives both.
         """
         mask = input_ids == self.config.image_token_id
-        num_tokens, num_features = int(mask.sum()), image_features.shape[0] * image_features.shape[1]
-        if num_tokens != num_features:
-            raise ValueError(
-                f"Image features and image tokens do not match: `input_ids` hold {num_tokens} tokens of id "
-                f"{self.config.image_token_id}, but `pixel_values` ({image_features.shape[0]} images of "
-                f"{image_features.shape[1]} tokens) give {num_features} features. Let the processor make both."
-            )
+        num_images, length = image_features.shape[:2]
+        torch_compilable_check(
+            mask.sum() == num_images * length,
+            lambda: (
+                f"Image features and image tokens do not match: `input_ids` hold {int(mask.sum())} tokens of id "
+                f"{self.config.image_token_id}, but `pixel_values` ({num_images} images of {length} tokens) give "
+                f"{num_images * length} features. Let the processor make both."
+            ),
+        )
         return mask
 
     @can_return_tuple
@@ -164,6 +215,7 @@ class VilaModel(VilaPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> VilaModelOutputWithPast:
         """
@@ -177,14 +229,22 @@ class VilaModel(VilaPreTrainedModel):
                 count, since upstream removes them before the images go in.
             past_key_values: cache of earlier positions.
             inputs_embeds: `[batch, length, hidden]` instead of `input_ids`; images cannot be placed then.
+            mm_encoder_outputs: what [`get_image_features`] gave, under `"image"`, instead of `pixel_values`.
 
         Raises:
-            ValueError: without exactly one of `input_ids` and `inputs_embeds`, or when images and placeholders differ.
+            ValueError: without exactly one of `input_ids` and `inputs_embeds`, with both `pixel_values` and
+                `mm_encoder_outputs`, or when images and placeholders differ.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-        if pixel_values is not None and input_ids is None:
-            raise ValueError("`pixel_values` need `input_ids`, which say where the images go.")
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if encoded is not None and pixel_values is not None:
+            raise ValueError("Pass `pixel_values` or `mm_encoder_outputs`, not both.")
+        if input_ids is None and not (encoded is None and pixel_values is None):
+            raise ValueError(
+                "`pixel_values` need `input_ids`, which say where the images go. Put their features "
+                "(`get_image_features(pixel_values).pooler_output`) into `inputs_embeds` yourself, and pass no images."
+            )
 
         if inputs_embeds is None:
             # The placeholder has no row of its own in the embedding table.
@@ -193,15 +253,20 @@ class VilaModel(VilaPreTrainedModel):
 
         image_features = None
         if pixel_values is not None:
-            image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
-            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            encoded = self.get_image_features(pixel_values, return_dict=True)
+        if encoded is not None:
+            image_features = encoded.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, image_features)[..., None].to(inputs_embeds.device)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
             if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        elif input_ids is not None and past_key_values is None and bool(is_image.any()):
-            raise ValueError(
-                f"`input_ids` hold {int(is_image.sum())} image tokens, but there are no `pixel_values` (0 features)."
+        elif input_ids is not None and input_ids.shape[1] > 1 and _is_prefill(past_key_values):
+            torch_compilable_check(
+                ~is_image.any(),
+                lambda: (
+                    f"`input_ids` hold {int(is_image.sum())} image tokens, but there are no `pixel_values` "
+                    "(0 features)."
+                ),
             )
 
         outputs = self.language_model(
@@ -214,10 +279,16 @@ class VilaModel(VilaPreTrainedModel):
         return VilaModelOutputWithPast(**outputs, image_hidden_states=image_features)
 
 
-class VilaForConditionalGeneration(VilaPreTrainedModel, GenerationMixin):
+def _is_prefill(past_key_values: Cache | None) -> bool:
+    """Whether these are the first positions: later ones come from `generate`, which encodes images once."""
+    return past_key_values is None or int(past_key_values.get_seq_length()) == 0
+
+
+class VilaForConditionalGeneration(PlaceholderLabelsMixin, VilaPreTrainedModel, GenerationMixin):
     """VILA with its language-modelling head: answers about images, and hidden states for the vision head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: VilaConfig) -> None:
         super().__init__(config)
@@ -254,14 +325,15 @@ class VilaForConditionalGeneration(VilaPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> VilaCausalLMOutputWithPast:
         """
         Next-token logits, and the cross-entropy of `labels` where given.
 
         Args:
-            labels: `[batch, length]`, -100 where no loss is wanted.
-            logits_to_keep: how many positions, from the end, get logits; 0 is all.
+            labels: `[batch, length]`, -100 where no loss is wanted; image placeholders count as -100.
+            logits_to_keep: how many positions, from the end, get logits; 0 is all. Or the positions.
 
         The other arguments are those of [`VilaModel.forward`].
         """
@@ -272,14 +344,14 @@ class VilaForConditionalGeneration(VilaPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            vocab_size = self.config.text_config.vocab_size
+            labels, vocab_size = self.without_placeholders(labels), self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return VilaCausalLMOutputWithPast(
             loss=loss,
@@ -291,4 +363,4 @@ class VilaForConditionalGeneration(VilaPreTrainedModel, GenerationMixin):
         )
 
 
-__all__ = ["VilaForConditionalGeneration", "VilaModel", "VilaPreTrainedModel"]
+__all__ = ["PlaceholderLabelsMixin", "VilaForConditionalGeneration", "VilaModel", "VilaPreTrainedModel"]

@@ -46,6 +46,7 @@ MODULES = (
     "lora_omni_video",
     "model_card_omni_video",
     "publishing_omni_video",
+    "generation_omni_video",
     "saving_omni_video",
     "modeling_omni_video",
     "pipeline_loading_omni_video",

@@ -9,6 +9,7 @@ defined twice are not the same class.
 from .attention_omni_video import constant_context
 from .configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig, OmniVideoVisionHeadConfig
 from .configuration_vila import VilaConfig
+from .denoising_omni_video import OmniVideoDenoisingMixin
 from .flow_matching_omni_video import sampling_sigmas
 from .guidance_omni_video import Guidance
 from .lora_omni_video import OmniVideoLoraLoaderMixin
@@ -27,8 +28,10 @@ from .publishing_omni_video import push_repository
 from .remote_code_omni_video import __version__
 from .repository_omni_video import finalize_repository
 from .saving_omni_video import OmniVideoSavingMixin
+from .scheduling_omni_video import prepare_scheduler
 from .settings_omni_video import PRESETS
 from .source_omni_video import Source
+from .turns_omni_video import turn
 
 __all__ = [
     "PRESETS",
@@ -37,6 +40,7 @@ __all__ = [
     "OmniVideoAdapter",
     "OmniVideoAdapterConfig",
     "OmniVideoConfig",
+    "OmniVideoDenoisingMixin",
     "OmniVideoForConditionalGeneration",
     "OmniVideoLoraLoaderMixin",
     "OmniVideoLossConfig",
@@ -58,9 +62,11 @@ __all__ = [
     "finalize_repository",
     "load_image",
     "load_video",
+    "prepare_scheduler",
     "probe_video",
     "push_repository",
     "sampling_sigmas",
     "save_image",
     "save_video",
+    "turn",
 ]

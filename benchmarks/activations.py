@@ -110,7 +110,6 @@ def pipeline() -> OmniVideoPipeline:
             scheduler=scheduler,
         )
     pipe.set_progress_bar_config(disable=True)
-    pipe._guidance_scale, pipe._interrupt = 6.0, False
     return pipe
 
 
@@ -146,7 +145,9 @@ def _of_case(pipe: OmniVideoPipeline, case: Case) -> dict[str, int]:
     ]
     found = {
         "adapter": peak(lambda: pipe.adapter(tokens, None, source, None, case.kind)),
-        "transformer": peak(lambda: pipe.denoise(latents, pipe.prepare_scheduler(3, 5.0, meta), *contexts)),
+        "transformer": peak(
+            lambda: pipe.denoise(latents, pipe.prepare_scheduler(3, 5.0, meta), *contexts, guidance_scale=6.0)
+        ),
         "vae": peak(lambda: pipe.vae.decode(latents)),
     }
     pipe.vae.enable_tiling()

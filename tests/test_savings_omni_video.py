@@ -142,7 +142,6 @@ SCHEDULERS = {
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_host_never_waits_for_the_device_inside_the_loop(pipe, name):
     pipe.scheduler = SCHEDULERS[name]
-    pipe._guidance_scale, pipe._interrupt = 3.0, False
     pipe.transformer.to(DEVICE)
     latents = torch.empty(1, 16, 2, 4, 8, device=DEVICE)
     contexts = [torch.empty(1, length, 32, device=DEVICE) for length in (9, 5)]
@@ -154,7 +153,9 @@ def test_the_host_never_waits_for_the_device_inside_the_loop(pipe, name):
 
     with Synchronisations() as synchronisations:
         # what is copied before the loop comes along once per call
-        pipe.denoise(latents, pipe.prepare_scheduler(6, 5.0, DEVICE), *contexts, callback_on_step_end=note)
+        pipe.denoise(
+            latents, pipe.prepare_scheduler(6, 5.0, DEVICE), *contexts, callback_on_step_end=note, guidance_scale=3.0
+        )
     assert len(per_step) == 6
     assert set(per_step) == {per_step[0]}
 

@@ -8,6 +8,7 @@ meets the context after the first block's self-attention, which is thus the same
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -23,12 +24,16 @@ from diffusers.models.attention_dispatch import (
 from diffusers.utils.torch_utils import is_compiled_module
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
+from .turns_omni_video import turn
+
 # Backends that take a mask of floats, which carries ln N. On the others the context stays padded.
 BACKENDS_WITH_BIAS = {
     AttentionBackendName.NATIVE,
     AttentionBackendName._NATIVE_MATH,
     AttentionBackendName._NATIVE_EFFICIENT,
 }
+
+_STANCE = threading.RLock()
 
 
 def fold_padding(context: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -90,6 +95,7 @@ class ConstantContextAttnProcessor:
     def __init__(self) -> None:
         self.projected: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values of the current branch
         self.bias: torch.Tensor | None = None
+        self.keeps = False  # outside of a branch's pass, as in a callback, a context is one like any other
 
     def __call__(
         self,
@@ -101,10 +107,15 @@ class ConstantContextAttnProcessor:
     ) -> torch.Tensor:
         """As `WanAttnProcessor`; `attention_mask` and `rotary_emb` are `None` in cross-attention."""
         del attention_mask, rotary_emb
-        if self.projected is None:
-            self.projected = _project(attn, encoder_hidden_states)
-        key, value = self.projected
+        projected = self.projected
+        if projected is None:
+            projected = _project(attn, encoder_hidden_states)
+            if self.keeps:
+                self.projected = projected
+        key, value = projected
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        if len(key) == 2 * len(query):  # FasterCache runs the conditional half of a batch alone, the second one
+            key, value = key[len(query) :], value[len(query) :]
         output = dispatch_attention_fn(
             query,
             key,
@@ -198,13 +209,18 @@ class ConstantContext:
         known = self.projected.get(branch, [None] * len(self.processors))
         is_first = branch not in self.projected
         for processor, projected in zip(self.processors, known, strict=True):
-            processor.projected, processor.bias = projected, self.biases[branch]
-        with torch.compiler.set_stance("force_eager") if is_first and self.compiled else nullcontext():
-            yield self.contexts[branch] if is_first else self.contexts[branch][:, :1]
-        if is_first and all(processor.projected is not None for processor in self.processors):
-            self.projected[branch] = [processor.projected for processor in self.processors]
-            if self.compiled:
-                self._let_lengths_vary(branch)
+            processor.projected, processor.bias, processor.keeps = projected, self.biases[branch], True
+        try:
+            with _uncompiled() if is_first and self.compiled else nullcontext():
+                yield self.contexts[branch] if is_first else self.contexts[branch][:, :1]
+            if is_first and all(processor.projected is not None for processor in self.processors):
+                self.projected[branch] = [processor.projected for processor in self.processors]
+                if self.compiled:
+                    self._let_lengths_vary(branch)
+        finally:
+            for processor in self.processors:
+                processor.projected = processor.bias = None
+                processor.keeps = False
 
     def _let_lengths_vary(self, branch: str) -> None:
         """Branches and prompts differ in length: compile for all lengths from the start."""
@@ -212,6 +228,13 @@ class ConstantContext:
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
         if self.biases[branch] is not None:
             torch._dynamo.maybe_mark_dynamic(self.biases[branch], 3)
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Run compiled modules as they were written; how torch runs them is a setting of the whole process."""
+    with _STANCE, torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _project(attn: torch.nn.Module, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,13 +254,35 @@ def constant_context(
     Let a decoder's cross-attention keep what it makes of each branch's context.
 
     The blocks get processors of their own for as long as the block of code runs, and the ones they had back
-    afterwards, whatever happens.
+    afterwards, whatever happens. Other threads wait for their turn on the decoder.
 
     Args:
         transformer: the decoder.
         contexts: name of the branch -> `[batch, tokens, width]`, not padded.
         length: tokens a context acts like.
+
+    Raises:
+        RuntimeError: when the decoder is in such a block already, e.g. in a callback of a call.
     """
+    with turn(transformer), _replaced_processors(transformer, contexts, length) as constant:
+        yield constant
+
+
+def check_not_denoising(transformer: WanTransformer3DModel) -> None:
+    """Refuse to denoise with a decoder in the middle of doing so, from a callback or between two steps."""
+    if any(isinstance(block.attn2.processor, ConstantContextAttnProcessor) for block in transformer.blocks):
+        raise RuntimeError(
+            "The decoder is denoising already: a callback, or code between two steps, began to denoise with it again. "
+            "Do that after the call, or with a decoder of its own."
+        )
+
+
+@contextmanager
+def _replaced_processors(
+    transformer: WanTransformer3DModel, contexts: Mapping[str, torch.Tensor], length: int
+) -> Iterator[ConstantContext]:
+    """[`constant_context`], for the thread whose turn it is."""
+    check_not_denoising(transformer)
     own = {block.attn2: block.attn2.processor for block in transformer.blocks}
     can_fold = _backends(transformer) <= BACKENDS_WITH_BIAS
     replacements = {attn: ConstantContextAttnProcessor() for attn in own}
@@ -327,6 +372,7 @@ __all__ = [
     "ConstantContext",
     "ConstantContextAttnProcessor",
     "SharedSelfAttnProcessor",
+    "check_not_denoising",
     "constant_context",
     "fold_padding",
     "folded_context",

@@ -9,6 +9,7 @@ defined twice are not the same class.
 from .attention_omni_video import constant_context
 from .configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig, OmniVideoVisionHeadConfig
 from .configuration_vila import VilaConfig
+from .denoising_omni_video import OmniVideoDenoisingMixin
 from .flow_matching_omni_video import sampling_sigmas
 from .guidance_omni_video import Guidance
 from .lora_files_omni_video import read_lora_file
@@ -28,10 +29,12 @@ from .publishing_omni_video import push_repository
 from .remote_code_omni_video import __version__
 from .repository_omni_video import finalize_repository
 from .saving_omni_video import OmniVideoSavingMixin
+from .scheduling_omni_video import prepare_scheduler
 from .settings_omni_video import PRESETS
 from .source_omni_video import Source
 from .staging_omni_video import finish_saving
 from .writing_omni_video import complete_or_absent
+from .turns_omni_video import turn
 
 __all__ = [
     "PRESETS",
@@ -40,6 +43,7 @@ __all__ = [
     "OmniVideoAdapter",
     "OmniVideoAdapterConfig",
     "OmniVideoConfig",
+    "OmniVideoDenoisingMixin",
     "OmniVideoForConditionalGeneration",
     "OmniVideoLoraLoaderMixin",
     "OmniVideoLossConfig",
@@ -63,10 +67,12 @@ __all__ = [
     "finish_saving",
     "load_image",
     "load_video",
+    "prepare_scheduler",
     "probe_video",
     "push_repository",
     "read_lora_file",
     "sampling_sigmas",
     "save_image",
     "save_video",
+    "turn",
 ]

@@ -1,7 +1,7 @@
 """The diffusers pipeline of Omni-Video: generate, edit and understand videos and images with one object."""
 
-import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +16,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from .attention_omni_video import ConstantContext, constant_context
-from .flow_matching_omni_video import UncheckedSolve, sampling_sigmas
+from .denoising_omni_video import OmniVideoDenoisingMixin, callback_inputs, whole_call
 from .guidance_omni_video import Guidance
 from .lora_omni_video import OmniVideoLoraLoaderMixin
 from .media_omni_video import probe_video
@@ -25,16 +24,19 @@ from .modeling_omni_video import OmniVideoForConditionalGeneration
 from .modeling_omni_video_connectors import ContextOverflow, OmniVideoAdapter
 from .pipeline_loading_omni_video import OmniVideoRepositoryMixin
 from .processing_omni_video import OmniVideoProcessor, get_task
+from .scheduling_omni_video import check_scheduler, chosen_shift, prepare_scheduler, preset_shift
 from .settings_omni_video import (
-    PRESETS,
     GenerationSettings,
     LatentGrid,
     check_num_frames,
     check_source_fits,
+    find_presets,
+    keep_presets,
     resolve_size,
     trim_num_frames,
 )
 from .source_omni_video import Source
+from .turns_omni_video import OwnRandomNumbers, in_turn
 
 logger = logging.get_logger(__name__)
 
@@ -63,37 +65,46 @@ class OmniVideoPipelineOutput(BaseOutput):
     notes: list[str] = field(default_factory=list)
 
 
-class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLoraLoaderMixin):
+class OmniVideoPipeline(
+    OmniVideoRepositoryMixin, OmniVideoDenoisingMixin, DiffusionPipeline, OmniVideoLoraLoaderMixin
+):
     r"""
     Generates videos and images from text, edits them by instruction, and answers questions about them.
+
+    Calls from several threads take turns, on one pipeline and on all that share a component, see [`turn`].
 
     Args:
         processor ([`OmniVideoProcessor`]): Prompts, images and frames for the MLLM.
         mllm ([`OmniVideoForConditionalGeneration`]): MLLM and vision head, without adapter and decoder.
         adapter ([`OmniVideoAdapter`]): Builds the decoder's context.
-        transformer (`WanTransformer3DModel`): The decoder.
-        text_encoder (`UMT5EncoderModel`): Text encoder of the decoder.
-        tokenizer (`PreTrainedTokenizerFast`): Its tokenizer.
-        vae (`AutoencoderKLWan`): Wan's VAE, of 2.1 or 2.2.
-        scheduler (`UniPCMultistepScheduler`): Or any flow-matching scheduler of diffusers.
-        presets (`dict`, *optional*): Default settings of every task, saved with the pipeline; upstream's by default.
+        transformer (`WanTransformer3DModel`, *optional*): The decoder. Without it or the VAE the pipeline encodes and
+            answers.
+        text_encoder (`UMT5EncoderModel`, *optional*): Text encoder of the decoder.
+        tokenizer (`PreTrainedTokenizerFast`, *optional*): Its tokenizer.
+        vae (`AutoencoderKLWan`, *optional*): Wan's VAE, of 2.1 or 2.2.
+        scheduler (`UniPCMultistepScheduler`): Or any flow-matching scheduler of diffusers. A shift that it was given
+            wins over the presets'.
+        presets (`dict`, *optional*): Default settings of every task, saved with the pipeline. By default those that
+            the components came with, or upstream's.
+        scheduler_shift (`float`, *optional*): Shift of the scheduler that the presets belong to: with another one the
+            scheduler's counts. By default the presets' own, or the scheduler's where they differ by task.
     """
 
     model_cpu_offload_seq = "mllm->text_encoder->adapter->transformer->vae"
-    _callback_tensor_inputs = ["latents", "context", "null_context"]  # noqa: RUF012
-    _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012
+    _optional_components = ["transformer", "text_encoder", "tokenizer", "vae"]  # noqa: RUF012
 
     def __init__(
         self,
         processor: OmniVideoProcessor,
         mllm: OmniVideoForConditionalGeneration,
         adapter: OmniVideoAdapter,
-        transformer: WanTransformer3DModel,
+        transformer: WanTransformer3DModel | None,
         text_encoder: UMT5EncoderModel | None,
         tokenizer: PreTrainedTokenizerBase | None,
-        vae: AutoencoderKLWan,
+        vae: AutoencoderKLWan | None,
         scheduler: SchedulerMixin,
         presets: dict[str, dict[str, Any]] | None = None,
+        scheduler_shift: float | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -106,40 +117,46 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
             vae=vae,
             scheduler=scheduler,
         )
-        self.register_to_config(presets=presets or PRESETS)
-        self.grid = LatentGrid(
-            spatial=vae.config.scale_factor_spatial,
-            temporal=vae.config.scale_factor_temporal,
-            patch=tuple(transformer.config.patch_size),
-            source_patch=tuple(adapter.config.visual_context_patch_size),
+        self.register_to_config(presets=presets or find_presets(adapter, processor), scheduler_shift=scheduler_shift)
+        self._begin_call()
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """As in diffusers; presets also stay with the components, for another pipeline over them."""
+        if kwargs.get("presets"):
+            keep_presets(kwargs["presets"], self.adapter, self.processor)
+            if kwargs.get("scheduler_shift") is None:
+                kwargs["scheduler_shift"] = preset_shift(kwargs["presets"], self.scheduler)
+        super().register_to_config(**kwargs)
+
+    @property
+    def grid(self) -> LatentGrid:
+        """How pixels become latents and tokens."""
+        self._require("vae", "transformer")
+        return LatentGrid(
+            spatial=self.vae.config.scale_factor_spatial,
+            temporal=self.vae.config.scale_factor_temporal,
+            patch=tuple(self.transformer.config.patch_size),
+            source_patch=tuple(self.adapter.config.visual_context_patch_size),
         )
-        self.video_processor = VideoProcessor(vae_scale_factor=self.grid.spatial)
-
-    # --- what the caller may look at while a call runs ------------------------------------------------------------
 
     @property
-    def guidance_scale(self) -> float:
-        """Guidance scale of the running call."""
-        return self._guidance_scale
+    def video_processor(self) -> VideoProcessor:
+        """Turns frames into the VAE's pixels and back."""
+        self._require("vae")
+        return VideoProcessor(vae_scale_factor=self.vae.config.scale_factor_spatial)
 
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the running call has a null branch."""
-        return self._guidance_scale > 1.0
-
-    @property
-    def num_timesteps(self) -> int:
-        """Denoising steps of the running call."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Set `pipe._interrupt = True` in a callback to skip the remaining steps."""
-        return self._interrupt
+    def _require(self, *names: str) -> None:
+        """Refuse what needs a component that this pipeline was made without."""
+        missing = [name for name in names if getattr(self, name) is None]
+        if missing:
+            raise ValueError(
+                f"This pipeline was made without `{'` and `'.join(missing)}`: it encodes and answers, but cannot do "
+                f"this. Load it with all parts, or add them with `pipe.register_modules({missing[0]}=...)`."
+            )
 
     # --- the call ---------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @whole_call
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -202,7 +219,8 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
                 on, e.g. `(0.1, 0.8)`; outside, one branch runs instead of two. All steps by default.
             batch_guidance (`bool`, defaults to `False`): Run both branches in one pass of twice the batch: the same
                 numbers up to rounding, more memory, faster where a pass leaves the device idle.
-            flow_shift (`float`, *optional*): Shift of the scheduler's sigmas towards noise.
+            flow_shift (`float`, *optional*): Shift of the scheduler's sigmas towards noise. By default the one that
+                the scheduler was given, see [`OmniVideoPipeline`], or else the preset's.
             num_videos_per_prompt (`int`, defaults to 1): Samples per prompt.
             generator (`torch.Generator` or list, *optional*): One for all samples, or one per sample. Answers of the
                 MLLM are sampled from the first one's seed. By default one with a new seed, which `settings["seed"]`
@@ -225,7 +243,9 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
                 `(frames, text)`.
             attention_kwargs (`dict`, *optional*): Passed to the decoder's attention processors.
             callback_on_step_end (*optional*): Called as `callback(pipe, step, timestep, tensors)` after every step.
-            callback_on_step_end_tensor_inputs: Tensors it gets: `latents`, `context`, `null_context`.
+                The pipeline's components can be used in it, but no other call can begin on the pipeline or decoder.
+            callback_on_step_end_tensor_inputs: Tensors it gets: `latents`, `context`, `null_context`; the latter two
+                as `prompt_embeds` and `negative_prompt_embeds` as well.
 
         Returns:
             [`OmniVideoPipelineOutput`]
@@ -235,9 +255,10 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
                 context. Nothing is cut, resized or replaced without a note or a warning.
         """
         # 1. Inputs
+        self._begin_call(guidance_scale or 0.0, attention_kwargs)
         guidance = Guidance(guidance_interval, batch_guidance)
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self._check_can_generate(task)
+        callback_on_step_end_tensor_inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             prompt=prompt,
             video=video,
@@ -257,17 +278,25 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         prompts = [prompt] if isinstance(prompt, str) else prompt
         batch_size = len(prompts) if prompts is not None else len(mllm_hidden_states)
         notes: list[str] = []
+<<<<<<< HEAD
         generator, seed = seeded_generator(generator)
         self._guidance_scale, self._interrupt, self._num_timesteps = guidance_scale or 0.0, False, 0
+=======
+>>>>>>> a-pipe
 
         # 2. Source and task. For an answer only the frames that the MLLM sees are decoded.
         source = Source.of(video, image, batch_size)
         if task is None or task == "understand":
             task, answers = self.answer(prompts, source, task, max_new_tokens, generator)
             if task == "understand":
+<<<<<<< HEAD
                 self.maybe_free_model_hooks()
                 settings = {"task": task, "max_new_tokens": max_new_tokens, "seed": seed}
+=======
+                settings = {"task": task, "max_new_tokens": max_new_tokens}
+>>>>>>> a-pipe
                 return self._output(return_dict, text=answers, task=task, settings=settings)
+            self._check_can_generate(task)
         if source.videos is not None:
             self.check_videos_fit(source, height, width, num_frames, fps, context_overflow, max_context_length)
             source = source.load(num_frames, fps)
@@ -278,6 +307,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
             source_latents if source_latents is not None else reference_latents, notes,
         )  # fmt: skip
         self._guidance_scale = settings.guidance_scale
+        guidance = guidance.with_caches(self.transformer, self.do_classifier_free_guidance)
 
         # 4. MLLM and vision head, text encoder, source: once per call and one after the other, both branches together,
         # so that with `enable_model_cpu_offload` only one of them is on the device
@@ -329,12 +359,11 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         # 7. Denoise
         latents = self.denoise(
             latents, scheduler, context, null_context, attention_kwargs, callback_on_step_end,
-            callback_on_step_end_tensor_inputs, guidance,
+            callback_on_step_end_tensor_inputs, guidance, settings.guidance_scale, generator,
         )  # fmt: skip
 
         # 8. Pixels
         frames = latents if output_type == "latent" else self.decode(latents, output_type)
-        self.maybe_free_model_hooks()
         for note in notes:
             logger.warning(note)
         return self._output(
@@ -344,7 +373,11 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
             fps=settings.fps,
             settings=settings.to_dict()
             | {"scheduler": type(scheduler).__name__, "negative_prompt": negative_prompt, "prompt": prompt}
+<<<<<<< HEAD
             | {"guidance_interval": guidance_interval, "batch_guidance": batch_guidance, "seed": seed},
+=======
+            | {"guidance_interval": guidance_interval, "batch_guidance": guidance.batched},
+>>>>>>> a-pipe
             notes=notes,
         )
 
@@ -423,6 +456,12 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         elif (video if spec.source == "image" else image) is not None:
             raise ValueError(f"Task {task!r} takes `{spec.source}`, not the other kind of source.")
 
+    def _check_can_generate(self, task: str | None) -> None:
+        """Refuse to generate without the parts for it, or with a scheduler that does not fit."""
+        if task not in (None, "understand"):
+            self._require("transformer", "vae", "scheduler")
+            check_scheduler(self.scheduler)
+
     # --- 2. source and task -----------------------------------------------------------------------------------------
 
     def check_videos_fit(
@@ -448,6 +487,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
                 rows, columns, _ = resolve_size(self.grid, height, width, self.config.presets["v2v"], size)
                 check_source_fits(self.grid, rows, columns, frames, room, limit)
 
+    @in_turn("processor", "mllm")
     def answer(
         self,
         prompts: list[str],
@@ -471,9 +511,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
             "understand", prompts, images=source.images, videos=source.videos, return_tensors="pt"
         ).to(self._execution_device)
         seeded = generator[0] if isinstance(generator, list) else generator
-        with torch.random.fork_rng(enabled=seeded is not None):
-            if seeded is not None:
-                torch.manual_seed(seeded.initial_seed())
+        with nullcontext() if seeded is None else OwnRandomNumbers(seeded.initial_seed()):
             ids = self.mllm.generate(**inputs, max_new_tokens=max_new_tokens)[:, inputs["input_ids"].shape[1] :]
         answers = [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
         if task is not None:
@@ -559,12 +597,16 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
             fps=fps or preset["fps"],
             num_inference_steps=chosen("num_inference_steps", num_inference_steps),
             guidance_scale=chosen("guidance_scale", guidance_scale),
-            flow_shift=chosen("flow_shift", flow_shift),
+            flow_shift=chosen(
+                "flow_shift",
+                flow_shift if flow_shift is not None else chosen_shift(self.scheduler, self.config.scheduler_shift),
+            ),
         )
         return settings, source
 
     # --- 4. encoders ------------------------------------------------------------------------------------------------
 
+    @in_turn("text_encoder", "tokenizer")
     def encode_prompt(
         self, prompt: str | list[str], max_sequence_length: int = 512, context_overflow: ContextOverflow = "error"
     ) -> list[torch.Tensor]:
@@ -597,6 +639,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         states = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         return [row[mask.bool()] for row, mask in zip(states, tokens.attention_mask, strict=True)]
 
+    @in_turn("processor", "mllm")
     def encode_instruction(
         self,
         task: str,
@@ -619,6 +662,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         ).to(self._execution_device)
         return self.mllm(**inputs, logits_to_keep=1, output_vision_tokens=True).vision_tokens
 
+    @in_turn("vae")
     def encode_source(self, source: Source, settings: GenerationSettings) -> torch.Tensor:
         """Normalised latents `[batch, channels, frames, height, width]` of the source at the output's size."""
         if source.videos is not None:
@@ -631,6 +675,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         mean, std = self._latent_statistics(latents)
         return (latents - mean) / std
 
+    @in_turn("processor", "mllm")
     def encode_null_instruction(
         self,
         task: str,
@@ -688,116 +733,11 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
 
         The pipeline's own scheduler is not touched: calls do not leave state behind.
         """
-        config = self.scheduler.config
-        if "flow_shift" not in config and "shift" not in config:
-            raise ValueError(
-                f"`scheduler` must be a flow-matching scheduler, with `flow_shift` or `shift` in its configuration; "
-                f"{type(self.scheduler).__name__} has neither."
-            )
-        if config.get("prediction_type", "flow_prediction") != "flow_prediction":
-            raise ValueError(
-                f"`scheduler.config.prediction_type` must be 'flow_prediction', got {config.prediction_type!r}: the "
-                "decoder predicts a velocity."
-            )
-        shift = {"flow_shift" if "flow_shift" in config else "shift": flow_shift}
-        scheduler = type(self.scheduler).from_config(config, **shift)
-        if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-            scheduler.set_timesteps(sigmas=sampling_sigmas(num_inference_steps), device=device)
-        else:
-            scheduler.set_timesteps(num_inference_steps, device=device)
-        return scheduler
-
-    # --- 7. denoise -------------------------------------------------------------------------------------------------
-
-    def denoise(
-        self,
-        latents: torch.Tensor,
-        scheduler: SchedulerMixin,
-        context: torch.Tensor,
-        null_context: torch.Tensor | None = None,
-        attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        guidance: Guidance | None = None,
-    ) -> torch.Tensor:
-        """
-        Integrate from noise to latents.
-
-        Args:
-            latents: `[batch, channels, frames, height, width]`, noise.
-            scheduler: with its timesteps set.
-            context: `[batch, length, text_dim]`, not padded.
-            null_context: likewise, of the null branch; `None` turns guidance off.
-            guidance: when and how the null branch runs; in every step, in a pass of its own by default.
-        """
-        guidance = guidance or Guidance()
-
-        def cast_contexts() -> dict[str, torch.Tensor]:
-            contexts = guidance.contexts(context, null_context)
-            return {branch: states.to(self.transformer.dtype) for branch, states in contexts.items()}
-
-        contexts = cast_contexts()
-        if self.transformer.is_cache_enabled:  # a call that broke off may have left something behind
-            self.transformer._reset_stateful_cache()
-        scheduler.set_begin_index(0)
-        scheduler.sigmas = scheduler.sigmas.to(latents.device)  # else UniPC copies them over, three in every step
-        timesteps = scheduler.timesteps
-        self._num_timesteps = len(timesteps)
-        length = self.adapter.config.max_context_length
-        with (
-            constant_context(self.transformer, contexts, length) as constant,
-            self.progress_bar(total=len(timesteps)) as progress_bar,
-        ):
-            for step, timestep in enumerate(timesteps):
-                if self._interrupt:
-                    continue
-                branches = guidance.branches(step, len(timesteps), contexts)
-                constant.begin_step(passes=len(branches))
-                velocities = [
-                    velocity
-                    for branch in branches
-                    for velocity in self._predict_velocities(branch, latents, timestep, constant, attention_kwargs)
-                ]
-                velocity = guidance.combine(velocities, self._guidance_scale)
-                with UncheckedSolve():
-                    latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-
-                if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "context": context, "null_context": null_context}
-                    tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, step, timestep, tensors)
-                    latents = changed.pop("latents", latents)
-                    if "context" in changed or (null_context is not None and "null_context" in changed):
-                        context = changed.get("context", context)
-                        null_context = changed.get("null_context", null_context)
-                        for branch, states in cast_contexts().items():
-                            constant.set(branch, states)
-                progress_bar.update()
-        return latents
-
-    def _predict_velocities(
-        self,
-        branch: str,
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
-        constant: ConstantContext,
-        attention_kwargs: dict[str, Any] | None,
-    ) -> tuple[torch.Tensor, ...]:
-        """The decoder's velocity of a branch, or of each half of a batched one, in float32."""
-        halves = len(constant.contexts[branch]) // len(latents)
-        states = torch.cat([latents] * halves).to(self.transformer.dtype)
-        with self.transformer.cache_context(branch), constant.enter(branch) as context:
-            velocity = self.transformer(
-                hidden_states=states,
-                timestep=timestep.expand(len(states)),
-                encoder_hidden_states=context,
-                attention_kwargs=attention_kwargs,
-                return_dict=False,
-            )[0]
-        return velocity.float().chunk(halves)
+        return prepare_scheduler(self.scheduler, num_inference_steps, flow_shift, device)
 
     # --- 8. pixels --------------------------------------------------------------------------------------------------
 
+    @in_turn("vae")
     def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Frames of normalised latents, as [`OmniVideoPipelineOutput`] describes."""
         mean, std = self._latent_statistics(latents)

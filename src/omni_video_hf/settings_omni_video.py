@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 # Upstream's defaults (guidance in diffusers' convention: upstream's scale plus one). i2v has none there: t2v's.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -188,12 +189,36 @@ def _nearest(value: float, multiple: int) -> int:
     return max(multiple, round(value / multiple) * multiple)
 
 
+# --- presets go along with the components ------------------------------------------------------------------------
+
+# The adapter's configuration keeps them when it is saved by itself. A processor goes from pipeline to pipeline where
+# the adapter is another one, as of a fine-tune.
+_ENTRY = "_presets"
+_OF_PROCESSOR: "WeakKeyDictionary[Any, dict[str, Any]]" = WeakKeyDictionary()
+
+
+def keep_presets(presets: dict[str, dict[str, Any]], adapter: Any, processor: Any) -> None:
+    """Let a pipeline's components remember its presets, for a pipeline that is made of them."""
+    if adapter is not None:
+        adapter.register_to_config(**{_ENTRY: presets})
+    if processor is not None:
+        _OF_PROCESSOR[processor] = presets
+
+
+def find_presets(adapter: Any, processor: Any) -> dict[str, dict[str, Any]]:
+    """The presets that components remember; upstream's where there are none."""
+    kept = None if adapter is None else adapter.config.get(_ENTRY)
+    return kept or (None if processor is None else _OF_PROCESSOR.get(processor)) or PRESETS
+
+
 __all__ = [
     "PRESETS",
     "GenerationSettings",
     "LatentGrid",
     "check_num_frames",
     "check_source_fits",
+    "find_presets",
+    "keep_presets",
     "resolve_size",
     "trim_num_frames",
 ]

@@ -278,23 +278,14 @@ class OmniVideoPipeline(
         prompts = [prompt] if isinstance(prompt, str) else prompt
         batch_size = len(prompts) if prompts is not None else len(mllm_hidden_states)
         notes: list[str] = []
-<<<<<<< HEAD
         generator, seed = seeded_generator(generator)
-        self._guidance_scale, self._interrupt, self._num_timesteps = guidance_scale or 0.0, False, 0
-=======
->>>>>>> a-pipe
 
         # 2. Source and task. For an answer only the frames that the MLLM sees are decoded.
         source = Source.of(video, image, batch_size)
         if task is None or task == "understand":
             task, answers = self.answer(prompts, source, task, max_new_tokens, generator)
             if task == "understand":
-<<<<<<< HEAD
-                self.maybe_free_model_hooks()
                 settings = {"task": task, "max_new_tokens": max_new_tokens, "seed": seed}
-=======
-                settings = {"task": task, "max_new_tokens": max_new_tokens}
->>>>>>> a-pipe
                 return self._output(return_dict, text=answers, task=task, settings=settings)
             self._check_can_generate(task)
         if source.videos is not None:
@@ -373,11 +364,7 @@ class OmniVideoPipeline(
             fps=settings.fps,
             settings=settings.to_dict()
             | {"scheduler": type(scheduler).__name__, "negative_prompt": negative_prompt, "prompt": prompt}
-<<<<<<< HEAD
-            | {"guidance_interval": guidance_interval, "batch_guidance": batch_guidance, "seed": seed},
-=======
-            | {"guidance_interval": guidance_interval, "batch_guidance": guidance.batched},
->>>>>>> a-pipe
+            | {"guidance_interval": guidance_interval, "batch_guidance": guidance.batched, "seed": seed},
             notes=notes,
         )
 

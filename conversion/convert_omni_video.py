@@ -5,6 +5,7 @@ import logging
 import sys
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,14 +38,15 @@ from original_checkpoint import (
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from transformers import AutoTokenizer
-from unfinished import Unfinished, alone, check_disk_space, fingerprint
+from unfinished import Unfinished, alone, check_disk_space, fingerprint, forget
 from vila_settings import generation_token_notes, vila_processor, vila_tokenizer
 from wan_repository import find_wan, load_wan_component, wan_files
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline, OmniVideoProcessor
 from omni_video_hf.hub import repository_parts, repository_table
-from omni_video_hf.repository_omni_video import finalize_repository
+from omni_video_hf.repository_omni_video import INDEX_NAME, finalize_repository
 from omni_video_hf.settings_omni_video import PRESETS
+from omni_video_hf.writing_omni_video import write_text
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Parts that may come from a repository of Wan in diffusers' format: our folder -> upstream's file.
@@ -121,19 +123,20 @@ def convert(
         "markers": with_markers,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"{output.name}.incomplete")
-    with alone(output), Unfinished(partial, fingerprint(original, options)) as unfinished:
+    working = output.with_name(f"{output.name}.incomplete")
+    with alone(output), Unfinished(working, fingerprint(original, options)) as unfinished:
         _check_output(output)  # once more: another run may just have ended
         plans = {component.name: plan_shards(component, dtype, max_shard_size) for component in components}
         copied = [file for name in wan_models for file in wan_files(wan_source, name)]
         needed = sum(plan.metadata["total_size"] for plan in plans.values())
-        check_disk_space(needed + sum(file.stat().st_size for file in copied), partial)
+        check_disk_space(needed + sum(file.stat().st_size for file in copied), working)
         write_weights(components, plans, dtype, unfinished)
         for file in copied:
-            unfinished.copy(file, partial / file.parent.name / file.name)
-        write_the_rest(partial, models, processor, text_tokenizer)
-        finalize_repository(partial)
-        verify(partial, {name: plans[name].dtypes if name in plans else None for name in models})
+            unfinished.copy(file, working / file.parent.name / file.name)
+        unfinished.add(lambda folder: write_the_rest(folder, models, processor, text_tokenizer))
+        unfinished.claim(["config.json", "generation_config.json", INDEX_NAME])
+        finalize_repository(working)
+        verify(working, {name: plans[name].dtypes if name in plans else None for name in models})
         unfinished.finish(output)
     unread = checkpoint.unread_weights(name for component in components for name in component.load().files)
     notes = [f"{original / name} belongs to no part and was not read." for name in unread[:20]]
@@ -153,6 +156,7 @@ def report(components: list[Component], notes: list[str], output: Path) -> None:
 
 
 def _check_output(output: Path) -> None:
+    forget(output)  # of a conversion that was killed when everything else was done
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output}: exists already and is not empty; choose another folder.")
 
@@ -196,8 +200,7 @@ def write_weights(
         bar = progress.add_task("weights", total=sum(plan.metadata["total_size"] for plan in plans.values()))
         for component in components:
             plan, folder = plans[component.name], unfinished.folder / component.name
-            folder.mkdir(parents=True, exist_ok=True)
-            component.save_config(folder, plan.dtype)
+            unfinished.add(partial(component.save_config, dtype=plan.dtype), folder)
             for file, names in plan.filename_to_tensors.items():
                 progress.update(bar, description=f"{component.name}/{file}")
                 if not unfinished.has(folder / file):
@@ -205,8 +208,9 @@ def write_weights(
                 progress.advance(bar, plan.sizes[file])
             if plan.is_sharded:
                 index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-                name = f"{component.weights_name}.safetensors.index.json"
-                (folder / name).write_text(json.dumps(index, indent=2) + "\n")
+                text, name = json.dumps(index, indent=2) + "\n", f"{component.weights_name}.safetensors.index.json"
+                unfinished.claim([f"{component.name}/{name}"])
+                write_text(folder / name, text)
 
 
 def plan_shards(component: Component, dtype: torch.dtype | None, max_shard_size: int | str) -> Any:

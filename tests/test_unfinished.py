@@ -15,8 +15,6 @@ CONVERSION = Path(unfinished.__file__).parent
 
 def write(folder, name, value, made_from="a"):
     with Unfinished(folder, made_from) as work:
-        (folder / "part").mkdir(exist_ok=True)
-        (folder / "part" / "config.json").write_text("{}")
         file = folder / "part" / name
         new = not work.has(file)
         if new:
@@ -34,21 +32,57 @@ def test_a_shard_is_written_once_for_the_same_sources(tmp_path):
     assert not (folder / "part" / "b.safetensors").exists()
 
 
-@pytest.mark.parametrize("state", ["", "{", "[]", "{}", '{"made_from": "a"}', '{"made_from": "a", "shards": 3}'])
-def test_a_damaged_record_means_starting_over(tmp_path, state):
+@pytest.mark.parametrize(
+    "state",
+    [
+        "", "{", "[]", "{}", '{"made_from": "a"}', '{"made_from": "a", "shards": 3, "files": []}',
+        '{"made_from": "a", "shards": {}, "files": ["../mine.txt"]}',
+    ],
+)  # fmt: skip
+def test_a_damaged_record_proves_nothing_so_that_nothing_is_removed(tmp_path, state):
     folder = tmp_path / "x.incomplete"
     write(folder, "a.safetensors", 1.0)
+    (tmp_path / "mine.txt").write_text("mine")
     (folder / "conversion.json").write_text(state)
-    assert write(folder, "a.safetensors", 2.0)
+    with pytest.raises(ValueError, match=r"conversion\.json: is damaged, or of another version"):
+        write(folder, "a.safetensors", 2.0)
+    assert float(load_file(folder / "part" / "a.safetensors")["x"][0]) == 1.0
+    assert (tmp_path / "mine.txt").exists()
 
 
-def test_a_folder_of_others_is_left_alone(tmp_path):
+@pytest.mark.parametrize("place", ["thesis.txt", "part/thesis.txt", "mine/thesis.txt"])
+@pytest.mark.parametrize("made_from", [None, "a", "b"])
+def test_files_of_others_are_left_alone(tmp_path, place, made_from):
     folder = tmp_path / "x.incomplete"
-    folder.mkdir()
-    (folder / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds files that no conversion left there: move them away"):
+    if made_from is not None:
         write(folder, "a.safetensors", 1.0)
-    assert [file.name for file in folder.iterdir()] == ["thesis.txt"]
+    (folder / place).parent.mkdir(parents=True, exist_ok=True)
+    (folder / place).write_text("mine")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=rf"holds files that no conversion left there \({place}\): move them away"):
+        write(folder, "a.safetensors", 1.0, made_from=made_from or "a")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("link", ["x.incomplete", "x.incomplete/part", "x.incomplete/.writing"])
+def test_nothing_is_written_or_removed_through_a_link(tmp_path, link):
+    folder, mine = tmp_path / "x.incomplete", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "a.safetensors").write_text("mine")
+    if link != "x.incomplete":
+        folder.mkdir()
+        (folder / "conversion.json").write_text('{"made_from": "b", "shards": {"part/a.safetensors": 4}, "files": []}')
+    (tmp_path / link).symlink_to(mine)
+    with pytest.raises(ValueError, match=r"must be a folder, not a link|no conversion left there"):
+        write(folder, "a.safetensors", 1.0)
+    assert (mine / "a.safetensors").read_text() == "mine"
+
+
+def test_a_lock_file_that_is_none_is_refused(tmp_path):
+    (tmp_path / "out.lock").write_text("mine")
+    with pytest.raises(ValueError, match=r"out\.lock: is in the place of a lock file"), alone(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out.lock").read_text() == "mine"
 
 
 def test_a_shard_that_was_changed_or_not_recorded_is_written_again(tmp_path):
@@ -59,6 +93,7 @@ def test_a_shard_that_was_changed_or_not_recorded_is_written_again(tmp_path):
     assert write(folder, "a.safetensors", 2.0)
     state = json.loads((folder / "conversion.json").read_text())
     state["shards"] = {"part/other": 1}
+    assert state["files"] == ["part/a.safetensors"]
     (folder / "conversion.json").write_text(json.dumps(state))
     assert write(folder, "a.safetensors", 3.0)
 
@@ -66,7 +101,8 @@ def test_a_shard_that_was_changed_or_not_recorded_is_written_again(tmp_path):
 def test_halves_of_files_do_not_stay(tmp_path):
     folder = tmp_path / "x.incomplete"
     write(folder, "a.safetensors", 1.0)
-    for name in (".tmpAbC123", "part/.tmpAbC123", "part/b.partial", "part/b.safetensors"):
+    for name in (".writing/.tmpAbC123", ".writing/b.safetensors", ".writing/new/config.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("half")
     with Unfinished(folder, "a"):
         names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}

@@ -668,6 +668,7 @@ class OmniVideoPipeline(
     @in_turn("vae")
     def encode_source(self, source: Source, settings: GenerationSettings) -> torch.Tensor:
         """Normalised latents `[batch, channels, frames, height, width]` of the source at the output's size."""
+        self._require("vae")
         if source.videos is not None:
             videos = [[Image.fromarray(frame) for frame in clip.frames] for clip in source.videos]
         else:
@@ -745,6 +746,7 @@ class OmniVideoPipeline(
     @in_turn("vae")
     def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Frames of normalised latents, as [`OmniVideoPipelineOutput`] describes."""
+        self._require("vae")
         mean, std = self._latent_statistics(latents)
         pixels = self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0]
         return self.video_processor.postprocess_video(pixels, output_type=output_type)

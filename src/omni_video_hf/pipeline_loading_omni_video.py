@@ -111,7 +111,7 @@ class OmniVideoRepositoryMixin:
         if not safe_serialization:
             raise ValueError("`safe_serialization=False` would write pickles, which can run code: leave it `True`.")
         for name in self._lora_loadable_modules:
-            if has_lora(getattr(self, name)):
+            if getattr(self, name) is not None and has_lora(getattr(self, name)):
                 raise ValueError(
                     f"`{name}` carries LoRA layers. Save them with `save_lora_weights(folder, "
                     "**collect_lora_layers(pipe))`, or make them part of the weights with `fuse_lora()` and "

@@ -117,15 +117,17 @@ class OmniVideoPipeline(
             vae=vae,
             scheduler=scheduler,
         )
-        self.register_to_config(presets=presets or find_presets(adapter, processor), scheduler_shift=scheduler_shift)
+        if not presets:
+            presets, scheduler_shift = find_presets(adapter, processor)
+        self.register_to_config(presets=presets, scheduler_shift=scheduler_shift)
         self._begin_call()
 
     def register_to_config(self, **kwargs: Any) -> None:
         """As in diffusers; presets also stay with the components, for another pipeline over them."""
         if kwargs.get("presets"):
-            keep_presets(kwargs["presets"], self.adapter, self.processor)
             if kwargs.get("scheduler_shift") is None:
                 kwargs["scheduler_shift"] = preset_shift(kwargs["presets"], self.scheduler)
+            keep_presets(kwargs["presets"], kwargs["scheduler_shift"], self.adapter, self.processor)
         super().register_to_config(**kwargs)
 
     @property
@@ -204,8 +206,9 @@ class OmniVideoPipeline(
             image: Image to edit, animate or ask about, or a list, one per prompt.
             task (`str`, *optional*): `t2i`, `t2v`, `i2i`, `v2v`, `i2v` or `understand`. By default the MLLM decides:
                 it answers in text, or asks to draw; a source image then means `i2i`, a source video `v2v`.
-            negative_prompt (`str` or `list[str]`, *optional*): Read by text encoder and MLLM in the null branch. By
-                default the null branch is the one stored in the checkpoint. A source stays in it either way.
+            negative_prompt (`str` or `list[str]`, *optional*): Read by text encoder and MLLM in the null branch, an
+                empty one too. By default the null branch is the one stored in the checkpoint. A source stays in it
+                either way.
             height, width (`int`, *optional*): Pixels. Edits keep their source's size, rounded to the latent grid;
                 `i2v` keeps its image's shape at the preset's area; everything else has the task's preset.
             num_frames (`int`, *optional*): `4n+1` with Wan's VAE. With a source video: that many frames spread evenly
@@ -634,9 +637,18 @@ class OmniVideoPipeline(
         source: Source | None = None,
         mllm_hidden_states: torch.Tensor | list[torch.Tensor] | None = None,
         mllm_frames: Literal["first", "all"] | None = None,
+        allow_empty: bool = False,
     ) -> torch.Tensor:
         """
         Visual tokens of an instruction: one pass of the MLLM, teacher-forced over prompt and answer, and vision head.
+
+        Args:
+            task: name of the task.
+            prompt: one instruction or a list.
+            source: what it is about, already read.
+            mllm_hidden_states: `[batch, length, width]` or one `[length, width]` per sample, instead of the MLLM.
+            mllm_frames: as in the call.
+            allow_empty: take an empty instruction, as a negative prompt may be.
 
         Returns:
             `[batch, num_query_tokens, vision width]`
@@ -645,13 +657,20 @@ class OmniVideoPipeline(
             return self.mllm(mllm_hidden_states=mllm_hidden_states, output_vision_tokens=True).vision_tokens
         source = source or Source()
         inputs = self.processor.apply_task_template(
-            task, prompt, images=source.images, videos=source.videos, mllm_frames=mllm_frames, return_tensors="pt"
+            task,
+            prompt,
+            images=source.images,
+            videos=source.videos,
+            mllm_frames=mllm_frames,
+            allow_empty=allow_empty,
+            return_tensors="pt",
         ).to(self._execution_device)
         return self.mllm(**inputs, logits_to_keep=1, output_vision_tokens=True).vision_tokens
 
     @in_turn("vae")
     def encode_source(self, source: Source, settings: GenerationSettings) -> torch.Tensor:
         """Normalised latents `[batch, channels, frames, height, width]` of the source at the output's size."""
+        self._require("vae")
         if source.videos is not None:
             videos = [[Image.fromarray(frame) for frame in clip.frames] for clip in source.videos]
         else:
@@ -681,7 +700,9 @@ class OmniVideoPipeline(
         if negative_prompt is None and negative_mllm_hidden_states is None:
             return self.mllm(output_vision_tokens=True).vision_tokens
         negatives = None if negative_prompt is None else _per_prompt(negative_prompt, batch_size)
-        return self.encode_instruction(task, negatives, source, negative_mllm_hidden_states, mllm_frames)
+        return self.encode_instruction(
+            task, negatives, source, negative_mllm_hidden_states, mllm_frames, allow_empty=True
+        )
 
     # --- 6. latents and schedule ------------------------------------------------------------------------------------
 
@@ -727,6 +748,7 @@ class OmniVideoPipeline(
     @in_turn("vae")
     def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Frames of normalised latents, as [`OmniVideoPipelineOutput`] describes."""
+        self._require("vae")
         mean, std = self._latent_statistics(latents)
         pixels = self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0]
         return self.video_processor.postprocess_video(pixels, output_type=output_type)

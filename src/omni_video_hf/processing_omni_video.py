@@ -226,6 +226,7 @@ class OmniVideoProcessor(ProcessorMixin):
         videos: Sequence[Any] | None = None,
         mllm_frames: Literal["first", "all"] | None = None,
         frame_sampling: str | None = None,
+        allow_empty: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
         """
@@ -239,6 +240,7 @@ class OmniVideoProcessor(ProcessorMixin):
             mllm_frames: for `v2v`, `"first"` shows the MLLM the first frame only, as upstream does; `"all"` shows
                 `num_frames` frames. By default the processor's own.
             frame_sampling: named strategy; upstream's own for the task by default.
+            allow_empty: take an empty prompt, as negative prompts may be.
             kwargs: as in `__call__`.
 
         Raises:
@@ -256,10 +258,13 @@ class OmniVideoProcessor(ProcessorMixin):
             sampling = frame_sampling or ("upstream_understand" if task == "understand" else "upstream_edit")
             only_first = task == "v2v" and mllm_frames == "first"
             pictures = [self.sample_frames(video, self.num_frames, sampling, only_first) for video in videos]
-        texts = [self.build_prompt(task, text, len(frames)) for text, frames in zip(prompts, pictures, strict=True)]
+        texts = [
+            self.build_prompt(task, text, len(frames), allow_empty)
+            for text, frames in zip(prompts, pictures, strict=True)
+        ]
         return self(text=texts, images=pictures if any(pictures) else None, **kwargs)
 
-    def build_prompt(self, task: str, prompt: str, num_images: int | None = None) -> str:
+    def build_prompt(self, task: str, prompt: str, num_images: int | None = None, allow_empty: bool = False) -> str:
         """
         The whole conversation of a task as one string, exactly as upstream builds it.
 
@@ -267,9 +272,10 @@ class OmniVideoProcessor(ProcessorMixin):
             task: name of the task.
             prompt: the user's text.
             num_images: images or frames shown; by default one where the task has a source.
+            allow_empty: take an empty prompt.
         """
         spec = get_task(task)
-        self._check_prompt(prompt)
+        self._check_prompt(prompt, allow_empty)
         if num_images is None:
             num_images = int(spec.source is not None)
         user = f"{self.image_token}\n" * num_images + spec.user.format(prompt=prompt)
@@ -325,8 +331,8 @@ class OmniVideoProcessor(ProcessorMixin):
         if images is not None and videos is not None:
             raise ValueError("Pass `images` or `videos`, not both.")
 
-    def _check_prompt(self, prompt: str) -> None:
-        if not isinstance(prompt, str) or not prompt.strip():
+    def _check_prompt(self, prompt: str, allow_empty: bool = False) -> None:
+        if not isinstance(prompt, str) or not (prompt.strip() or allow_empty):
             raise ValueError(f"`prompt` must be a non-empty string, got {prompt!r}.")
         for token in self.tokenizer.added_tokens_decoder.values():
             if token.special and token.content in prompt:

@@ -197,18 +197,29 @@ _ENTRY = "_presets"
 _OF_PROCESSOR: "WeakKeyDictionary[Any, dict[str, Any]]" = WeakKeyDictionary()
 
 
-def keep_presets(presets: dict[str, dict[str, Any]], adapter: Any, processor: Any) -> None:
-    """Let a pipeline's components remember its presets, for a pipeline that is made of them."""
+def keep_presets(
+    presets: dict[str, dict[str, Any]], scheduler_shift: float | None, adapter: Any, processor: Any
+) -> None:
+    """
+    Let a pipeline's components remember its presets, for a pipeline that is made of them.
+
+    Args:
+        presets: of every task.
+        scheduler_shift: of the scheduler that they belong to.
+        adapter, processor: the components.
+    """
+    kept = {"presets": presets, "scheduler_shift": scheduler_shift}
     if adapter is not None:
-        adapter.register_to_config(**{_ENTRY: presets})
+        adapter.register_to_config(**{_ENTRY: kept})
     if processor is not None:
-        _OF_PROCESSOR[processor] = presets
+        _OF_PROCESSOR[processor] = kept
 
 
-def find_presets(adapter: Any, processor: Any) -> dict[str, dict[str, Any]]:
-    """The presets that components remember; upstream's where there are none."""
+def find_presets(adapter: Any, processor: Any) -> tuple[dict[str, dict[str, Any]], float | None]:
+    """The presets that components remember, and the shift of their scheduler; upstream's where there are none."""
     kept = None if adapter is None else adapter.config.get(_ENTRY)
-    return kept or (None if processor is None else _OF_PROCESSOR.get(processor)) or PRESETS
+    kept = kept or (None if processor is None else _OF_PROCESSOR.get(processor)) or {"presets": PRESETS}
+    return kept["presets"], kept.get("scheduler_shift")
 
 
 __all__ = [

@@ -336,3 +336,17 @@ def test_placeholders_of_images_are_counted_as_a_call_does(processor):
     assert counted["num_image_tokens"] == [4, 4]
     assert int(inputs["mm_token_type_ids"].sum()) == 8
     assert torch.equal(inputs["mm_token_type_ids"] == 1, inputs["input_ids"] == processor.image_token_id)
+
+
+def test_a_completion_tokenised_by_itself_has_no_bos_in_front(processor):
+    """What trainers on prompts and completions put together equals the conversation as a whole."""
+    whole = processor.apply_chat_template(question(), **CHAT)["input_ids"][0].tolist()
+    prompt = processor.apply_chat_template(question()[:-1], add_generation_prompt=True)
+    rendered = processor.apply_chat_template(question())
+    assert rendered.startswith(prompt)
+    texts = {"text": rendered.removeprefix(prompt), "add_special_tokens": False}
+    completion = processor(**texts)["input_ids"][0]
+    start = processor(text=prompt, images=[IMAGE, IMAGE], add_special_tokens=False)["input_ids"][0]
+    assert start + completion == whole
+    assert completion == processor(text_kwargs={"add_special_tokens": False}, text=texts["text"])["input_ids"][0]
+    assert processor(text=texts["text"])["input_ids"][0] == [processor.tokenizer.bos_token_id, *completion]

@@ -138,7 +138,8 @@ class OmniVideoProcessor(ProcessorMixin):
             images: one image, or a list (of lists) in the order of the placeholders: path, URL, PIL image, array or
                 tensor.
             text: one prompt or a list, with one `<image>` per image. Prompts are tokenised as upstream does, the
-                tokenizer's special tokens included: `add_special_tokens` has no effect.
+                tokenizer's special tokens included: `add_special_tokens=False` has an effect only on a text that does
+                not begin with the bos token, as a completion that is tokenised by itself.
             videos: refused here; a conversation or a task's prompt says where frames go, see
                 [`apply_chat_template`] and [`apply_task_template`].
             kwargs: those of every transformers processor, or the same in `text_kwargs` and `images_kwargs`:
@@ -196,6 +197,7 @@ class OmniVideoProcessor(ProcessorMixin):
         truncation: bool | str = False,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
+        add_special_tokens: bool = True,
         return_attention_mask: bool = True,
         return_offsets_mapping: bool = False,
         return_mm_token_type_ids: bool = False,
@@ -205,7 +207,8 @@ class OmniVideoProcessor(ProcessorMixin):
         """Ids of prompts, cut and padded, and what else the tokenizers of transformers return."""
         rows, offsets = [], []
         for prompt in prompts:
-            ids, places = self._tokenize(prompt, return_offsets_mapping)
+            bare = not add_special_tokens and not prompt.startswith(self.tokenizer.bos_token or "")
+            ids, places = self._tokenize(prompt, return_offsets_mapping, bare)
             kept = cut_to_length(self, ids, truncation, max_length)
             rows.append(ids[kept])
             offsets.append(places[kept])
@@ -373,12 +376,15 @@ class OmniVideoProcessor(ProcessorMixin):
         """
         return self._tokenize(prompt)[0]
 
-    def _tokenize(self, prompt: str, with_offsets: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+    def _tokenize(
+        self, prompt: str, with_offsets: bool = False, bare: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and where asked the place of each in the prompt with every placeholder written out."""
         pieces = prompt.split(self.image_token)
-        encoded = [self.tokenizer(piece, return_offsets_mapping=with_offsets or None) for piece in pieces]
+        options = {"add_special_tokens": not bare, "return_offsets_mapping": with_offsets or None}
+        encoded = [self.tokenizer(piece, **options) for piece in pieces]
         first, width = encoded[0].input_ids, len(self.image_token)
-        skipped = int(bool(first) and first[0] == self.tokenizer.bos_token_id)
+        skipped = int(not bare and bool(first) and first[0] == self.tokenizer.bos_token_id)
         ids = first[:skipped]
         offsets = encoded[0].offset_mapping[:skipped] if with_offsets else []
         start = 0

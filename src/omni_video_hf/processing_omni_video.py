@@ -128,9 +128,7 @@ class OmniVideoProcessor(ProcessorMixin):
 
     # --- standard calls ---------------------------------------------------------------------------------------------
 
-    def __call__(
-        self, images: Any = None, text: str | Sequence[str] | None = None, videos: Any = None, **kwargs: Any
-    ) -> BatchFeature:
+    def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
         """
         Tokenise rendered prompts and preprocess their images.
 
@@ -140,9 +138,9 @@ class OmniVideoProcessor(ProcessorMixin):
             text: one prompt or a list, with one `<image>` per image. Prompts are tokenised as upstream does, the
                 tokenizer's special tokens included: `add_special_tokens=False` has an effect only on a text that does
                 not begin with the bos token, as a completion that is tokenised by itself.
-            videos: refused here; a conversation or a task's prompt says where frames go, see
-                [`apply_chat_template`] and [`apply_task_template`].
-            kwargs: those of every transformers processor, or the same in `text_kwargs` and `images_kwargs`:
+            kwargs: `videos` are refused here: a conversation or a task's prompt says where frames go, see
+                [`apply_chat_template`] and [`apply_task_template`]. Otherwise those of every
+                transformers processor, or the same in `text_kwargs` and `images_kwargs`:
 
                 - `padding`: `True` by default, to the longest prompt; `"max_length"`, to `max_length`; or `False`.
                 - `padding_side`: `"left"`, which `generate` needs and the default, or `"right"`.
@@ -164,11 +162,6 @@ class OmniVideoProcessor(ProcessorMixin):
             TypeError: for an argument that is unknown or not supported.
         """
         kwargs = check_call(self, kwargs)
-        if videos is not None:
-            raise ValueError(
-                "`videos` need a place in the prompt: use `apply_chat_template` with a {'type': 'video', ...} part, "
-                "or `apply_task_template`."
-            )
         if text is None and images is None:
             raise ValueError("Pass `text`, `images` or both.")
         # The tokenizer's own side is that of training; `generate` needs the other.

@@ -29,9 +29,15 @@ def check_call(processor: ProcessorMixin, kwargs: dict[str, Any]) -> dict[str, A
     The arguments of a call that say something, the others being `None`.
 
     Raises:
-        TypeError: for one that is unknown, or not supported.
+        ValueError: for videos, whose place in the prompt a call does not know.
+        TypeError: for an argument that is unknown, or not supported.
     """
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    if "videos" in kwargs:
+        raise ValueError(
+            "`videos` need a place in the prompt: use `apply_chat_template` with a {'type': 'video', ...} part, or "
+            "`apply_task_template`."
+        )
     own = getattr(processor.image_processor, "valid_kwargs", ImagesKwargs).__annotations__
     text, images = set(TextKwargs.__annotations__), set(ImagesKwargs.__annotations__) | set(own)
     known = {"text_kwargs": text, "images_kwargs": images}

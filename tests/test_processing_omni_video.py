@@ -1,3 +1,5 @@
+import re
+
 import golden
 import numpy as np
 import pytest
@@ -185,11 +187,13 @@ def test_images_and_placeholders_must_agree(processor):
 
 
 def test_long_prompts_with_images_are_refused_or_cut_as_upstream():
-    processor = tiny.processor(model_max_length=50)
-    with pytest.raises(ValueError, match="more than the 50"):
+    processor = tiny.processor(model_max_length=300)
+    with pytest.raises(ValueError, match="more than the 300"):
         processor.apply_task_template("i2i", "a" * 100, images=[IMAGE])
     cut = processor.apply_task_template("i2i", "a" * 100, images=[IMAGE], truncation=True)
-    assert len(cut["input_ids"][0]) == 50
+    assert len(cut["input_ids"][0]) == 300
+    with pytest.raises(ValueError, match="more than the 300"):
+        processor.apply_task_template("i2i", "a" * 100, images=[IMAGE], truncation=True, max_length=310)
     assert len(processor.apply_task_template("t2i", "a" * 100)["input_ids"][0]) > 300  # text alone has no limit
 
 
@@ -204,3 +208,145 @@ def test_save_and_load(processor, tmp_path):
         inputs = other.apply_task_template("i2i", TEXT, images=[IMAGE], return_tensors="pt")
         wanted = processor.apply_task_template("i2i", TEXT, images=[IMAGE], return_tensors="pt")
         assert all(torch.equal(inputs[key], wanted[key]) for key in wanted)
+
+
+# --- arguments of every transformers processor ----------------------------------------------------------------------
+
+
+def question(answer="a circle"):
+    """A conversation about two images, whose last message is an answer."""
+    asked = [{"type": "image", "image": IMAGE}, {"type": "text", "text": "what?"}, {"type": "image", "image": IMAGE}]
+    return [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": "look again"},
+        {"role": "user", "content": [{"type": "text", "text": "and now?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+
+
+CHAT = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "length"),
+    [
+        ({"padding": "max_length", "max_length": 400}, 400),
+        ({"padding": "max_length", "max_length": 401, "pad_to_multiple_of": 8}, 408),
+        ({"pad_to_multiple_of": 64}, 320),
+        ({"truncation": True, "max_length": 260}, 260),
+        ({"truncation": False, "max_length": 260}, 286),
+        ({"text_kwargs": {"padding": "max_length", "max_length": 400}}, 400),
+    ],
+)
+def test_prompts_are_padded_and_cut_as_told(processor, arguments, length):
+    plain = processor.apply_chat_template(question(), **CHAT)
+    for inputs in (
+        processor.apply_chat_template(question(), **CHAT, processor_kwargs=arguments),
+        processor(
+            text=processor.apply_chat_template(question()), images=[IMAGE, IMAGE], return_tensors="pt", **arguments
+        ),
+    ):
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        assert ids.shape == mask.shape == (1, length)
+        real = ids[mask.bool()]
+        assert torch.equal(real, plain["input_ids"][0, : len(real)])
+        assert bool(mask[0, -1])  # padded on the left
+        assert torch.equal(inputs["pixel_values"], plain["pixel_values"])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_truncation_never_cuts_placeholders(processor, side, monkeypatch):
+    monkeypatch.setattr(processor.tokenizer, "truncation_side", side)
+    with pytest.raises(ValueError, match=r"would cut \d of the 8 image placeholders of a prompt of 286 tokens"):
+        processor.apply_chat_template(question(), **CHAT, processor_kwargs={"truncation": True, "max_length": 60})
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_the_assistant_says_is_marked(processor, side):
+    batch = [question("a very round circle"), question()[:2], [{"role": "user", "content": "hello"}]]
+    inputs = processor.apply_chat_template(
+        batch, **CHAT, return_assistant_tokens_mask=True, processor_kwargs={"padding_side": side}
+    )
+    assert inputs["assistant_masks"].shape == inputs["input_ids"].shape
+    said = [
+        processor.tokenizer.decode(ids[mask.bool()])
+        for ids, mask in zip(inputs["input_ids"], inputs["assistant_masks"], strict=True)
+    ]
+    assert said == ["look again<|eot_id|>a very round circle<|end_of_text|>", "look again<|end_of_text|>", ""]
+
+
+def test_a_template_that_marks_nothing_gives_no_mask(processor):
+    unmarked = re.sub(r"\{%-? *(end)?generation *-?%\}", "", processor.chat_template)
+    assert processor.apply_chat_template(question(), chat_template=unmarked) == processor.apply_chat_template(
+        question()
+    )
+    with pytest.raises(ValueError, match=r"{% generation %}"):
+        processor.apply_chat_template(question(), **CHAT, return_assistant_tokens_mask=True, chat_template=unmarked)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda n: {"num_frames": n},
+        lambda n: {"processor_kwargs": {"num_frames": n}},
+        lambda n: {"processor_kwargs": {"videos_kwargs": {"num_frames": n}}},
+    ],
+)
+def test_frames_of_a_conversation_are_counted_wherever_that_is_said(processor, place):
+    conversation = [{"role": "user", "content": [{"type": "video", "video": CLIP}, {"type": "text", "text": "what?"}]}]
+    assert processor.apply_chat_template(conversation, **CHAT, **place(3))["pixel_values"].shape[0] == 3
+    with pytest.raises(ValueError, match="`num_frames` was given twice, as 3 and 4"):
+        processor.apply_chat_template(conversation, num_frames=3, processor_kwargs={"num_frames": 4})
+    with pytest.raises(TypeError, match="`fps` is not supported: say `num_frames`"):
+        processor.apply_chat_template(conversation, **CHAT, processor_kwargs={"videos_kwargs": {"fps": 2}})
+
+
+def test_images_are_processed_as_told(processor):
+    text = processor.apply_chat_template(question())
+    raw = processor(text=text, images=[IMAGE, IMAGE], images_kwargs={"do_rescale": False, "do_normalize": False})
+    assert raw["pixel_values"].max() > 1
+    same = processor(text=text, images=[IMAGE, IMAGE], do_rescale=False, do_normalize=False)
+    assert torch.equal(same["pixel_values"], raw["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text_kwargs": {"colour": 1}}, r"unexpected arguments: text_kwargs\['colour'\]"),
+        ({"videos_kwargs": {"fps": 2}}, "unexpected arguments: videos_kwargs"),
+        ({"return_overflowing_tokens": True}, "does not support return_overflowing_tokens"),
+        ({"text_kwargs": {"stride": 3}}, "does not support stride"),
+    ],
+)
+def test_arguments_without_a_meaning_are_refused(processor, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        processor(text="x", **arguments)
+
+
+def test_a_longest_length_must_be_known(processor, monkeypatch):
+    monkeypatch.setattr(processor.tokenizer, "model_max_length", 10**30)
+    with pytest.raises(ValueError, match="needs `max_length`"):
+        processor(text="x", padding="max_length")
+
+
+def test_placeholders_of_images_are_counted_as_a_call_does(processor):
+    inputs = processor.apply_chat_template(question(), **CHAT, processor_kwargs={"return_mm_token_type_ids": True})
+    sizes = [(30, 40), (40, 30)]
+    counted = processor._get_num_multimodal_tokens(image_sizes=sizes)
+    assert counted["num_image_tokens"] == [4, 4]
+    assert int(inputs["mm_token_type_ids"].sum()) == 8
+    assert torch.equal(inputs["mm_token_type_ids"] == 1, inputs["input_ids"] == processor.image_token_id)
+
+
+def test_a_completion_tokenised_by_itself_has_no_bos_in_front(processor):
+    """What trainers on prompts and completions put together equals the conversation as a whole."""
+    whole = processor.apply_chat_template(question(), **CHAT)["input_ids"][0].tolist()
+    prompt = processor.apply_chat_template(question()[:-1], add_generation_prompt=True)
+    rendered = processor.apply_chat_template(question())
+    assert rendered.startswith(prompt)
+    texts = {"text": rendered.removeprefix(prompt), "add_special_tokens": False}
+    completion = processor(**texts)["input_ids"][0]
+    start = processor(text=prompt, images=[IMAGE, IMAGE], add_special_tokens=False)["input_ids"][0]
+    assert start + completion == whole
+    assert completion == processor(text_kwargs={"add_special_tokens": False}, text=texts["text"])["input_ids"][0]
+    assert processor(text=texts["text"])["input_ids"][0] == [processor.tokenizer.bos_token_id, *completion]

@@ -1,6 +1,7 @@
 """What trainers, `generate` and tools around transformers expect of every model that answers in text."""
 
 import types
+from pathlib import Path
 
 import pytest
 import tiny
@@ -102,6 +103,13 @@ def test_the_head_is_sharded_by_columns_between_processes(model) -> None:
     assert any(name.endswith("layers.*.mlp.down_proj") for name in model._tp_plan)
 
 
+def test_tied_embeddings_of_the_whole_model_are_the_mllms() -> None:
+    tied = tiny.model(tie_word_embeddings=True)
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+    free = tiny.model()
+    assert free.get_output_embeddings().weight is not free.get_input_embeddings().weight
+
+
 # --- generate ---------------------------------------------------------------------------------------------------
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
@@ -142,3 +150,91 @@ def test_generate_about_images_that_are_not_there_is_refused(model) -> None:
     del inputs["pixel_values"]
     with pytest.raises(ValueError, match="8 image tokens, but there are no `pixel_values`"):
         model.generate(**inputs, **GREEDY)
+
+
+# --- MLLMs of other families ------------------------------------------------------------------------------------
+
+VISION = tiny.VISION | {"num_hidden_layers": 2, "image_size": 28}
+QWEN = {
+    "model_type": "qwen2_5_vl",
+    "text_config": tiny.TEXT
+    | {"model_type": "qwen2_5_vl_text", "rope_parameters": {"rope_type": "default", "mrope_section": [1, 2, 3]}},
+    "vision_config": {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 4,
+        "out_hidden_size": 48,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "fullatt_block_indexes": [1],
+        "window_size": 56,
+    },
+    "image_token_id": 150,
+    "video_token_id": 151,
+    "vision_start_token_id": 152,
+    "vision_end_token_id": 153,
+}
+LLAVA = {
+    "model_type": "llava",
+    "text_config": tiny.TEXT,
+    "vision_config": VISION,
+    "image_token_index": 150,
+    "vision_feature_select_strategy": "full",
+}
+
+
+def other_inputs(family: str) -> dict[str, torch.Tensor]:
+    """A prompt of one image of four tokens, and one of none."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 90, (2, 12), generator=generator)
+    ids[:, 2:6] = 150
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if family == "llava":
+        return inputs | {"pixel_values": torch.randn(2, 3, 28, 28, generator=generator)}
+    ids[:, 1], ids[:, 6] = 152, 153
+    grid = torch.tensor([[1, 4, 4]] * 2)
+    pixels = torch.randn(32, 3 * 2 * 14 * 14, generator=generator)
+    return inputs | {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": (ids == 150).int()}
+
+
+@pytest.mark.parametrize(("family", "mllm"), [("llava", LLAVA), ("qwen2_5_vl", QWEN)])
+def test_an_mllm_of_another_family_answers_and_conditions(family: str, mllm: dict, tmp_path: Path) -> None:
+    model, inputs = tiny.model(mllm_config=mllm), other_inputs(family)
+    assert model.config.mllm_config.model_type == family
+    answer = model.generate(**inputs, **GREEDY)
+    assert torch.equal(answer, model.mllm.generate(**inputs, **GREEDY))
+
+    labels = inputs["input_ids"].clone()
+    labels[:, :6] = -100
+    latents = torch.randn(2, 16, 2, 8, 8)
+    outputs = model(**inputs, labels=labels, latents=latents, prompt_embeds=torch.randn(2, 5, 32))
+    assert torch.equal(outputs.answer_loss, model.mllm(**inputs, labels=labels).loss)
+    outputs.loss.backward()
+    for part in (model.mllm, model.vision_head, model.adapter, model.decoder):
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+
+    states = model.get_mllm_hidden_states(**inputs)
+    assert states.shape == (2, 12, 48)
+    context = model.encode_condition(states, torch.randn(2, 5, 32))
+    assert context.shape[::2] == (2, 32)
+    black = model.get_mllm_hidden_states(**(inputs | {"pixel_values": torch.zeros_like(inputs["pixel_values"])}))
+    assert not torch.allclose(states, black)  # the image reaches the visual tokens
+
+    model.save_pretrained(tmp_path)
+    loaded = OmniVideoForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded.generate(**inputs, **GREEDY), answer)
+    assert torch.equal(loaded.get_mllm_hidden_states(**inputs), states)
+
+
+def test_beams_keep_the_images_of_another_family_in_order() -> None:
+    model = tiny.model(mllm_config=LLAVA)
+    inputs = other_inputs("llava")
+    ids = torch.cat([inputs["input_ids"], inputs["input_ids"]], dim=1)
+    pixels = torch.randn(4, 3, 28, 28)
+    options = {"num_beams": 3, "return_dict_in_generate": True, "output_scores": True} | GREEDY
+    found = model.generate(ids, pixel_values=pixels, **options)
+    for row, (sequence, score) in enumerate(zip(found.sequences, found.sequences_scores, strict=True)):
+        logits = model(sequence[None], pixel_values=pixels[2 * row : 2 * row + 2]).logits[0, 23:-1]
+        torch.testing.assert_close(score, logits.log_softmax(dim=-1).gather(1, sequence[24:, None]).mean())

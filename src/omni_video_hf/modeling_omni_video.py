@@ -205,6 +205,8 @@ class OmniVideoForConditionalGeneration(
         except ImportError as error:
             raise _name_the_package(error, config._attn_implementation) from error
         state_dtype(config.mllm_config, torch.get_default_dtype())
+        if config.tie_word_embeddings:  # said of the whole model, it concerns the MLLM's embedding and head
+            config.mllm_config.tie_word_embeddings = True
         if not config.enable_mllm:
             self.mllm = None
         elif isinstance(config.mllm_config, VilaConfig):

@@ -1,5 +1,6 @@
 """Processor of Omni-Video: prompts of every task, token ids as upstream makes them, images and frames."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -7,8 +8,10 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
+from transformers.processing_utils import MultiModalData
 
 from .media_omni_video import load_image, load_sampled_video
+from .text_omni_video import check_call, cut_to_length, pad_rows, split_frame_kwargs
 
 SYSTEM_PROMPT = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -19,12 +22,14 @@ IMAGE_GENERATION_TOKEN = "[GEN_IMG]"
 VIDEO_GENERATION_TOKEN = "[GEN_VID]"
 
 # Upstream's `llama_3` conversation. A closing assistant message ends with eos, every other message with `<|eot_id|>`.
+# `generation` marks what the assistant says, for `return_assistant_tokens_mask`; it renders nothing.
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}"
     "{{ bos_token + '<|start_header_id|>system<|end_header_id|>\n\n" + SYSTEM_PROMPT + "<|eot_id|>' }}"
     "{%- else -%}{{ bos_token }}{%- endif -%}"
     "{%- for message in messages -%}"
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{%- set body -%}"
     "{%- if message['content'] is string -%}{{ message['content'] }}"
     "{%- else -%}{%- for part in message['content'] -%}"
     "{%- if part['type'] == 'image' -%}{{ '" + IMAGE_TOKEN + "\n' }}"
@@ -32,9 +37,15 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}{%- endif -%}"
     "{%- if loop.last and message['role'] == 'assistant' -%}{{ eos_token }}"
     "{%- else -%}{{ '<|eot_id|>' }}{%- endif -%}"
+    "{%- endset -%}"
+    "{%- if message['role'] == 'assistant' -%}{%- generation -%}{{ body }}{%- endgeneration -%}"
+    "{%- else -%}{{ body }}{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}"
 )
+
+
+_MARKS_THE_ASSISTANT = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,9 @@ class OmniVideoProcessor(ProcessorMixin):
             upstream's is, or `"all"`: `num_frames` of them. What it was trained with.
     """
 
+    # What a call takes where it is told nothing: `generate` needs the padding on the left.
+    text_kwargs = {"padding": True, "padding_side": "left"}  # noqa: RUF012
+
     def __init__(
         self,
         image_processor: Any = None,
@@ -114,17 +128,7 @@ class OmniVideoProcessor(ProcessorMixin):
 
     # --- standard calls ---------------------------------------------------------------------------------------------
 
-    def __call__(
-        self,
-        images: Any = None,
-        text: str | Sequence[str] | None = None,
-        videos: Any = None,
-        padding: bool | str = True,
-        padding_side: str = "left",
-        truncation: bool = False,
-        return_tensors: str | None = None,
-        **kwargs: Any,
-    ) -> BatchFeature:
+    def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
         """
         Tokenise rendered prompts and preprocess their images.
 
@@ -132,48 +136,100 @@ class OmniVideoProcessor(ProcessorMixin):
             images: one image, or a list (of lists) in the order of the placeholders: path, URL, PIL image, array or
                 tensor.
             text: one prompt or a list, with one `<image>` per image. Prompts are tokenised as upstream does, the
-                tokenizer's special tokens included: `add_special_tokens` has no effect.
-            videos: refused here; a conversation or a task's prompt says where frames go, see
-                [`apply_chat_template`] and [`apply_task_template`].
-            padding: as in every tokenizer; to the longest prompt by default.
-            padding_side: `"left"`, which `generate` needs, or `"right"`.
-            truncation: cut prompts with images to `model_max_length` as upstream does, question and answer first.
-            return_tensors: `"pt"` or `None`.
+                tokenizer's special tokens included: `add_special_tokens=False` has an effect only on a text that does
+                not begin with the bos token, as a completion that is tokenised by itself.
+            kwargs: `videos` are refused here: a conversation or a task's prompt says where frames go, see
+                [`apply_chat_template`] and [`apply_task_template`]. Otherwise those of every
+                transformers processor, or the same in `text_kwargs` and `images_kwargs`:
+
+                - `padding`: `True` by default, to the longest prompt; `"max_length"`, to `max_length`; or `False`.
+                - `padding_side`: `"left"`, which `generate` needs and the default, or `"right"`.
+                - `pad_to_multiple_of`: pad to a multiple of it.
+                - `truncation`: cut prompts to `max_length`, or prompts with images to `model_max_length` as upstream
+                  does, question and answer first. Placeholders are never cut.
+                - `max_length`: tokens; nothing is cut without `truncation`.
+                - `return_tensors`: `"pt"`, `"np"` or `None`.
+                - `return_attention_mask`, `return_offsets_mapping`, `return_text_replacement_offsets` and
+                  `return_mm_token_type_ids` (1 at placeholders).
+                - what the image processor takes, e.g. `do_rescale`.
 
         Returns:
             `input_ids` and `attention_mask` `[batch, length]`, and `pixel_values` `[images, 3, size, size]` if any.
 
         Raises:
-            ValueError: when images and placeholders differ in number, or a prompt with images is too long.
+            ValueError: when images and placeholders differ in number, a prompt with images is too long, or truncation
+                would cut placeholders.
+            TypeError: for an argument that is unknown or not supported.
         """
-        kwargs.pop("add_special_tokens", None)
-        unknown = sorted(name for name, value in kwargs.items() if value is not None)
-        if unknown:
-            raise TypeError(f"OmniVideoProcessor got unexpected arguments: {', '.join(unknown)}.")
-        if videos is not None:
-            raise ValueError(
-                "`videos` need a place in the prompt: use `apply_chat_template` with a {'type': 'video', ...} part, "
-                "or `apply_task_template`."
-            )
+        kwargs = check_call(self, kwargs)
+        if text is None and images is None:
+            raise ValueError("Pass `text`, `images` or both.")
+        # The tokenizer's own side is that of training; `generate` needs the other.
+        settings = {name: value for name, value in self.tokenizer.init_kwargs.items() if name != "padding_side"}
+        merged = self._merge_kwargs(tokenizer_init_kwargs=settings, **kwargs)
         data: dict[str, Any] = {}
         flat_images = _flatten(images)
         if text is not None:
             prompts = [text] if isinstance(text, str) else list(text)
-            placeholders = sum(prompt.count(self.image_token) for prompt in prompts)
-            if placeholders != len(flat_images):
-                raise ValueError(
-                    f"`text` has {placeholders} {self.image_token} placeholders, but `images` has {len(flat_images)}: "
-                    "they must be equal."
-                )
-            ids = [self._checked_length(self.tokenize_prompt(prompt), prompt, truncation) for prompt in prompts]
-            data |= self.tokenizer.pad(
-                {"input_ids": ids}, padding=padding, padding_side=padding_side, return_attention_mask=True
-            )
-        elif images is None:
-            raise ValueError("Pass `text`, `images` or both.")
+            self._check_placeholders(prompts, flat_images)
+            flags = {name: merged[name] for name in ("return_mm_token_type_ids", "return_text_replacement_offsets")}
+            data |= self._encode(prompts, **(merged["text_kwargs"] | flags))
         if flat_images:
-            data["pixel_values"] = self.preprocess_images(flat_images)
-        return BatchFeature(data, tensor_type=return_tensors)
+            data["pixel_values"] = self.preprocess_images(flat_images, **merged["images_kwargs"])
+        return BatchFeature(
+            data,
+            tensor_type=merged["text_kwargs"].get("return_tensors"),
+            skip_tensor_conversion=self.skip_tensor_conversion,
+        )
+
+    def _encode(
+        self,
+        prompts: list[str],
+        padding: bool | str,
+        padding_side: str,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        add_special_tokens: bool = True,
+        return_attention_mask: bool = True,
+        return_offsets_mapping: bool = False,
+        return_mm_token_type_ids: bool = False,
+        return_text_replacement_offsets: bool = False,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """Ids of prompts, cut and padded, and what else the tokenizers of transformers return."""
+        rows, offsets = [], []
+        for prompt in prompts:
+            bare = not add_special_tokens and not prompt.startswith(self.tokenizer.bos_token or "")
+            ids, places = self._tokenize(prompt, return_offsets_mapping, bare)
+            kept = cut_to_length(self, ids, truncation, max_length)
+            rows.append(ids[kept])
+            offsets.append(places[kept])
+        data = pad_rows(self, rows, padding, padding_side, max_length, pad_to_multiple_of)
+        if return_offsets_mapping:
+            pads = [[(0, 0)] * (len(ids) - len(row)) for ids, row in zip(data["input_ids"], rows, strict=True)]
+            data["offset_mapping"] = [
+                pad + places if padding_side == "left" else places + pad
+                for pad, places in zip(pads, offsets, strict=True)
+            ]
+        if not return_attention_mask:
+            del data["attention_mask"]
+        if return_mm_token_type_ids:
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
+        if return_text_replacement_offsets:
+            count = sum(prompt.count(self.image_token) for prompt in prompts)
+            replacements = [self.image_token * self.num_image_tokens] * count
+            data["text_replacement_offsets"] = self.get_text_with_replacements(list(prompts), replacements)[1]
+        return data
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, **_: Any
+    ) -> MultiModalData:
+        """Placeholders and patches of images of any size: each is brought to one size, so all take the same."""
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
 
     def apply_chat_template(
         self, conversation: list[dict[str, Any]] | list[list[dict[str, Any]]], *args: Any, **kwargs: Any
@@ -183,12 +239,18 @@ class OmniVideoProcessor(ProcessorMixin):
 
         Image parts hold a path, URL, PIL image, array or tensor under `image`, `url` or `path`; video parts a path,
         URL, list of frames, array, tensor or `VideoClip` under `video`, `url` or `path`. A video becomes
-        `num_frames` images, chosen by `frame_sampling`; both can be given in `processor_kwargs` and default to
-        upstream's (8 frames, `"upstream_understand"`).
+        `num_frames` images, chosen by `frame_sampling`; both can be given here, in `processor_kwargs` or in its
+        `videos_kwargs`, and default to upstream's (8 frames, `"upstream_understand"`).
+
+        Raises:
+            ValueError: for `return_assistant_tokens_mask` with a template that does not mark what the assistant says.
+            TypeError: for another way to choose frames, e.g. `fps`.
         """
         processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
-        num_frames = processor_kwargs.pop("num_frames", self.num_frames)
-        sampling = processor_kwargs.pop("frame_sampling", "upstream_understand")
+        frames = split_frame_kwargs(kwargs, processor_kwargs)
+        num_frames = frames.get("num_frames", self.num_frames)
+        sampling = frames.get("frame_sampling", "upstream_understand")
+        self._check_template(args, kwargs)
         batched = bool(conversation) and not isinstance(conversation[0], dict)
         conversations = conversation if batched else [conversation]
         loaded = [
@@ -286,6 +348,23 @@ class OmniVideoProcessor(ProcessorMixin):
 
     # --- pieces -----------------------------------------------------------------------------------------------------
 
+    def _check_template(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        template = self._resolve_chat_template(args[0] if args else kwargs.get("chat_template"))
+        if kwargs.get("return_assistant_tokens_mask") and not _MARKS_THE_ASSISTANT.search(template):
+            raise ValueError(
+                "`return_assistant_tokens_mask` needs a chat template with `{% generation %}` around what the "
+                "assistant says, and this one has none: pass `chat_template=`, e.g. this class's own, "
+                "`processing_omni_video.CHAT_TEMPLATE`."
+            )
+
+    def _check_placeholders(self, prompts: list[str], images: list[Any]) -> None:
+        placeholders = sum(prompt.count(self.image_token) for prompt in prompts)
+        if placeholders != len(images):
+            raise ValueError(
+                f"`text` has {placeholders} {self.image_token} placeholders, but `images` has {len(images)}: "
+                "they must be equal."
+            )
+
     def tokenize_prompt(self, prompt: str) -> list[int]:
         """
         Token ids of a rendered prompt, every `<image>` expanded to `num_image_tokens` placeholders.
@@ -294,22 +373,42 @@ class OmniVideoProcessor(ProcessorMixin):
         piece starts with bos, one bos is kept and the first id of *every* piece is dropped. With a tokenizer that adds
         bos this leaves two (its own and the template's); with one that does not, later pieces lose a real token.
         """
-        pieces = [self.tokenizer(piece).input_ids for piece in prompt.split(self.image_token)]
-        starts_with_bos = bool(pieces[0]) and pieces[0][0] == self.tokenizer.bos_token_id
-        ids = [self.tokenizer.bos_token_id] if starts_with_bos else []
-        for index, piece in enumerate(pieces):
-            if index:
-                ids += [self.image_token_id] * self.num_image_tokens
-            ids += piece[int(starts_with_bos) :]
-        return ids
+        return self._tokenize(prompt)[0]
 
-    def preprocess_images(self, images: Sequence[Any]) -> torch.Tensor:
-        """`[images, 3, size, size]` float32 pixel values of images of any kind [`load_image`] reads."""
+    def _tokenize(
+        self, prompt: str, with_offsets: bool = False, bare: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and where asked the place of each in the prompt with every placeholder written out."""
+        pieces = prompt.split(self.image_token)
+        options = {"add_special_tokens": not bare, "return_offsets_mapping": with_offsets or None}
+        encoded = [self.tokenizer(piece, **options) for piece in pieces]
+        first, width = encoded[0].input_ids, len(self.image_token)
+        skipped = int(not bare and bool(first) and first[0] == self.tokenizer.bos_token_id)
+        ids = first[:skipped]
+        offsets = encoded[0].offset_mapping[:skipped] if with_offsets else []
+        start = 0
+        for index, (piece, tokens) in enumerate(zip(pieces, encoded, strict=True)):
+            if index:
+                ids = ids + [self.image_token_id] * self.num_image_tokens
+                end = start + width * self.num_image_tokens
+                offsets = offsets + [(place, place + width) for place in range(start, end, width) if with_offsets]
+                start = end
+            ids = ids + tokens.input_ids[skipped:]
+            if with_offsets:
+                offsets = offsets + [(left + start, right + start) for left, right in tokens.offset_mapping[skipped:]]
+            start += len(piece)
+        return ids, offsets
+
+    def preprocess_images(self, images: Sequence[Any], **kwargs: Any) -> torch.Tensor:
+        """
+        `[images, 3, size, size]` float32 pixel values of images of any kind [`load_image`] reads; `kwargs` are the
+        image processor's.
+        """
         pictures = [load_image(image) for image in images]
         if self.image_aspect_ratio == "pad":
             background = tuple(int(mean * 255) for mean in self.image_processor.image_mean)
             pictures = [_pad_to_square(picture, background) for picture in pictures]
-        return self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return self.image_processor(pictures, **(kwargs | {"return_tensors": "pt"}))["pixel_values"]
 
     def sample_frames(
         self, video: Any, num_frames: int, sampling: str = "upstream_understand", only_first: bool = False
@@ -337,17 +436,6 @@ class OmniVideoProcessor(ProcessorMixin):
         for token in self.tokenizer.added_tokens_decoder.values():
             if token.special and token.content in prompt:
                 raise ValueError(f"`prompt` contains {token.content!r}, which is a control token: remove it.")
-
-    def _checked_length(self, ids: list[int], prompt: str, truncation: bool) -> list[int]:
-        limit = self.model_max_length
-        if limit is None or self.image_token not in prompt or len(ids) <= limit:
-            return ids
-        if truncation:
-            return ids[:limit]
-        raise ValueError(
-            f"A prompt with images has {len(ids)} tokens, more than the {limit} the model was trained with. Show "
-            "fewer images or shorten the text; `truncation=True` cuts the end as upstream does."
-        )
 
 
 def _check_mllm_frames(mllm_frames: str) -> None:

@@ -43,6 +43,7 @@ MODULES = (
     "modeling_vila",
     "media_omni_video",
     "source_omni_video",
+    "text_omni_video",
     "processing_omni_video",
     "modeling_omni_video_connectors",
     "lora_files_omni_video",

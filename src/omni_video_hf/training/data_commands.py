@@ -62,7 +62,7 @@ def read_settings(
     return PrecomputeSettings(rules, instruction, mllm_frames)
 
 
-def read_table(data: Path, data_format: str | None, task: str | None, columns: Sequence[str]) -> MediaTable:
+def read_table(data: str | Path, data_format: str | None, task: str | None, columns: Sequence[str]) -> MediaTable:
     """The data, `columns` as NAME=YOURS."""
     for pair in columns:
         if "=" not in pair:

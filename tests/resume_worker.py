@@ -39,6 +39,7 @@ SETTINGS = {
 }
 # Where an attempt dies: in a step, in its second batch, or within the writing of a checkpoint, early and late.
 POINTS = [("batch", 1), ("weights", 2), ("batch", 3), ("optimiser", 4), ("batch", 4), ("rng", 6), ("promote", 6)]
+POINTS += [("sealed", 8), ("rotated", 8)]
 
 
 def die() -> None:
@@ -76,8 +77,19 @@ class Mortal(OmniVideoTrainer):
             die()
         super()._save_rng_state(output_dir)
 
+    def _rotate(self, run_folder, *kept):
+        clear = checkpoints.clear
+        if self._dies("rotated"):
+            checkpoints.clear = lambda writing: die() if writing.exists() else None
+        super()._rotate(run_folder, *kept)
+        checkpoints.clear = clear
+
     def _save_checkpoint(self, model, trial):
+        promote = checkpoints.promote
+        if self._dies("sealed"):
+            checkpoints.promote = lambda *_: die()
         super()._save_checkpoint(model, trial)
+        checkpoints.promote = promote
         if self._dies("promote"):
             die()
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,26 +58,129 @@ def test_logs_are_equal(runs):
 
 def test_nothing_unfinished_is_left(runs):
     for folder in runs:
-        names = {path.name for path in folder.iterdir()} - {LOCK_NAME}
-        assert names == {"checkpoint-6", "checkpoint-8", "checkpoint-10"}
+        assert names(folder) - {LOCK_NAME} == {"checkpoint-6", "checkpoint-8", "checkpoint-10"}
 
 
-def test_an_unfinished_checkpoint_is_never_picked(tmp_path):
+def complete(folder, run="a", text="x"):
+    """A folder that counts as a complete checkpoint."""
+    folder.mkdir(parents=True)
+    (folder / "trained.safetensors").write_text(text)
+    (folder / "more").mkdir()
+    (folder / "more" / "state.json").write_text(text)
+    checkpoints.seal(folder, run)
+    return folder
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_an_incomplete_checkpoint_is_never_picked_and_reported(tmp_path, caplog):
     assert checkpoints.last_checkpoint(tmp_path / "none") is None
     (tmp_path / checkpoints.WRITING_FOLDER / "checkpoint-9").mkdir(parents=True)
     assert checkpoints.last_checkpoint(tmp_path) is None
-    (tmp_path / "checkpoint-3").mkdir()
-    assert checkpoints.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    whole = complete(tmp_path / "checkpoint-3")
+    cut, lost, empty, torn = (complete(tmp_path / f"checkpoint-{step}") for step in (10, 11, 12, 13))
+    (cut / "more" / "state.json").write_text("")
+    (lost / "trained.safetensors").unlink()
+    shutil.rmtree(empty)
+    empty.mkdir()
+    (torn / checkpoints.MANIFEST_NAME).write_text("{")
+    assert not caplog.text
+    assert checkpoints.last_checkpoint(tmp_path) == str(whole)
+    for said in (
+        "checkpoint-10 is not complete and not resumed from: more/state.json has 0 bytes instead of 1",
+        "checkpoint-11 is not complete and not resumed from: trained.safetensors is missing",
+        "checkpoint-12 is not complete and not resumed from: it has no checkpoint.json",
+        "checkpoint-13 is not complete and not resumed from: checkpoint.json is damaged",
+    ):
+        assert said in caplog.text
+    with pytest.raises(ValueError, match=r"checkpoint-11 is no complete checkpoint.*Complete are: .*checkpoint-3\."):
+        checkpoints.check_complete(lost)
+    shutil.rmtree(whole)
+    with pytest.raises(ValueError, match=r"none of its checkpoints is complete \(checkpoint-10: more/state.json"):
+        checkpoints.last_checkpoint(tmp_path)
 
 
-def test_a_checkpoint_of_the_same_name_is_replaced_whole(tmp_path):
-    for text in ("old", "new"):
-        writing = tmp_path / checkpoints.WRITING_FOLDER / "checkpoint-3"
-        writing.mkdir(parents=True)
-        (writing / text).write_text(text)
-        checkpoints.promote(writing, tmp_path / "checkpoint-3")
-    assert [path.name for path in (tmp_path / "checkpoint-3").iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+def test_checkpoints_of_earlier_versions_are_looked_into(tmp_path):
+    samples = [training.sample("t2v", number) for number in range(2)]
+    training.trainer(tmp_path, samples, save_strategy="steps", save_steps=1, max_steps=1).train()
+    folder = tmp_path / "checkpoint-1"
+    (folder / checkpoints.MANIFEST_NAME).unlink()
+    assert checkpoints.last_checkpoint(tmp_path) == str(folder)
+    file = folder / "optimizer.pt"
+    os.truncate(file, file.stat().st_size // 2)
+    assert checkpoints.problem_of(folder) == "optimizer.pt is missing or damaged"
+    run = training.trainer(tmp_path, samples, save_strategy="steps", save_steps=1, max_steps=2)
+    for wanted in (True, str(folder)):
+        with pytest.raises(ValueError, match=r"optimizer\.pt is missing or damaged"):
+            run.train(resume_from_checkpoint=wanted)
+
+
+def test_a_checkpoint_of_the_same_name_is_replaced_whole_but_kept_if_it_is_of_another_run(tmp_path):
+    for text in ("old", "newer"):
+        checkpoints.promote(
+            complete(tmp_path / checkpoints.WRITING_FOLDER / "checkpoint-3", "a", text), tmp_path / "checkpoint-3"
+        )
+    assert (tmp_path / "checkpoint-3" / "trained.safetensors").read_text() == "newer"
+    assert names(tmp_path) == {"checkpoint-3"}
+    checkpoints.promote(
+        complete(tmp_path / checkpoints.WRITING_FOLDER / "checkpoint-3", "b", "b"), tmp_path / "checkpoint-3"
+    )
+    assert names(tmp_path) == {"checkpoint-3", "earlier-1-checkpoint-3"}
+    assert (tmp_path / "earlier-1-checkpoint-3" / "trained.safetensors").read_text() == "newer"
+
+
+def test_only_checkpoints_that_the_run_wrote_are_rotated(tmp_path):
+    for step in (1, 2, 3, 4):
+        complete(tmp_path / f"checkpoint-{step}", "a")
+    complete(tmp_path / "checkpoint-5", "b")
+    (tmp_path / "checkpoint-6").mkdir()
+    (tmp_path / "checkpoint-0-mine").mkdir()
+    outside = complete(tmp_path.parent / f"{tmp_path.name}-outside", "a")
+    (tmp_path / "checkpoint-0").symlink_to(outside)
+    checkpoints.rotate(tmp_path, 2, "a", {tmp_path / "checkpoint-1"})
+    mine = {"checkpoint-0", "checkpoint-0-mine", "checkpoint-5", "checkpoint-6"}
+    assert names(tmp_path) == mine | {"checkpoint-1", "checkpoint-4"}
+    assert checkpoints.problem_of(outside) is None
+    checkpoints.rotate(tmp_path, None, "a", set())
+    assert len(names(tmp_path)) == 6
+
+
+def test_a_run_that_begins_anew_leaves_the_checkpoints_of_another(tmp_path):
+    samples = [training.sample("t2v", number) for number in range(4)]
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    training.trainer(tmp_path, samples, max_steps=4, **saving).train()
+    run = training.trainer(
+        tmp_path,
+        samples,
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        eval_dataset=training.Samples(samples),
+        **saving,
+    )
+    run.train()
+    best = Path(run.state.best_model_checkpoint).name
+    assert {name for name in names(tmp_path) if name.startswith("checkpoint")} == {best, "checkpoint-4"}
+
+
+def test_what_no_run_wrote_is_not_removed_with_unfinished_checkpoints(tmp_path):
+    writing = tmp_path / checkpoints.WRITING_FOLDER
+    (writing / "checkpoint-3").mkdir(parents=True)
+    (writing / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"holds what this package does not write \(notes.txt\)"):
+        checkpoints.clear(writing)
+    (writing / "notes.txt").unlink()
+    checkpoints.clear(writing)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "checkpoint-1").mkdir()
+    writing.symlink_to(outside)
+    with pytest.raises(ValueError, match="is a link"):
+        checkpoints.clear(writing)
+    assert names(outside) == {"checkpoint-1"}
 
 
 def test_checkpoints_of_another_run_are_refused(tmp_path):

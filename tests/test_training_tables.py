@@ -282,3 +282,74 @@ def test_a_name_stays_when_the_data_move(tmp_path):
     assert ids == ["t2v:clips/a.mp4", "t2v:clips/a.mp4#2"]
     shutil.move(first, tmp_path / "second")
     assert load_media_table(tmp_path / "second" / "data.jsonl").ids == ids
+
+
+# --- CSV, captions beside media, what is elsewhere ------------------------------------------------------------------
+
+
+def test_csv_cells_are_texts_and_empty_ones_none(tmp_path):
+    make_clip(tmp_path / "a.mp4")
+    text = 'task,prompt,media,question,answer\nt2v,007,a.mp4,,\nunderstand,,a.mp4,"what, then?",NA\n'
+    (tmp_path / "data.csv").write_text(text, encoding="utf-8-sig")
+    table = load_media_table(tmp_path / "data.csv")
+    assert problems(table) == {}
+    assert [row.text for row in table] == ["007", "what, then?"]
+    assert table[1].answer == "NA"
+    for wrong, message in (
+        ("", "the file is empty"),
+        ("task,task\nt2v,t2v\n", "the column name 'task' is empty or comes twice"),
+        ("task,prompt\nt2v,a, b\n", "line 2 has 3 cells instead of 2: put texts with commas in double quotes"),
+        ("task,prompt\n", "holds no rows below its column names"),
+    ):
+        (tmp_path / "data.csv").write_text(wrong)
+        with pytest.raises(ValueError, match=message):
+            load_media_table(tmp_path / "data.csv")
+    (tmp_path / "data.csv").write_bytes("task,prompt\nt2v,f\xfcr\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="cannot be read as CSV in UTF-8"):
+        load_media_table(tmp_path / "data.csv")
+
+
+def test_captions_lie_beside_their_media(tmp_path):
+    for name in ("1", "more/2", "3"):
+        make_clip(tmp_path / "in" / f"{name}.mp4")
+    (tmp_path / "in" / "1.txt").write_text("a fox\n")
+    (tmp_path / "in" / "more" / "2.txt").write_text("a hare")
+    table = load_media_table(tmp_path / "in", task="t2v")
+    assert {row.id: row.text for row in table} == {"t2v:1.mp4": "a fox", "t2v:more/2.mp4": "a hare", "t2v:3.mp4": None}
+    assert problems(table) == {"t2v:3.mp4": "`prompt` is empty (None)"}
+    with pytest.raises(ValueError, match="The data have no column `task`"):
+        load_media_table(tmp_path / "in")
+    (tmp_path / "in" / "4.txt").write_text("nothing")
+    with pytest.raises(ValueError, match=r"1 captions have no image or video of their name beside them \(4\.txt\)"):
+        load_media_table(tmp_path / "in", task="t2v")
+    (tmp_path / "in" / "4.txt").unlink()
+    make_image(tmp_path / "in" / "1.png")
+    with pytest.raises(ValueError, match=r"these captions have several files of their name: 1\.txt"):
+        load_media_table(tmp_path / "in", task="t2v")
+
+
+def test_a_data_set_of_the_hub_is_read_from_its_folder(tmp_path):
+    make_image(tmp_path / "a.png")
+    data = tmp_path / "downloaded" / "data"
+    data.mkdir(parents=True)
+    row = {"task": "t2i", "prompt": "red", "media": {"path": None, "bytes": (tmp_path / "a.png").read_bytes()}}
+    Dataset.from_list([row]).to_parquet(data / "train-00000-of-00001.parquet")
+    assert problems(load_media_table(tmp_path / "downloaded")) == {}
+    Dataset.from_list([row]).to_parquet(data / "test-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"holds files of several splits \(test, train\): pass one file"):
+        load_media_table(tmp_path / "downloaded")
+    for name in ("lab/foxes", "hf://datasets/lab/foxes", "datasets/lab/foxes"):
+        with pytest.raises(ValueError, match=r"no such file or folder\. .*`hf download lab/foxes --repo-type dataset"):
+            load_media_table(name)
+    with pytest.raises(ValueError, match="is a URL: download it"):
+        load_media_table("https://host/data.jsonl")
+    with pytest.raises(ValueError, match=r"data\.jsonl: no such file or folder\.$"):
+        load_media_table(tmp_path / "data.jsonl")
+
+
+def test_urls_in_a_table_are_named_with_what_to_do(tmp_path):
+    rows = [{"task": "t2i", "prompt": "a", "media": "https://host/a.png"}]
+    rows += [{"task": "i2v", "prompt": "b", "media": "s3://c/b.mp4", "source": "http://host/b.png"}]
+    found = problems(load_media_table(write_jsonl(tmp_path / "data.jsonl", *rows)))
+    advice = "is a URL; download the file and write its path there"
+    assert list(found.values()) == [f"`media` https://host/a.png: {advice}", f"`media` s3://c/b.mp4: {advice}"]

@@ -289,9 +289,12 @@ def info(
             import_module("rich.console").Console().print(table)
 
 
-@app.command(context_settings=training_cli.CONTEXT)
+@app.command(cls=training_cli.TrainCommand, context_settings=training_cli.CONTEXT)
 def train(
-    context: typer.Context, config: training_cli.Config, resume: training_cli.Resume = False, verbose: Verbose = False
+    context: typer.Context,
+    config: training_cli.Config = None,
+    resume: training_cli.Resume = False,
+    verbose: Verbose = False,
 ) -> None:
     """
     Train from a recipe. Any setting can be overridden: --learning_rate 1e-5 --losses.alignment squared_l2.

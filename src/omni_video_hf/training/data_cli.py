@@ -14,7 +14,9 @@ class DataFormat(StrEnum):
 
     videofolder = "videofolder"
     imagefolder = "imagefolder"
+    captions = "captions"
     json = "json"
+    csv = "csv"
     parquet = "parquet"
     webdataset = "webdataset"
 
@@ -54,7 +56,9 @@ BadData = Annotated[OnBadData, typer.Option(help="List all samples that cannot b
 
 
 def precompute_command(
-    data: Annotated[Path, typer.Argument(help="JSONL, parquet or .tar file, or folder of videos, images or .tar.")],
+    data: Annotated[
+        str, typer.Argument(help="JSONL, CSV, parquet or .tar file, or folder of videos, images, parquet or .tar.")
+    ],
     model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hub repository.", envvar="OMNI_VIDEO_MODEL")],
     output: Cache,
     size: Annotated[list[str] | None, typer.Option(metavar="WIDTHxHEIGHT", help="A bucket; may come often.")] = None,

@@ -68,7 +68,7 @@ def check_cache(output: Path) -> None:
     check_output(output)
 
 
-def read_table(data: Path, data_format: str | None, task: str | None, columns: Sequence[str]) -> MediaTable:
+def read_table(data: str | Path, data_format: str | None, task: str | None, columns: Sequence[str]) -> MediaTable:
     """The data, `columns` as NAME=YOURS."""
     for pair in columns:
         if "=" not in pair:

@@ -151,13 +151,13 @@ def parameter_table(model: OmniVideoForConditionalGeneration, stage: str) -> Tab
 
 
 def _checkpoint_to_resume(run: RunArguments, args: OmniVideoTrainingArguments) -> str | None:
-    last = checkpoints.last_checkpoint(args.output_dir)
-    if last is not None and not run.resume:
+    found = checkpoints.numbered(args.output_dir)
+    if found and not run.resume:
         raise ValueError(
-            f"`output_dir` {args.output_dir} holds {Path(last).name} of an earlier run: pass `--resume` to go on from "
+            f"`output_dir` {args.output_dir} holds {found[-1].name} of an earlier run: pass `--resume` to go on from "
             "it, or choose another folder."
         )
-    return last
+    return checkpoints.last_checkpoint(args.output_dir)
 
 
 __all__ = ["leave_process_group", "load_for_stage", "parameter_table", "save_result", "train"]

@@ -16,6 +16,7 @@ from ..media_reading_omni_video import MediaError, VideoInfo, check_file, pictur
 from ..processing_omni_video import TASKS, OmniVideoProcessor, get_task
 from .bad_data import Offender
 from .names import check_known
+from .table_files import check_one_split, has_captions, no_such_data, read_captions, read_csv
 
 COLUMNS = {
     "id": "name of the sample, unique; by default its task and media",
@@ -26,8 +27,8 @@ COLUMNS = {
     "question": "for understand",
     "answer": "for understand",
 }
-FORMATS = ("videofolder", "imagefolder", "json", "parquet", "webdataset")
-SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".tar": "webdataset"}
+FORMATS = ("videofolder", "imagefolder", "captions", "json", "csv", "parquet", "webdataset")
+SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".tar": "webdataset"}
 # What `datasets` calls the column of a folder's files, and the usual extensions in a tar, which become columns.
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov", "avi", "gif")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -235,24 +236,35 @@ def load_media_table(
     Read raw data: one row a sample, the media left closed.
 
     Args:
-        source: a JSONL or parquet file, a folder of videos or images with `metadata.jsonl` (`videofolder`,
-            `imagefolder`), a `.tar` or a folder of them (`webdataset`).
+        source: a JSONL, CSV or parquet file, a folder of videos or images with `metadata.jsonl` (`videofolder`,
+            `imagefolder`) or with a caption beside each, `1.txt` beside `1.mp4` (`captions`), a folder of parquet
+            files, a `.tar` or a folder of them (`webdataset`).
         data_format: one of `FORMATS`; by default what `source` looks like.
         task: for rows without the column `task`.
         columns: the user's names of columns, e.g. `{"prompt": "caption"}`.
 
     Raises:
-        ValueError: when there is nothing, or `datasets` cannot read it.
+        ValueError: when there is nothing, or it cannot be read.
     """
+    if not Path(source).exists():
+        raise no_such_data(str(source))
     source = Path(source)
-    if not source.exists():
-        raise ValueError(f"{source}: no such file or folder.")
     data_format = data_format or _guess_format(source)
     check_known("data_format", [data_format], FORMATS)
+    folder = source if source.is_dir() else source.parent
+    if data_format == "csv":
+        files = sorted(source.glob("*.csv")) if source.is_dir() else [source]
+        if len(files) != 1:
+            raise ValueError(f"{source}: holds {len(files)} .csv files: pass one of them.")
+        return MediaTable(read_csv(files[0]), folder, task, columns)
+    if data_format == "captions":
+        return MediaTable(read_captions(folder, _media_files(folder)), folder, task, columns)
     if data_format in ("videofolder", "imagefolder"):
         arguments = {"data_dir": str(source)}
     elif source.is_dir():
-        files = sorted(map(str, source.glob({"webdataset": "*.tar", "json": "*.json*"}.get(data_format, "*.parquet"))))
+        pattern = {"webdataset": "*.tar", "json": "*.json*"}.get(data_format, "**/*.parquet")
+        files = sorted(map(str, source.glob(pattern)))
+        check_one_split(source, files)
         arguments = {"data_files": files}
     else:
         arguments = {"data_files": str(source)}
@@ -261,7 +273,7 @@ def load_media_table(
     except Exception as error:  # pyarrow's, pandas' and datasets' own, whichever it is
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"{source}: cannot be read as {data_format} ({reason}).") from error
-    return MediaTable(rows, source if source.is_dir() else source.parent, task, columns)
+    return MediaTable(rows, folder, task, columns)
 
 
 def _guess_format(source: Path) -> str:
@@ -272,15 +284,25 @@ def _guess_format(source: Path) -> str:
     found = {path.suffix.lower().lstrip(".") for path in source.rglob("*") if path.is_file()}
     if "tar" in found:
         return "webdataset"
+    if not any(source.rglob("metadata.*")) and has_captions(_media_files(source)):
+        return "captions"
     videos, images = found & set(VIDEO_SUFFIXES), found & set(IMAGE_SUFFIXES)
+    if not videos and not images and "parquet" in found:
+        return "parquet"
     if videos and images:
         raise ValueError(
             f"{source}: holds both videos and images, of which `datasets` reads one kind: list them in a JSONL file "
             "with the columns `task` and `media`."
         )
     if not videos and not images:
-        raise ValueError(f"{source}: holds no videos, images or .tar files.")
+        raise ValueError(f"{source}: holds no videos, images or .tar or .parquet files.")
     return "videofolder" if videos else "imagefolder"
+
+
+def _media_files(folder: Path) -> list[Path]:
+    """Images and videos of a folder and those in it."""
+    suffixes = {f".{suffix}" for suffix in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)}
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
 
 
 def check_row(row: Row, processor: OmniVideoProcessor | None = None) -> Iterator[Offender]:
@@ -320,6 +342,9 @@ def _text_problems(text: Any, processor: OmniVideoProcessor | None) -> Iterator[
 
 
 def _media_problems(row: Row, column: str, media: Media, wanted: str | None) -> Iterator[Offender]:
+    if media.data is None and "://" in media.name:
+        yield Offender(row.id, f"`{column}` {media.name}: is a URL; download the file and write its path there")
+        return
     try:
         kind = probe(media).kind
     except MediaError as error:

@@ -1,6 +1,7 @@
 """transformers' Trainer for Omni-Video: what differs for a model with several losses, tasks and frozen parts."""
 
 import contextlib
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from transformers.trainer_utils import (
     EvalLoopOutput,
     HubStrategy,
     TrainOutput,
-    rotate_checkpoints,
 )
 
 from ..modeling_omni_video import OmniVideoForConditionalGeneration, OmniVideoOutput
@@ -33,6 +33,7 @@ from .names import check_known
 from .predictions import check_metrics, check_predictable
 from .previews import bind_pipeline, check_previews, draw_previews, log_previews
 from .randomness import derive_seed, draw_dropouts, kept_chance, sample_generators
+from .result import tied_names
 from .run_lock import only_training
 from .stages import cast_frozen, freeze_all_but, part_of
 from .streaming import stream_loader
@@ -121,7 +122,8 @@ class OmniVideoTrainer(Trainer):
         self._stage_args = args
         self._micro_step = (-1, -1)  # optimiser step, batch within it
         self._eval_batches = 0
-        self._writing = False
+        self._writing = self._ending = False
+        self._run_id = uuid.uuid4().hex
         if model is not None:
             self._prepare_for_stage(model)
         super().__init__(model=model, args=args, **trainer_arguments)
@@ -170,10 +172,30 @@ class OmniVideoTrainer(Trainer):
         state = self.accelerator.get_state_dict(self.model_wrapped)
         return {name: state[name] for name in self.trained_names} if self.is_world_process_zero() else {}
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """transformers' `train`, with its `output_dir` kept from other trainings; see [`only_training`]."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, **arguments: Any) -> TrainOutput:
+        """
+        transformers' `train`, with its `output_dir` kept from other trainings; see [`only_training`].
+
+        Args:
+            resume_from_checkpoint: a complete checkpoint, or `True` for the newest complete one.
+            arguments: of transformers' method.
+
+        Raises:
+            ValueError: when another training works in the folder, and for a checkpoint that is not complete.
+        """
         with only_training(self.args):
-            return super().train(*args, **kwargs)
+            checkpoint = resume_from_checkpoint or None
+            if checkpoint is True:
+                checkpoint = checkpoints.last_checkpoint(self.args.output_dir)
+                if checkpoint is None:
+                    raise ValueError(f"`resume_from_checkpoint`: {self.args.output_dir} holds no checkpoint.")
+            elif checkpoint is not None:
+                checkpoints.check_complete(checkpoint)
+            run = None if checkpoint is None else checkpoints.run_of(Path(checkpoint))
+            self._run_id = run or uuid.uuid4().hex
+            if self.args.should_save:
+                checkpoints.clear(Path(self.args.output_dir) / checkpoints.WRITING_FOLDER)
+            return super().train(resume_from_checkpoint=checkpoint, **arguments)
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -434,14 +456,20 @@ class OmniVideoTrainer(Trainer):
         elif self.args.should_save:
             folder = Path(output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            metadata = {"stage": self.args.stage, "base_model": self.model.config._name_or_path}
+            metadata = {
+                "stage": self.args.stage,
+                "base_model": self.model.config._name_or_path,
+                "base_revision": self.base_revision,
+                "lora": self.args.lora,
+                "tied": tied_names(self.accelerator.unwrap_model(self.model)),
+            }
             if self.args.training_stage.lora:
                 metadata |= checkpoint_metadata(self.accelerator.unwrap_model(self.model))
             checkpoints.save_trained(folder / checkpoints.TRAINED_NAME, self.trained_parameters(), metadata)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
-        return str(Path(folder) / checkpoints.WRITING_FOLDER) if self._writing else folder
+        return str(Path(folder) / checkpoints.WRITING_FOLDER) if self._writing or self._ending else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint under another name, and give it its own when it is complete."""
@@ -462,15 +490,28 @@ class OmniVideoTrainer(Trainer):
                 best = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
                 self.state.best_model_checkpoint = str(best)
                 self.state.save_to_json(str(writing / name / "trainer_state.json"))
+            checkpoints.seal(writing / name, self._run_id)
             checkpoints.promote(writing / name, run_folder / name)
-            rotate_checkpoints(
-                output_dir=str(run_folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
+            self._rotate(run_folder, run_folder / name)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run_folder / name))
+
+    def _rotate(self, run_folder: Path, *kept: Path) -> None:
+        best = self.state.best_model_checkpoint
+        kept = {*kept, *([] if best is None else [Path(best)])}
+        checkpoints.rotate(run_folder, self.args.save_total_limit, self._run_id, kept)
+
+    def _finalize_training(self, trial: Any, *args: Any) -> TrainOutput:
+        """With `save_total_limit=1` and a best checkpoint the others go; transformers would ask not whose they are."""
+        self._ending = True
+        try:
+            output = super()._finalize_training(trial, *args)
+        finally:
+            self._ending = False
+        if self.args.should_save and self.state.best_model_checkpoint is not None and self.args.save_total_limit == 1:
+            self._rotate(Path(self._get_output_dir(trial)))
+        return output
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -23,6 +23,7 @@ from .model_card_omni_video import write_model_card
 from .pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
 from .publishing_omni_video import push_completed, push_repository, repository_files
 from .repository_omni_video import missing_parts
+from .settings_omni_video import SizeError
 from .shapes import CHECKPOINT
 from .shapes import cli as shapes_cli
 from .training import cli as training_cli
@@ -353,7 +354,8 @@ class _one_line_errors:  # noqa: N801 - used as a function
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    message = error.for_command_line() if isinstance(error, SizeError) else str(error)
+    text = " ".join(message.split()) or type(error).__name__
     return text if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: {text}"
 
 

@@ -27,14 +27,16 @@ from .processing_omni_video import OmniVideoProcessor
 from .publishing_omni_video import push_repository
 from .remote_code_omni_video import __version__
 from .repository_omni_video import finalize_repository
+from .request_checks_omni_video import NotFiniteError
 from .saving_omni_video import OmniVideoSavingMixin
-from .settings_omni_video import PRESETS
+from .settings_omni_video import PRESETS, SizeError
 from .source_omni_video import Source
 
 __all__ = [
     "PRESETS",
     "Guidance",
     "MemoryProfile",
+    "NotFiniteError",
     "OmniVideoAdapter",
     "OmniVideoAdapterConfig",
     "OmniVideoConfig",
@@ -48,6 +50,7 @@ __all__ = [
     "OmniVideoSavingMixin",
     "OmniVideoVisionHead",
     "OmniVideoVisionHeadConfig",
+    "SizeError",
     "Source",
     "TrainingSummary",
     "VideoClip",

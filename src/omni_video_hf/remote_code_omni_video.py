@@ -25,6 +25,7 @@ MODULES = (
     "configuration_vila",
     "remote_code_omni_video",
     "media_reading_omni_video",
+    "request_checks_omni_video",
     "settings_omni_video",
     "flow_matching_omni_video",
     "losses_omni_video",

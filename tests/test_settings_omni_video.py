@@ -1,9 +1,16 @@
+import copy
+import math
+
+import numpy as np
 import pytest
 
 from omni_video_hf.settings_omni_video import (
     PRESETS,
+    GenerationSettings,
     LatentGrid,
+    SizeError,
     check_num_frames,
+    check_positions,
     check_source_fits,
     resolve_size,
     trim_num_frames,
@@ -83,13 +90,122 @@ def test_frames():
 def test_a_source_that_does_not_fit_is_refused_with_the_largest_that_do():
     room = 2560 - 1024 - 6 - 20
     with pytest.raises(ValueError) as error:
-        check_source_fits(GRID, 480, 832, 81, room, 2560)
+        check_source_fits(GRID, 480, 832, 81, room, 2560, PRESET)
     message = str(error.value)
     assert "8190" in message
-    assert "352x192 with 81 frames" in message
-    assert "832x480 with 9 frames" in message
+    assert "height=192, width=352, num_frames=81" in message
+    assert "height=480, width=832, num_frames=9" in message
     check_source_fits(GRID, 192, 352, 81, room, 2560)
     check_source_fits(GRID, 480, 832, 9, room, 2560)
     with pytest.raises(ValueError):
         check_source_fits(GRID, 480, 832, 13, room, 2560)
     check_source_fits(GRID, 480, 832, 81, 8190, 10000)
+
+
+def random_grids():
+    """Grids, sizes and limits of all kinds, from a seed."""
+    rng = np.random.default_rng(0)
+
+    def choose(values):
+        return values[rng.integers(len(values))]
+
+    for _ in range(400):
+        grid = LatentGrid(
+            spatial=choose([8, 16]),
+            temporal=4,
+            patch=(1, 2, 2),
+            source_patch=(1, *choose([(2, 2), (4, 4), (3, 3)])),
+            positions=choose([24, 64, 1024]),
+        )
+        multiple = grid.multiple(with_source=True)
+        preset = choose(list(PRESETS.values())) | {"num_frames": 81}
+        height, width = (multiple * int(rng.integers(1, 120)) for _ in range(2))
+        yield grid, preset, height, width, int(rng.integers(1, 600)), int(rng.integers(-5, 4000))
+
+
+def test_what_is_proposed_passes_the_checks_and_is_nothing_that_was_refused():
+    refused = nothing = 0
+    for grid, preset, height, width, num_frames, room in random_grids():
+        try:
+            check_source_fits(grid, height, width, num_frames, room, 5000, preset)
+            check_positions(grid, height, width, num_frames, preset, True, room)
+        except SizeError as error:
+            refused += 1
+            nothing += not error.proposals
+            assert len(error.proposals) <= 3
+            for proposal in error.proposals:
+                size = (proposal.height, proposal.width)
+                assert resolve_size(grid, *size, preset, size) == (*size, [])
+                check_num_frames(grid, proposal.num_frames)
+                check_source_fits(grid, *size, proposal.num_frames, room, 5000, preset)
+                check_positions(grid, *size, proposal.num_frames, preset, True, room)
+                assert proposal.num_frames <= num_frames
+                assert proposal.height <= height
+                assert f"height={proposal.height}, width={proposal.width}" in str(error)
+                assert f"--size {proposal.width}x{proposal.height}" in error.for_command_line()
+            if not error.proposals:  # then not even the smallest size works
+                smallest = grid.multiple(with_source=True)
+                long = max(smallest * round(max(height, width) / min(height, width)), smallest)
+                assert grid.source_tokens(smallest, smallest, 1) > room or long > smallest
+    assert refused > 100
+    assert refused - nothing > 80
+
+
+def test_fewer_frames_at_the_presets_size_come_before_a_tiny_size():
+    grid = LatentGrid(8, 4, (1, 2, 2), (1, 2, 2), positions=64)
+    preset = {"height": 64, "width": 64, "num_frames": 17}
+    with pytest.raises(SizeError) as error:  # a clip of ten seconds and the small checkpoint
+        check_source_fits(grid, 480, 848, 301, 120, 192, preset)
+    first = error.value.proposals[0]
+    assert (first.height, first.width) == (48, 80)
+    assert first.num_frames == 29
+    assert all(proposal.height >= 32 for proposal in error.value.proposals)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "frames", "problem", "works"),
+    [
+        (64, 1040, 5, "4 rows, 65 columns and 2 frames of tokens", (48, 1024, 5)),
+        (16, 16, 257, "1 rows, 1 columns and 65 frames of tokens", (16, 16, 253)),
+        (1040, 64, 1, "65 rows, 4 columns and 1 frames of tokens", (1024, 48, 1)),
+    ],
+)
+def test_sizes_and_lengths_without_positions_are_refused(height, width, frames, problem, works):
+    grid = LatentGrid(8, 4, (1, 2, 2), (1, 2, 2), positions=64)
+    with pytest.raises(SizeError, match="positions for 64 of each") as error:
+        check_positions(grid, height, width, frames, {"height": 64, "width": 64})
+    assert problem in str(error.value)
+    proposals = [(p.height, p.width, p.num_frames) for p in error.value.proposals]
+    assert any(p[2] == works[2] and abs(p[0] - works[0]) <= 16 and abs(p[1] - works[1]) <= 16 for p in proposals)
+    for proposal in proposals:
+        check_positions(grid, *proposal)
+    assert ("num_frames" in str(error.value)) == (frames > 1)
+    assert ("--frames" in error.value.for_command_line()) == (frames > 1)
+
+
+def test_the_error_travels_between_processes():
+    grid = LatentGrid(8, 4, (1, 2, 2), (1, 2, 2), positions=64)
+    with pytest.raises(SizeError) as error:
+        check_source_fits(grid, 480, 848, 301, 120, 192, {"height": 64, "width": 64})
+    again = copy.copy(error.value)
+    assert str(again) == str(error.value)
+    assert again.for_command_line() == error.value.for_command_line()
+    assert "--max-context-length" in again.for_command_line()
+    assert "truncate" not in again.for_command_line()
+
+
+@pytest.mark.parametrize(
+    "name", ["height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale", "flow_shift"]
+)
+def test_settings_are_numbers_within_their_range(name):
+    values = PRESETS["t2v"] | {"task": "t2v"}
+    assert GenerationSettings(**values).to_dict() == values
+    whole = name in ("height", "width", "num_frames", "num_inference_steps")
+    kept = getattr(GenerationSettings(**(values | {name: (np.int64 if whole else np.float32)(4)})), name)
+    assert kept == 4
+    assert type(kept) in (int, float)
+    bad = ["4", True, math.nan, math.inf, -1, None if name != "fps" else "", *([4.5, 0] if whole else [])]
+    bad += [0] if name in ("fps", "flow_shift") else []
+    for value in bad:
+        with pytest.raises(ValueError, match=f"`{name}` must be a (whole|finite) number"):
+            GenerationSettings(**(values | {name: value}))

@@ -96,7 +96,8 @@ def as_usage() -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """What an error says, on one line, without access tokens."""
-    text = mask_tokens(" ".join(str(error).split())) or type(error).__name__
+    words = getattr(error, "for_command_line", error.__str__)()  # a `SizeError` names flags instead of arguments
+    text = mask_tokens(" ".join(words.split())) or type(error).__name__
     return text if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: {text}"
 
 

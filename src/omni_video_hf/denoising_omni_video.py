@@ -12,6 +12,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from .attention_omni_video import ConstantContext, check_not_denoising, constant_context
 from .flow_matching_omni_video import UncheckedSolve
 from .guidance_omni_video import Guidance
+from .request_checks_omni_video import FiniteSteps
 from .turns_omni_video import has_turn, in_turn, turn
 
 
@@ -120,7 +121,7 @@ class OmniVideoDenoisingMixin:
         self.transformer._reset_stateful_cache()  # what the caller ran himself may have left something behind
         scheduler.set_begin_index(0)
         scheduler.sigmas = scheduler.sigmas.to(latents.device)  # else UniPC copies them over, three in every step
-        timesteps = scheduler.timesteps
+        timesteps, finite = scheduler.timesteps, FiniteSteps()
         self._num_timesteps = len(timesteps)
         step_kwargs = {"return_dict": False}
         if "generator" in inspect.signature(scheduler.step).parameters:
@@ -139,12 +140,14 @@ class OmniVideoDenoisingMixin:
                     with UncheckedSolve():
                         latents = scheduler.step(velocity, timestep, tensors["latents"], **step_kwargs)[0]
                     tensors["latents"] = latents
+                    finite.add(step, latents)
                     if callback_on_step_end is not None:
                         given = {
                             name: tensors[_ALIASES.get(name, name)] for name in callback_on_step_end_tensor_inputs
                         }
                         changed = _changes(callback_on_step_end(self, step, timestep, dict(given)), given, tensors)
                         tensors |= changed
+                        finite.add(step, tensors["latents"], "`callback_on_step_end`")
                         if changed.keys() & {"context", "null_context"}:
                             for branch, states in self._branch_contexts(tensors, guidance).items():
                                 constant.set(branch, states)
@@ -152,6 +155,7 @@ class OmniVideoDenoisingMixin:
         finally:
             self._current_timestep = None
             self.transformer._reset_stateful_cache()
+        finite.check(len(timesteps))
         return tensors["latents"]
 
     def _branch_contexts(self, tensors: dict[str, torch.Tensor | None], guidance: Guidance) -> dict[str, torch.Tensor]:

@@ -8,8 +8,10 @@ LoRA for every trained part, in one file.
 Rank and alpha of every layer are in the file's metadata, as diffusers writes them.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,62 @@ from transformers import PreTrainedModel
 
 from .lora_files_omni_video import PREFIXES, LoraPart, lora_settings, read_lora_file, split_lora
 from .repository_omni_video import staged
+from .request_checks_omni_video import check_number
 
 logger = logging.get_logger(__name__)
 
 FILE_ARGUMENTS = ("weight_name", "subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
+
+
+def with_lora_scale(call: Callable) -> Callable:
+    """
+    Let `attention_kwargs={"scale": ...}` of a pipeline's call scale the LoRA of all its parts.
+
+    diffusers scales the decoder's alone, during each of its passes, and forgets the weights of `set_adapters` after a
+    scale of 0. Here every part has the scale during the whole call, and exactly its own again afterwards.
+    """
+    position = list(signature(call).parameters).index("attention_kwargs")
+
+    @wraps(call)
+    def scaled(self: "OmniVideoLoraLoaderMixin", *args: Any, **kwargs: Any) -> Any:
+        given = args[position - 1] if len(args) >= position else kwargs.get("attention_kwargs")
+        if not isinstance(given, Mapping) or "scale" not in given:
+            return call(self, *args, **kwargs)
+        rest = {name: value for name, value in given.items() if name != "scale"} or None
+        if len(args) >= position:
+            args = (*args[: position - 1], rest, *args[position:])
+        else:
+            kwargs["attention_kwargs"] = rest
+        scale = check_number("scale", given["scale"])
+        with ExitStack() as stack:
+            for component in self._lora_loadable_modules:
+                stack.enter_context(_scaled(getattr(self, component, None), scale))
+            return call(self, *args, **kwargs)
+
+    return scaled
+
+
+@contextmanager
+def _scaled(model: nn.Module | None, scale: float) -> Iterator[None]:
+    """Multiply the scale of the active LoRA layers of a component."""
+    layers = [] if model is None else [layer for _, layer in _lora_modules(model)]
+    before = [
+        {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in layer.scaling.items()}
+        for layer in layers
+    ]
+    try:
+        for layer in layers:
+            for name in layer.active_adapters:
+                if name in layer.scaling:
+                    layer.scaling[name] *= scale
+        yield
+    finally:
+        for layer, values in zip(layers, before, strict=True):
+            for name, value in values.items():
+                if isinstance(value, torch.Tensor):  # of a compiled model, which holds the tensor itself
+                    layer.scaling[name].copy_(value)
+                else:
+                    layer.scaling[name] = value
 
 
 class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
@@ -127,6 +181,7 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
         mllm_lora_adapter_metadata: dict[str, Any] | None = None,
         is_main_process: bool = True,
         weight_name: str | None = None,
+        safe_serialization: bool = True,
     ) -> None:
         """
         Write one safetensors file. [`collect_lora_layers`] gives the arguments for a trained model or a pipeline.
@@ -139,7 +194,10 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
                 peft's `LoraConfig`; without them alpha is lost and taken for the rank when the file is loaded.
             is_main_process: only the main process writes.
             weight_name: `pytorch_lora_weights.safetensors` by default.
+            safe_serialization: must stay `True`; pickles are not written.
         """
+        if not safe_serialization:
+            raise ValueError("`safe_serialization=False` would write pickles, which can run code: leave it `True`.")
         layers = {"transformer": transformer_lora_layers, "adapter": adapter_lora_layers}
         metadata = {
             "transformer": transformer_lora_adapter_metadata,

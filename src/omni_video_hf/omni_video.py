@@ -28,18 +28,20 @@ from .processing_omni_video import OmniVideoProcessor
 from .publishing_omni_video import push_repository
 from .remote_code_omni_video import __version__
 from .repository_omni_video import finalize_repository
+from .request_checks_omni_video import NotFiniteError
 from .saving_omni_video import OmniVideoSavingMixin
 from .scheduling_omni_video import prepare_scheduler
-from .settings_omni_video import PRESETS
+from .settings_omni_video import PRESETS, SizeError
 from .source_omni_video import Source
 from .staging_omni_video import finish_saving
-from .writing_omni_video import complete_or_absent
 from .turns_omni_video import turn
+from .writing_omni_video import complete_or_absent
 
 __all__ = [
     "PRESETS",
     "Guidance",
     "MemoryProfile",
+    "NotFiniteError",
     "OmniVideoAdapter",
     "OmniVideoAdapterConfig",
     "OmniVideoConfig",
@@ -54,6 +56,7 @@ __all__ = [
     "OmniVideoSavingMixin",
     "OmniVideoVisionHead",
     "OmniVideoVisionHeadConfig",
+    "SizeError",
     "Source",
     "TrainingSummary",
     "VideoClip",

@@ -18,17 +18,19 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from .denoising_omni_video import OmniVideoDenoisingMixin, callback_inputs, whole_call
 from .guidance_omni_video import Guidance
-from .lora_omni_video import OmniVideoLoraLoaderMixin
+from .lora_omni_video import OmniVideoLoraLoaderMixin, with_lora_scale
 from .media_omni_video import probe_video
 from .modeling_omni_video import OmniVideoForConditionalGeneration
 from .modeling_omni_video_connectors import ContextOverflow, OmniVideoAdapter
 from .pipeline_loading_omni_video import OmniVideoRepositoryMixin
 from .processing_omni_video import OmniVideoProcessor, get_task
+from .request_checks_omni_video import check_numbers, check_result, check_tensors
 from .scheduling_omni_video import check_scheduler, chosen_shift, prepare_scheduler, preset_shift
 from .settings_omni_video import (
     GenerationSettings,
     LatentGrid,
     check_num_frames,
+    check_positions,
     check_source_fits,
     find_presets,
     keep_presets,
@@ -139,6 +141,7 @@ class OmniVideoPipeline(
             temporal=self.vae.config.scale_factor_temporal,
             patch=tuple(self.transformer.config.patch_size),
             source_patch=tuple(self.adapter.config.visual_context_patch_size),
+            positions=self.transformer.config.rope_max_seq_len,
         )
 
     @property
@@ -159,6 +162,7 @@ class OmniVideoPipeline(
     # --- the call ---------------------------------------------------------------------------------------------------
 
     @whole_call
+    @with_lora_scale
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -244,7 +248,8 @@ class OmniVideoPipeline(
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, defaults to `True`): Whether to return an [`OmniVideoPipelineOutput`] or a tuple
                 `(frames, text)`.
-            attention_kwargs (`dict`, *optional*): Passed to the decoder's attention processors.
+            attention_kwargs (`dict`, *optional*): Passed to the decoder's attention processors; `scale` multiplies the
+                LoRA of all parts during the call.
             callback_on_step_end (*optional*): Called as `callback(pipe, step, timestep, tensors)` after every step.
                 The pipeline's components can be used in it, but no other call can begin on the pipeline or decoder.
             callback_on_step_end_tensor_inputs: Tensors it gets: `latents`, `context`, `null_context`; the latter two
@@ -269,6 +274,19 @@ class OmniVideoPipeline(
             task=task,
             negative_prompt=negative_prompt,
             num_frames=num_frames,
+            numbers={
+                "height": height,
+                "width": width,
+                "fps": fps,
+                "num_inference_steps": num_inference_steps,
+                "guidance_scale": guidance_scale,
+                "flow_shift": flow_shift,
+                "max_new_tokens": max_new_tokens,
+                "max_sequence_length": max_sequence_length,
+                "max_context_length": max_context_length,
+            },
+            latents=latents,
+            negative_mllm_hidden_states=negative_mllm_hidden_states,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             mllm_hidden_states=mllm_hidden_states,
@@ -280,8 +298,7 @@ class OmniVideoPipeline(
         )
         prompts = [prompt] if isinstance(prompt, str) else prompt
         batch_size = len(prompts) if prompts is not None else len(mllm_hidden_states)
-        notes: list[str] = []
-        generator, seed = seeded_generator(generator)
+        notes, (generator, seed) = [], seeded_generator(generator)
 
         # 2. Source and task. For an answer only the frames that the MLLM sees are decoded.
         source = Source.of(video, image, batch_size)
@@ -291,14 +308,18 @@ class OmniVideoPipeline(
                 settings = {"task": task, "max_new_tokens": max_new_tokens, "seed": seed}
                 return self._output(return_dict, text=answers, task=task, settings=settings)
             self._check_can_generate(task)
+        room = self._source_room(
+            task, prompts, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale, max_sequence_length,
+            max_context_length,
+        ) if source.kind is not None and context_overflow == "error" else None  # fmt: skip
         if source.videos is not None:
-            self.check_videos_fit(source, height, width, num_frames, fps, context_overflow, max_context_length)
+            self.check_videos_fit(source, height, width, num_frames, fps, context_overflow, max_context_length, room)
             source = source.load(num_frames, fps)
 
         # 3. Settings
         settings, source = self.prepare_settings(
             task, source, height, width, num_frames, fps, num_inference_steps, guidance_scale, flow_shift,
-            source_latents if source_latents is not None else reference_latents, notes,
+            source_latents if source_latents is not None else reference_latents, notes, room, max_context_length,
         )  # fmt: skip
         self._guidance_scale = settings.guidance_scale
         guidance = guidance.with_caches(self.transformer, self.do_classifier_free_guidance)
@@ -306,30 +327,32 @@ class OmniVideoPipeline(
         # 4. MLLM and vision head, text encoder, source: once per call and one after the other, both branches together,
         # so that with `enable_model_cpu_offload` only one of them is on the device
         device, output_kind = self._execution_device, get_task(task).output
-        vision_tokens = self.encode_instruction(task, prompts, source, mllm_hidden_states, mllm_frames)
+        vision_tokens = check_result(
+            self.encode_instruction(task, prompts, source, mllm_hidden_states, mllm_frames), "The MLLM or vision head"
+        )
         if self.do_classifier_free_guidance:
             null_vision_tokens = self.encode_null_instruction(
                 task, negative_prompt, batch_size, source, negative_mllm_hidden_states, mllm_frames
             )
         if prompt_embeds is None:
-            prompt_embeds = self.encode_prompt(prompts, max_sequence_length, context_overflow)
+            prompt_embeds = check_result(
+                self.encode_prompt(prompts, max_sequence_length, context_overflow), "The text encoder"
+            )
         if self.do_classifier_free_guidance and negative_prompt is not None:
             negatives = _per_prompt(negative_prompt, batch_size)
             negative_prompt_embeds = self.encode_prompt(negatives, max_sequence_length, context_overflow)
-        if source.kind is not None and context_overflow == "error":
-            used = self._context_length(prompt_embeds, output_kind)
-            limit = max_context_length or self.adapter.config.max_context_length
-            check_source_fits(
-                self.grid,
-                settings.height,
-                settings.width,
-                settings.num_frames if source.videos else 1,
-                limit - used,
-                limit,
-            )
         if source.kind is not None:
-            encoded = self.encode_source(source, settings)
+            encoded = check_result(self.encode_source(source, settings), "The VAE's encoder")
             source_latents, reference_latents = (None, encoded) if task == "i2v" else (encoded, None)
+
+        if context_overflow == "truncate":
+            condition = source_latents if source_latents is not None else reference_latents
+            notes += self._notes_of_overflow(
+                prompts, negative_prompt if self.do_classifier_free_guidance else None,
+                [*prompt_embeds, *_rows(negative_prompt_embeds)],
+                0 if condition is None else self.grid.tokens_of_latents(condition.shape[2:]),
+                max_sequence_length, max_context_length, output_kind,
+            )  # fmt: skip
 
         # 5. Contexts of both branches; without negative prompt, the adapter takes the stored empty one
         context_arguments = {
@@ -339,10 +362,11 @@ class OmniVideoPipeline(
             "context_overflow": context_overflow,
             "max_context_length": max_context_length,
         }
-        context = self.adapter(vision_tokens, prompt_embeds, **context_arguments)
+        context = check_result(self.adapter(vision_tokens, prompt_embeds, **context_arguments), "The adapter")
         null_context = None
         if self.do_classifier_free_guidance:
             null_context = self.adapter(null_vision_tokens, negative_prompt_embeds, **context_arguments)
+            null_context = check_result(null_context, "The unconditional branch (MLLM to adapter)")
             null_context = null_context.expand(batch_size, -1, -1).repeat_interleave(num_videos_per_prompt, dim=0)
         context = context.repeat_interleave(num_videos_per_prompt, dim=0)
 
@@ -389,8 +413,21 @@ class OmniVideoPipeline(
         num_videos_per_prompt: int,
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
+        numbers: dict[str, Any] | None = None,
+        latents: torch.Tensor | None = None,
+        negative_mllm_hidden_states: Any = None,
     ) -> None:
         """Refuse inputs that do not go together; every error names the argument, its value and what is allowed."""
+        check_numbers(num_frames=num_frames, num_videos_per_prompt=num_videos_per_prompt, **(numbers or {}))
+        check_tensors(
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            mllm_hidden_states=mllm_hidden_states,
+            negative_mllm_hidden_states=negative_mllm_hidden_states,
+            source_latents=source_latents,
+            reference_latents=reference_latents,
+        )
         if prompt is None and (prompt_embeds is None or mllm_hidden_states is None):
             raise ValueError("Pass `prompt`, or both `prompt_embeds` and `mllm_hidden_states`.")
         if prompt is not None and (not isinstance(prompt, (str, list)) or len(prompt) == 0):
@@ -411,8 +448,6 @@ class OmniVideoPipeline(
             check_num_frames(self.grid, num_frames)
             if task is not None and get_task(task).output == "image" and num_frames != 1:
                 raise ValueError(f"Task {task!r} draws one image, but `num_frames` is {num_frames}.")
-        if num_videos_per_prompt < 1:
-            raise ValueError(f"`num_videos_per_prompt` must be at least 1, got {num_videos_per_prompt}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
@@ -463,19 +498,29 @@ class OmniVideoPipeline(
         fps: float | None,
         context_overflow: ContextOverflow = "error",
         max_context_length: int | None = None,
+        room: int | None = None,
     ) -> None:
-        """Refuse files that cannot fit the context before a single frame is decoded, by a lower bound of the text."""
-        if context_overflow != "error":
-            return
+        """
+        Refuse files that fit neither the context nor the decoder's positions before a single frame is decoded.
+
+        Args:
+            room: context tokens that are free for the source; by default as many as without any text.
+        """
         limit = max_context_length or self.adapter.config.max_context_length
-        room = limit - self._context_length([torch.empty(1, 0)], "video")
+        if context_overflow != "error":
+            room = None
+        elif room is None:
+            room = limit - self._context_length([torch.empty(1, 0)], "video")
+        preset = self.config.presets["v2v"]
         for video in source.videos:
             if isinstance(video, (str, Path)) and "://" not in str(video):
                 info = probe_video(video)
                 frames = num_frames or (info.num_frames if fps is None else max(1, int(info.duration * fps)))
                 size = (info.height, info.width)
-                rows, columns, _ = resolve_size(self.grid, height, width, self.config.presets["v2v"], size)
-                check_source_fits(self.grid, rows, columns, frames, room, limit)
+                rows, columns, _ = resolve_size(self.grid, height, width, preset, size)
+                if room is not None:
+                    check_source_fits(self.grid, rows, columns, frames, room, limit, preset)
+                check_positions(self.grid, rows, columns, frames, preset, True, room)
 
     @in_turn("processor", "mllm")
     def answer(
@@ -538,13 +583,33 @@ class OmniVideoPipeline(
         flow_shift: float | None,
         condition_latents: torch.Tensor | None = None,
         notes: list[str] | None = None,
+        room: int | None = None,
+        max_context_length: int | None = None,
     ) -> tuple[GenerationSettings, Source]:
         """
         Every number of the generation: the caller's, else the source's, else the preset's of the task.
 
+        Args:
+            room: context tokens that are free for the source; `None` for as many as it takes.
+            max_context_length: the whole context, for the message; the adapter's by default.
+
         Returns:
             The settings, and the source cut to their number of frames. Roundings go to `notes`.
+
+        Raises:
+            ValueError: for numbers that are out of range or do not go together.
+            SizeError: for a source that does not fit the context, and sizes and lengths for which the decoder has no
+                positions.
         """
+        check_numbers(
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            fps=fps,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            flow_shift=flow_shift,
+        )
         preset, notes = self.config.presets[task], [] if notes is None else notes
         source.check_equal(height, num_frames, fps)
         source_size = source.sizes[0] if source.sizes else None
@@ -591,6 +656,14 @@ class OmniVideoPipeline(
                 "flow_shift",
                 flow_shift if flow_shift is not None else chosen_shift(self.scheduler, self.config.scheduler_shift),
             ),
+        )
+        if source.kind is not None and room is not None:
+            frames = settings.num_frames if source.videos is not None else 1
+            limit = max_context_length or self.adapter.config.max_context_length
+            check_source_fits(self.grid, height, width, frames, room, limit, preset)
+        room = room if source.videos is not None or settings.num_frames == 1 else None
+        check_positions(
+            self.grid, settings.height, settings.width, settings.num_frames, preset, source_size is not None, room
         )
         return settings, source
 
@@ -741,6 +814,7 @@ class OmniVideoPipeline(
 
         The pipeline's own scheduler is not touched: calls do not leave state behind.
         """
+        check_numbers(num_inference_steps=num_inference_steps, flow_shift=flow_shift)
         return prepare_scheduler(self.scheduler, num_inference_steps, flow_shift, device)
 
     # --- 8. pixels --------------------------------------------------------------------------------------------------
@@ -750,7 +824,9 @@ class OmniVideoPipeline(
         """Frames of normalised latents, as [`OmniVideoPipelineOutput`] describes."""
         self._require("vae")
         mean, std = self._latent_statistics(latents)
+        check_tensors(latents=latents)
         pixels = self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0]
+        check_result(pixels, "The VAE's decoder")
         return self.video_processor.postprocess_video(pixels, output_type=output_type)
 
     def _latent_statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -761,6 +837,62 @@ class OmniVideoPipeline(
         return mean, std
 
     # --- helpers ----------------------------------------------------------------------------------------------------
+
+    def _source_room(
+        self,
+        task: str,
+        prompts: list[str] | None,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: torch.Tensor | list[torch.Tensor] | None,
+        negative_prompt_embeds: torch.Tensor | list[torch.Tensor] | None,
+        guidance_scale: float | None,
+        max_sequence_length: int,
+        max_context_length: int | None,
+    ) -> int:
+        """Context tokens that are free for the source, counted before anything is encoded."""
+        scale = self.config.presets[task]["guidance_scale"] if guidance_scale is None else guidance_scale
+        lengths = self._text_lengths(prompts) if prompt_embeds is None else [len(row) for row in prompt_embeds]
+        if scale > 1:
+            lengths += [len(row) for row in _rows(negative_prompt_embeds)]
+            lengths += [*self._text_lengths(negative_prompt), self.adapter.config.null_prompt_length]
+        text = torch.empty(1, min(max(lengths, default=0), max_sequence_length), 0)
+        limit = max_context_length or self.adapter.config.max_context_length
+        return limit - self._context_length(text, get_task(task).output)
+
+    def _text_lengths(self, prompts: str | list[str] | None) -> list[int]:
+        """Tokens of every prompt for the text encoder."""
+        if prompts is None or self.tokenizer is None:
+            return []
+        cleaned = [prompt_clean(text) for text in ([prompts] if isinstance(prompts, str) else prompts)]
+        return [len(ids) for ids in self.tokenizer(cleaned).input_ids]
+
+    def _notes_of_overflow(
+        self,
+        prompts: list[str] | None,
+        negative_prompt: str | list[str] | None,
+        embeds: Sequence[torch.Tensor],
+        source_tokens: int,
+        max_sequence_length: int,
+        max_context_length: int | None,
+        output_kind: str,
+    ) -> list[str]:
+        """What `context_overflow="truncate"` cuts: of the prompts for the text encoder, and of the context."""
+        notes = []
+        for name, texts in (("prompt", prompts), ("negative_prompt", negative_prompt)):
+            longest = max(self._text_lengths(texts), default=0)
+            if longest > max_sequence_length:
+                notes.append(
+                    f"`{name}` has {longest} tokens for the text encoder; the last {longest - max_sequence_length} "
+                    f"were left out (`max_sequence_length` {max_sequence_length})."
+                )
+        limit = max_context_length or self.adapter.config.max_context_length
+        length = self._context_length(embeds, output_kind) + source_tokens
+        if length > limit:
+            notes.append(
+                f"The context has {length} tokens; the last {length - limit}, the prompt first, were left out "
+                f"(`max_context_length` {limit})."
+            )
+        return notes
 
     def _context_length(self, prompt_embeds: torch.Tensor | list[torch.Tensor], output_kind: str) -> int:
         """Context tokens of everything but the source, its markers included."""
@@ -801,6 +933,11 @@ def seeded_generator(
     if isinstance(generator, list):
         return generator, seeds if len(seeds) == len(generator) else None
     return generator, seeds[0] if seeds else None
+
+
+def _rows(embeds: torch.Tensor | Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor]:
+    """Embeddings prompt by prompt; none of `None`."""
+    return () if embeds is None else list(embeds)
 
 
 def _per_prompt(value: str | list[str], batch_size: int) -> list[str]:

@@ -29,6 +29,7 @@ MODULES = (
     "remote_code_omni_video",
     "staging_omni_video",
     "media_reading_omni_video",
+    "request_checks_omni_video",
     "settings_omni_video",
     "turns_omni_video",
     "flow_matching_omni_video",

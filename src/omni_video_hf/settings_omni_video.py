@@ -1,10 +1,13 @@
 """Presets of every task, and the arithmetic of sizes, frames and context room, as pure functions."""
 
 import math
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
+
+from .request_checks_omni_video import check_number
 
 # Upstream's defaults (guidance in diffusers' convention: upstream's scale plus one). i2v has none there: t2v's.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -48,7 +51,12 @@ for _preset in PRESETS.values():
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Every number a generation used; part of the pipeline's output."""
+    """
+    Every number a generation used; part of the pipeline's output.
+
+    Raises:
+        ValueError: for a number that is none, not finite, or out of range.
+    """
 
     task: str
     height: int  # pixels
@@ -58,6 +66,12 @@ class GenerationSettings:
     num_inference_steps: int
     guidance_scale: float  # uncond + scale * (cond - uncond)
     flow_shift: float
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "flow_shift"):
+            object.__setattr__(self, name, check_number(name, getattr(self, name)))
+        if self.fps is not None:
+            object.__setattr__(self, "fps", check_number("fps", self.fps))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values."""
@@ -72,6 +86,7 @@ class LatentGrid:
     temporal: int  # frames per latent frame, the first frame alone
     patch: tuple[int, int, int]  # latents per decoder token
     source_patch: tuple[int, int, int]  # latents per context token of a source
+    positions: int | None = None  # rows, columns and frames of decoder tokens that it has positions for; None: any
 
     def multiple(self, with_source: bool) -> int:
         """Height and width must be multiples of this many pixels."""
@@ -87,6 +102,20 @@ class LatentGrid:
         frames, rows, columns = self.source_patch
         rows, columns = rows * self.spatial, columns * self.spatial
         return (self.latent_frames(num_frames) // frames) * (height // rows) * (width // columns)
+
+    def tokens_of_latents(self, shape: Sequence[int]) -> int:
+        """Context tokens that latents of a shape (frames, height, width) take."""
+        return math.prod(size // patch for size, patch in zip(shape, self.source_patch, strict=True))
+
+    def decoder_tokens(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
+        """Frames, rows and columns of decoder tokens, each of which needs a position."""
+        frames, rows, columns = self.patch
+        spatial = self.spatial
+        return self.latent_frames(num_frames) // frames, height // (rows * spatial), width // (columns * spatial)
+
+    def has_positions(self, height: int, width: int, num_frames: int) -> bool:
+        """Whether the decoder has a position for every token of this size and length."""
+        return self.positions is None or max(self.decoder_tokens(height, width, num_frames)) <= self.positions
 
 
 def resolve_size(
@@ -156,33 +185,213 @@ def trim_num_frames(grid: LatentGrid, num_frames: int) -> tuple[int, list[str]]:
     ]
 
 
-def check_source_fits(
-    grid: LatentGrid, height: int, width: int, num_frames: int, room: int, max_context_length: int
+@dataclass(frozen=True)
+class Proposal:
+    """A size and length that work."""
+
+    height: int
+    width: int
+    num_frames: int
+
+    def arguments(self, with_frames: bool) -> str:
+        """In the words of the pipeline's call."""
+        return f"`height={self.height}, width={self.width}" + (
+            f", num_frames={self.num_frames}`" if with_frames else "`"
+        )
+
+    def flags(self, with_frames: bool) -> str:
+        """In the words of the command line."""
+        return f"`--size {self.width}x{self.height}" + (f" --frames {self.num_frames}`" if with_frames else "`")
+
+
+class SizeError(ValueError):
+    """
+    A size or length that the model cannot do, and some that it can.
+
+    Attributes:
+        height, width, num_frames: what was asked for.
+        problem: what is wrong, without the words of an entry point.
+        proposals: what works; may be empty.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        size: tuple[int, int, int],
+        proposals: Sequence[Proposal],
+        advice: str = "",
+        advice_of_command_line: str = "",
+    ) -> None:
+        self.problem, self.proposals = problem, tuple(proposals)
+        self.height, self.width, self.num_frames = size
+        self._command_line = self._sentence(Proposal.flags, advice_of_command_line)
+        super().__init__(self._sentence(Proposal.arguments, advice))
+
+    def for_command_line(self) -> str:
+        """The message in the words of the command line."""
+        return self._command_line
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        size = (self.height, self.width, self.num_frames)
+        return _rebuilt_size_error, (self.problem, size, self.proposals, str(self), self._command_line)
+
+    def _sentence(self, words: Callable[[Proposal, bool], str], advice: str) -> str:
+        options = [words(proposal, self.num_frames > 1) for proposal in self.proposals]
+        works = f" What works: {', or '.join(options)}." if options else " No size is small enough."
+        return " ".join(filter(None, (self.problem + works, advice)))
+
+
+def _rebuilt_size_error(
+    problem: str, size: tuple[int, int, int], proposals: Sequence[Proposal], text: str, command_line: str
+) -> SizeError:
+    """A [`SizeError`] from another process, with its messages as they were."""
+    error = SizeError(problem, size, proposals)
+    error.args, error._command_line = (text,), command_line
+    return error
+
+
+def check_positions(
+    grid: LatentGrid,
+    height: int,
+    width: int,
+    num_frames: int,
+    preset: Mapping[str, Any] | None = None,
+    with_source: bool = False,
+    room: int | None = None,
 ) -> None:
     """
-    Refuse a source that takes more than `room` context tokens, with the largest ones that fit.
+    Refuse a size or length for which the decoder has no positions.
 
     Args:
-        room: tokens of the context that the prompt, the visual tokens and the markers leave free.
+        preset: of the task, for what is proposed instead.
+        with_source: whether the size is also that of a source.
+        room: context tokens for the source; what is proposed fits into them.
+
+    Raises:
+        SizeError: with sizes and lengths that work.
+    """
+    if grid.has_positions(height, width, num_frames):
+        return
+    frames, rows, columns = grid.decoder_tokens(height, width, num_frames)
+    problem = (
+        f"{_described(height, width, num_frames)} has {rows} rows, {columns} columns and {frames} frames of tokens, "
+        f"but the decoder has positions for {grid.positions} of each."
+    )
+    proposals = propose_sizes(grid, height, width, num_frames, preset, with_source, room)
+    raise SizeError(problem, (height, width, num_frames), proposals)
+
+
+def check_source_fits(
+    grid: LatentGrid,
+    height: int,
+    width: int,
+    num_frames: int,
+    room: int,
+    max_context_length: int,
+    preset: Mapping[str, Any] | None = None,
+) -> None:
+    """
+    Refuse a source that takes more than `room` context tokens, with sizes and lengths that fit.
+
+    Args:
+        room: tokens of the context that the prompt, the visual tokens and the boundary embeddings leave free.
+        max_context_length: the whole context, for the message.
+        preset: of the task, for what is proposed instead.
+
+    Raises:
+        SizeError: with sizes and lengths that work.
     """
     tokens = grid.source_tokens(height, width, num_frames)
     if tokens <= room:
         return
-    multiple = grid.multiple(with_source=True)
-    options = []
-    shrink = math.sqrt(max(room, 0) / tokens)
-    smaller = [max(multiple, int(value * shrink) // multiple * multiple) for value in (height, width)]
-    if grid.source_tokens(*smaller, num_frames) <= room:
-        options.append(f"{smaller[1]}x{smaller[0]} with {num_frames} frames (`height`, `width`)")
-    latent_frames = room // max(1, grid.source_tokens(height, width, 1))
-    if num_frames > 1 and latent_frames >= 1:
-        options.append(f"{width}x{height} with {(latent_frames - 1) * grid.temporal + 1} frames (`num_frames`)")
-    fits = f" The largest that fit: {', or '.join(options)}." if options else ""
-    raise ValueError(
-        f"A source of {width}x{height} with {num_frames} frames takes {tokens} context tokens, but {max(room, 0)} are "
-        f"free of {max_context_length}.{fits} Raise `max_context_length` to encode it whole, or pass "
-        "`context_overflow='truncate'` to cut the context's end as upstream does, the prompt first."
+    proposals = propose_sizes(grid, height, width, num_frames, preset, True, room)
+    raise SizeError(
+        f"{_described(height, width, num_frames)} as a source takes {tokens} context tokens, but {max(room, 0)} are "
+        f"free of {max_context_length}.",
+        (height, width, num_frames),
+        proposals,
+        "Raise `max_context_length` to encode it whole, or pass `context_overflow='truncate'` to cut the context's "
+        "end as upstream does, the prompt first.",
+        "Raise `--max-context-length` to encode it whole.",
     )
+
+
+def propose_sizes(
+    grid: LatentGrid,
+    height: int,
+    width: int,
+    num_frames: int,
+    preset: Mapping[str, Any] | None = None,
+    with_source: bool = False,
+    room: int | None = None,
+) -> list[Proposal]:
+    """
+    At most three sizes and lengths that work in place of one that does not, the better one first.
+
+    Fewer frames at the size that was asked for, or at the preset's area in its shape; all frames at a smaller size,
+    unless that is less than a quarter of the preset's area. Only where none of these works, the largest size of the
+    same shape with one frame.
+
+    Args:
+        height, width, num_frames: what was asked for.
+        preset, with_source, room: see [`check_positions`].
+    """
+    multiple = grid.multiple(with_source)
+    area = preset["height"] * preset["width"] if preset else height * width
+    scale = min(1.0, math.sqrt(area / (height * width)))
+    smaller = tuple(_below(value * scale, multiple) for value in (height, width))
+
+    def works(size: tuple[int, int], frames: int) -> bool:
+        fits = room is None or grid.source_tokens(*size, frames) <= room
+        return fits and grid.has_positions(*size, frames)
+
+    def longest(size: tuple[int, int]) -> int:
+        """The most frames that work at a size, 0 for none."""
+        steps = range((num_frames - 1) // grid.temporal + 1)
+        count = bisect_left(steps, True, key=lambda step: not works(size, step * grid.temporal + 1))
+        return (count - 1) * grid.temporal + 1 if count else 0
+
+    def largest(frames: int) -> tuple[int, int] | None:
+        """The largest size of the same shape that works with a number of frames."""
+        scales = {step / side for side in (height, width) for step in range(multiple, side + 1, multiple)}
+        for scale in sorted(scales, reverse=True):
+            size = _below(height * scale, multiple), _below(width * scale, multiple)
+            if works(size, frames):
+                return size
+        return None
+
+    asked = _within_positions(grid, height, width, multiple)
+    shape = (asked[1] / asked[0]) / (width / height)
+    sizes = [asked, smaller] if not with_source or 0.9 < shape < 1.1 else [smaller]
+    found = [(size, longest(size)) for size in sizes]
+    found = [(size, frames) for size, frames in found if frames > (1 if num_frames > grid.temporal else 0)]
+    whole = largest(1 if num_frames < 1 else (num_frames - 1) // grid.temporal * grid.temporal + 1)
+    if whole is not None and 4 * whole[0] * whole[1] >= min(area, height * width):
+        found.append((whole, (num_frames - 1) // grid.temporal * grid.temporal + 1))
+    if not found:
+        size = largest(1)
+        found = [] if size is None else [(size, longest(size))]
+    proposals = [Proposal(*size, frames) for size, frames in found]
+    return list(dict.fromkeys(proposals))[:3]
+
+
+def _described(height: int, width: int, num_frames: int) -> str:
+    if num_frames == 1:
+        return f"An image of {width}x{height}"
+    return f"A video of {width}x{height} with {num_frames} frames"
+
+
+def _within_positions(grid: LatentGrid, height: int, width: int, multiple: int) -> tuple[int, int]:
+    """Height and width on the grid, each no more than the decoder has positions for."""
+    limits = [
+        math.inf if grid.positions is None else grid.positions * grid.spatial * patch for patch in grid.patch[1:]
+    ]
+    return _below(min(height, limits[0]), multiple), _below(min(width, limits[1]), multiple)
+
+
+def _below(value: float, multiple: int) -> int:
+    """The multiple at or below a value, at least one."""
+    return max(multiple, int(value + 1e-6) // multiple * multiple)
 
 
 def _nearest(value: float, multiple: int) -> int:
@@ -226,10 +435,14 @@ __all__ = [
     "PRESETS",
     "GenerationSettings",
     "LatentGrid",
+    "Proposal",
+    "SizeError",
     "check_num_frames",
+    "check_positions",
     "check_source_fits",
     "find_presets",
     "keep_presets",
+    "propose_sizes",
     "resolve_size",
     "trim_num_frames",
 ]

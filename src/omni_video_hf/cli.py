@@ -38,7 +38,6 @@ app = typer.Typer(
 )
 evaluations = typer.Typer(help="Measure a checkpoint.", no_args_is_help=True)
 app.add_typer(evaluations, name="eval")
-_one_line_errors = one_line_errors  # by its earlier name
 
 
 class CpuOffload(StrEnum):
@@ -384,7 +383,10 @@ def evaluate_shapes(
     """
     with one_line_errors(verbose, light=True):
         loading = Loading(model, dtype, device, revision=revision, token=token)
-        pipe = _generation(verbose).load(loading)
+        work = _generation(verbose)
+        shapes_cli.check(line, output)
+        work.check_device(loading)
+        pipe = work.load(loading)
         shapes_cli.evaluate(pipe, count, seed, batch_size, steps, line, output)
 
 

@@ -255,4 +255,4 @@ def _print_settings(settings: dict[str, Any]) -> None:
     console().print(table, highlight=False)
 
 
-__all__ = ["Printing", "ask", "edit", "generate", "load"]
+__all__ = ["Printing", "ask", "check_device", "edit", "generate", "load"]

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..cli_checks import check_repository, place_of
+from ..cli_console import as_usage
+
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Config = Annotated[
@@ -27,6 +30,9 @@ def train(config: str, overrides: Sequence[str]) -> Path | None:
     Returns:
         The folder with the outcome on the main process, `None` on the others.
     """
-    run, arguments = import_module(".recipe", __package__).read_recipe(config, overrides)
+    with as_usage():
+        run, arguments = import_module(".recipe", __package__).read_recipe(config, overrides)
+        check_repository(run.model)
+    run.model = place_of(run.model)
     folder = import_module(".run", __package__).train(run, arguments)
     return folder if arguments.process_index == 0 else None

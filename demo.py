@@ -5,7 +5,6 @@ The model is Omni-Video Shapes, the small trained checkpoint that comes with the
 """
 
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -24,9 +23,9 @@ DRAW, EDIT, STILL = (
 )
 QUESTION = "describe the video"
 COMMANDS = {
-    "circle.mp4": f"omni-video generate '{DRAW}' --output demo/circle.mp4 --seed 0",
-    "blue.mp4": f"omni-video edit demo/circle.mp4 '{EDIT}' --output demo/blue.mp4 --seed 0",
-    "square.png": f"omni-video generate '{STILL}' --output demo/square.png --seed 0",
+    "circle.mp4": f"omni-video generate '{DRAW}' --output demo/circle.mp4 --overwrite --seed 0",
+    "blue.mp4": f"omni-video edit demo/circle.mp4 '{EDIT}' --output demo/blue.mp4 --overwrite --seed 0",
+    "square.png": f"omni-video generate '{STILL}' --output demo/square.png --overwrite --seed 0",
     "answer.txt": f"omni-video ask demo/blue.mp4 '{QUESTION}' --seed 0",
 }
 
@@ -42,10 +41,9 @@ def run(command: str) -> str:
 
 
 def main() -> None:
-    """Everything into the folder `demo`."""
+    """Everything into the folder `demo`; the files of an earlier run are replaced, others stay."""
     start = time.time()
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir()
+    FOLDER.mkdir(exist_ok=True)
     for name, command in COMMANDS.items():
         printed = run(command)
         if name.endswith(".txt"):
@@ -59,7 +57,7 @@ def main() -> None:
     ]
     results_sheet(rows).save(FOLDER / "sheet.png")
     print(f"\nmade in {time.time() - start:.0f} seconds:")  # noqa: T201
-    for path in sorted(FOLDER.iterdir()):
+    for path in (FOLDER / name for name in sorted([*COMMANDS, "sheet.png"])):
         print(f"  demo/{path.name}  {path.stat().st_size:,} bytes")  # noqa: T201
 
 

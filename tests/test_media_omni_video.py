@@ -26,6 +26,7 @@ from omni_video_hf.media_omni_video import (
     save_video,
 )
 from omni_video_hf.media_reading_omni_video import decode_frames, read_index
+from omni_video_hf.media_record import read_media_record
 
 BT709, BT601, BT2020 = 1, 5, 9  # colour matrices in ITU-T H.273
 LUMA = {BT709: (0.2126, 0.0722), BT601: (0.299, 0.114), BT2020: (0.2627, 0.0593)}  # shares of red and blue
@@ -714,6 +715,8 @@ class TestWriting:
             (numbered(2), "none/a.mp4", 8, "does not exist"),
             (numbered(2), "a.mp4", None, "fps"),
             (numbered(2), "a.mp4", 0, "fps"),
+            (numbered(2), "a.mp4", 1e-6, "fps"),
+            (numbered(2), "a.mp4", 1e9, "fps"),
             (numbered(2), "a.mp4", float("nan"), "fps"),
             (np.full((2, 8, 8, 3), np.nan), "a.mp4", 8, "0..1"),
             ([], "a.mp4", 8, "no frames"),
@@ -740,6 +743,48 @@ class TestWriting:
         seen = np.asarray(load_image(tmp_path / name)).astype(int)
         assert np.abs(seen - RED).max() < 6
         assert [path.name for path in tmp_path.iterdir()] == [name]
+
+    @pytest.mark.parametrize("name", ["a.mp4", "a.png", "a.jpg", "a.webp"])
+    def test_a_file_says_how_it_was_made(self, tmp_path, name):
+        made = {"prompt": "[b]ein Fuchs[/b] 狐\n'\"", "seed": 2**64 - 1, "settings": {"fps": 8.5, "x": [None, True]}}
+        if name == "a.mp4":
+            save_video(numbered(2), tmp_path / name, 8, metadata=made)
+            assert numbers(load_video(tmp_path / name).frames) == [0, 1]
+        else:
+            save_image(flat(RED), tmp_path / name, metadata=made)
+            assert np.abs(np.asarray(load_image(tmp_path / name)).astype(int) - RED).max() < 6
+        assert read_media_record(tmp_path / name) == made
+
+    def test_a_file_that_does_not_say_it(self, tmp_path, steady):
+        save_image(flat(RED), tmp_path / "a.png")
+        (tmp_path / "text.mp4").write_text("hello")
+        for path in (tmp_path / "a.png", steady):
+            with pytest.raises(ValueError, match="does not say how it was made"):
+                read_media_record(path)
+        for name in ("text.mp4", "nothing.mp4", "."):
+            with pytest.raises(ValueError, match="cannot be read as a picture or video"):
+                read_media_record(tmp_path / name)
+
+    @pytest.mark.parametrize("metadata", [{"x": object()}, {"x": float("nan")}, {"x": "y" * 70_000}])
+    def test_metadata_that_no_file_takes(self, tmp_path, metadata):
+        assert "metadata" in error_of(save_image, flat(RED), tmp_path / "a.jpg", metadata)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("suffix", [".mp4", ".png"])
+    def test_names_that_are_long_or_taken_by_a_planted_link(self, tmp_path, suffix):
+        def write(path):
+            save_video(numbered(2), path, 8) if suffix == ".mp4" else save_image(flat(RED), path)
+
+        (tmp_path / "victim").write_text("mine")
+        (tmp_path / f".a{suffix}.partial").symlink_to("victim")
+        write(tmp_path / f"a{suffix}")
+        write(tmp_path / ("x" * 251 + suffix))
+        assert (tmp_path / "victim").read_text() == "mine"
+        assert sorted(len(path.name) for path in tmp_path.iterdir()) == [5, 6, 14, 255]
+        mode = (tmp_path / "victim").stat().st_mode
+        assert (tmp_path / f"a{suffix}").stat().st_mode == mode
+        (tmp_path / f"folder{suffix}").mkdir()
+        assert "is a folder" in error_of(write, tmp_path / f"folder{suffix}")
 
     def test_image_suffix(self, tmp_path):
         assert ".png" in error_of(save_image, flat(RED), tmp_path / "a.tga")

@@ -236,6 +236,33 @@ def test_same_seed_same_result_and_another_seed_another(pipe):
     assert not torch.equal(pipe("a dog", task="t2i", generator=seeded(0), output_type="latent").frames, first)
 
 
+def test_a_seed_is_drawn_and_named_where_none_is_given(pipe):
+    arguments = {"task": "t2i", "num_inference_steps": 1, "output_type": "pt"}
+    first, second = (pipe("a hat", **arguments) for _ in range(2))
+    assert first.settings["seed"] != second.settings["seed"]
+    assert not torch.equal(first.frames, second.frames)
+    again = pipe("a hat", generator=seeded(first.settings["seed"]), **arguments)
+    assert torch.equal(again.frames, first.frames)
+    assert again.settings == first.settings
+    torch.manual_seed(5)
+    third = pipe("a hat", **arguments).settings["seed"]
+    torch.manual_seed(5)
+    assert pipe("a hat", **arguments).settings["seed"] == third
+    answer = pipe("what?", task="understand", max_new_tokens=5)
+    same = pipe("what?", task="understand", max_new_tokens=5, generator=seeded(answer.settings["seed"]))
+    assert (answer.text, answer.settings) == (same.text, same.settings)
+
+
+def test_the_seed_of_a_given_generator_is_named_where_it_repeats_the_call(pipe):
+    arguments = {"task": "t2i", "num_inference_steps": 1, "output_type": "latent"}
+    used = seeded(3)
+    assert pipe("a hat", generator=used, **arguments).settings["seed"] == 3
+    assert pipe("a hat", generator=used, **arguments).settings["seed"] is None
+    both = pipe(["a hat", "a cat"], generator=[seeded(4), seeded(5)], **arguments)
+    assert both.settings["seed"] == [4, 5]
+    assert pipe(["a hat", "a cat"], generator=[seeded(4), used], **arguments).settings["seed"] is None
+
+
 def test_encoders_run_once_per_call_whatever_the_steps(pipe):
     calls = []
     parts = {

@@ -272,7 +272,7 @@ def test_import_command(pickles, tmp_path):
     write_pickle(pickles / "t2v_0.pkl", prompt="")
     write_pickle(pickles / "t2v_1.pkl", 1, prompt="new")
     run = CliRunner().invoke(app, ["import-features", str(pickles), "-o", str(tmp_path / "cache")])
-    assert run.exit_code == 2
+    assert run.exit_code == 1
     assert "`prompt` is empty" in run.stderr
     assert "error: 1 problem in 8 samples: repair or remove them, or pass `--on-bad-data skip`." in run.stderr
     run = CliRunner().invoke(

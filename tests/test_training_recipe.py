@@ -113,7 +113,7 @@ def test_wrong_recipes_are_refused(tmp_path):
 
 def refused(base, data, output, words, *options):
     result = command(base, data, output, "decoder", *options)
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert words in " ".join(result.output.split()), result.output
     assert not list(output.glob("checkpoint-*"))
 
@@ -224,7 +224,7 @@ def test_a_run_from_recipe_to_pipeline_and_its_resumption(base, data, tmp_path):
     assert history[-1]["step"] == 4
 
     again = command(base, data, output, "decoder")
-    assert again.exit_code == 2
+    assert again.exit_code == 1
     assert "holds checkpoint-4 of an earlier run: pass `--resume`" in " ".join(again.output.split())
     longer = command(base, data, output, "decoder", "--resume", "--max_steps", "6")
     assert longer.exit_code == 0, longer.output

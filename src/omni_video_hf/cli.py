@@ -16,6 +16,7 @@ from .cli_checks import (
     Loading,
     check_repository,
     check_sources,
+    check_text,
     checked_token,
     place_of,
     read_prompts,
@@ -38,7 +39,6 @@ app = typer.Typer(
 )
 evaluations = typer.Typer(help="Measure a checkpoint.", no_args_is_help=True)
 app.add_typer(evaluations, name="eval")
-_one_line_errors = one_line_errors  # by its earlier name
 
 
 class CpuOffload(StrEnum):
@@ -215,7 +215,7 @@ def edit(
             max_context_length=max_context_length, seed=seed, count=count, negative_prompt=negative_prompt,
         )  # fmt: skip
         drawing.check_format(output)
-        (instruction,) = read_prompts([instruction], None) if instruction != "-" else (instruction,)
+        check_text("INSTRUCTION", instruction)
         kind = None if output is None else output_kind(output)
         check_sources(source)
         outputs = planned_outputs(output, len(source) * count, overwrite)
@@ -246,6 +246,7 @@ def ask(
     with one_line_errors(verbose, light=True):
         loading = Loading(model, dtype, device, cpu_offload, memory, None, lora, revision, token)
         Drawing(seed=seed)
+        check_text("QUESTION", question)
         check_sources(source)
         work = _generation(verbose, quiet)
         work.ask(source, question, max_new_tokens, seed, loading, work.Printing(quiet, as_json))
@@ -387,7 +388,10 @@ def evaluate_shapes(
     """
     with one_line_errors(verbose, light=True):
         loading = Loading(model, dtype, device, revision=revision, token=token)
-        pipe = _generation(verbose).load(loading)
+        work = _generation(verbose)
+        shapes_cli.check(line, output)
+        work.check_device(loading)
+        pipe = work.load(loading)
         shapes_cli.evaluate(pipe, count, seed, batch_size, steps, line, output)
 
 

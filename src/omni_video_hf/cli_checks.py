@@ -176,9 +176,15 @@ def read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[str]:
         found += _lines(file)
     if not found:
         raise UsageProblem("`PROMPT` is missing: give one or several, - for the lines of stdin, or `--prompts-file`.")
-    if not all(prompt.strip() for prompt in found):
-        raise UsageProblem("`PROMPT` must be a non-empty text.")
+    for prompt in found:
+        check_text("PROMPT", prompt)
     return found
+
+
+def check_text(name: str, text: str) -> None:
+    """Refuse an empty text of an argument called `name`."""
+    if not text.strip():
+        raise UsageProblem(f"`{name}` must be a non-empty text.")
 
 
 def _lines(file: str) -> list[str]:
@@ -206,6 +212,7 @@ __all__ = [
     "Loading",
     "check_repository",
     "check_sources",
+    "check_text",
     "checked_token",
     "place_of",
     "read_prompts",

@@ -91,6 +91,7 @@ def ask(
     sources: Sequence[str], question: str, max_new_tokens: int, seed: int | None, loading: Loading, printing: Printing
 ) -> None:
     """Answer one question about every source."""
+    check_device(loading)
     opened = [dict([open_media(source)]) for source in sources]
     (seed,) = _seeds(Drawing(seed=seed))
     pipe = load(loading, printing)
@@ -255,4 +256,4 @@ def _print_settings(settings: dict[str, Any]) -> None:
     console().print(table, highlight=False)
 
 
-__all__ = ["Printing", "ask", "edit", "generate", "load"]
+__all__ = ["Printing", "ask", "check_device", "edit", "generate", "load"]

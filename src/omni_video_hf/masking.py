@@ -4,12 +4,12 @@ import logging
 import re
 from typing import Any, TextIO
 
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
+_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}")
 MASK = "hf_***"
 
 
 def mask_tokens(text: str) -> str:
-    """`text` with every access token (`hf_...`) replaced by `hf_***`."""
+    """`text` with every access token (`hf_...`, `api_org_...`) replaced by `hf_***`."""
     return _TOKEN.sub(MASK, text)
 
 

@@ -2,10 +2,13 @@
 
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+from ..cli_console import UsageProblem
 
 if TYPE_CHECKING:
     from ..pipeline_omni_video import OmniVideoPipeline
@@ -15,6 +18,26 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of examples and noise.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples drawn at once.")]
 Lines = Annotated[list[str] | None, typer.Option("--line", help="Only this line of the table; may come often.")]
 Folder = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for JSON and contact sheets.")]
+
+
+def check(lines: list[str] | None, output: Path | None) -> None:
+    """
+    Refuse what would fail after the work.
+
+    Raises:
+        UsageProblem: for a line that the table does not have, and a folder that cannot be written.
+    """
+    known = import_module(".evaluate", __package__).LINES
+    unknown = sorted(set(lines or ()) - set(known))
+    if unknown:
+        raise UsageProblem(f"`--line`: `lines` must be among {', '.join(known)}, got {', '.join(unknown)}.")
+    if output is not None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=output):
+                pass
+        except OSError as error:
+            raise UsageProblem(f"`--output {output}`: is no folder that takes files ({error.strerror}).") from error
 
 
 def evaluate(
@@ -36,4 +59,4 @@ def evaluate(
         module.save_evaluation(report, evaluation.shown, output)
 
 
-__all__ = ["BatchSize", "Count", "Folder", "Lines", "Seed", "evaluate"]
+__all__ = ["BatchSize", "Count", "Folder", "Lines", "Seed", "check", "evaluate"]

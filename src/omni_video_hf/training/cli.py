@@ -9,6 +9,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from ..cli_checks import check_repository, place_of
+from ..cli_console import as_usage
+
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Config = Annotated[
@@ -49,13 +52,16 @@ def train(config: str | None, overrides: Sequence[str]) -> Path | None:
     Returns:
         The folder with the outcome on the main process, `None` on the others.
     """
-    if EXPORT in overrides:
-        return _export(config, list(overrides))
-    if config is None:
-        raise ValueError(
-            "`--config` is missing: pass a recipe, such as `--config lora`; see `omni-video train --help`."
-        )
-    run, arguments = import_module(".recipe", __package__).read_recipe(config, overrides)
+    with as_usage():
+        if EXPORT in overrides:
+            return _export(config, list(overrides))
+        if config is None:
+            raise ValueError(
+                "`--config` is missing: pass a recipe, such as `--config lora`; see `omni-video train --help`."
+            )
+        run, arguments = import_module(".recipe", __package__).read_recipe(config, overrides)
+        check_repository(run.model)
+    run.model = place_of(run.model)
     folder = import_module(".run", __package__).train(run, arguments)
     return folder if arguments.process_index == 0 else None
 

@@ -4,9 +4,12 @@ from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from ..cli_checks import check_repository, checked_token, place_of
+from ..cli_console import as_usage, one_line_errors
 
 
 class DataFormat(StrEnum):
@@ -86,7 +89,9 @@ def precompute_command(
         Dtype | None, typer.Option(help="Of MLLM and text encoder, as stored by default; the VAE stays in float32.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")] = None,
-    token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", show_envvar=False, help="Hub token.")] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="HF_TOKEN", show_envvar=False, callback=checked_token, help="Hub token.")
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """
@@ -95,13 +100,17 @@ def precompute_command(
     Run it again after an interruption or a change: only what is missing or stale is computed. Under `accelerate
     launch -m omni_video_hf.cli precompute ...` several processes or GPUs share the work.
     """
-    with _one_line_errors(verbose):
+    with one_line_errors(verbose):
+        check_repository(model)
         work = _work()
         work.check_cache(output)
+        with as_usage():
+            settings = work.read_settings(size or (), frames or (), fps, instruction, mllm_frames)
+            table = work.read_table(data, data_format, task, column or ())
         folder = work.compute(
-            work.read_table(data, data_format, task, column or ()),
-            model,
-            work.read_settings(size or (), frames or (), fps, instruction, mllm_frames),
+            table,
+            place_of(model),
+            settings,
             output,
             target_encoder=target_encoder,
             dtype=dtype,
@@ -121,7 +130,7 @@ def import_features_command(
     verbose: Verbose = False,
 ) -> None:
     """Bring upstream's feature pickles into a cache. Nothing that is in them is run."""
-    with _one_line_errors(verbose):
+    with one_line_errors(verbose):
         print(_work().bring_in(sources, output, task, on_bad_data))  # noqa: T201
 
 
@@ -131,8 +140,3 @@ def _work() -> ModuleType:
         return import_module(".data_commands", __package__)
     except ModuleNotFoundError as error:
         raise ImportError(f"Preparing data needs {error.name}: `pip install 'omni-video-hf[train]'`.") from error
-
-
-def _one_line_errors(verbose: bool) -> Any:
-    """The command line's way with errors, which imports this module to know the commands."""
-    return import_module("..cli", __package__)._one_line_errors(verbose)

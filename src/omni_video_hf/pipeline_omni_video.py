@@ -20,7 +20,7 @@ from .attention_omni_video import ConstantContext, constant_context
 from .flow_matching_omni_video import UncheckedSolve, sampling_sigmas
 from .guidance_omni_video import Guidance
 from .lora_omni_video import OmniVideoLoraLoaderMixin
-from .media_omni_video import probe_video
+from .media_omni_video import probe_frames
 from .modeling_omni_video import OmniVideoForConditionalGeneration
 from .modeling_omni_video_connectors import ContextOverflow, OmniVideoAdapter
 from .pipeline_loading_omni_video import OmniVideoRepositoryMixin
@@ -440,8 +440,7 @@ class OmniVideoPipeline(OmniVideoRepositoryMixin, DiffusionPipeline, OmniVideoLo
         room = limit - self._context_length([torch.empty(1, 0)], "video")
         for video in source.videos:
             if isinstance(video, (str, Path)) and "://" not in str(video):
-                info = probe_video(video)
-                frames = num_frames or (info.num_frames if fps is None else max(1, int(info.duration * fps)))
+                info, frames = probe_frames(video, fps, num_frames)
                 size = (info.height, info.width)
                 rows, columns, _ = resolve_size(self.grid, height, width, self.config.presets["v2v"], size)
                 check_source_fits(self.grid, rows, columns, frames, room, limit)

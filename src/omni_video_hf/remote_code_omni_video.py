@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 MODULES = (
     "configuration_vila",
     "remote_code_omni_video",
+    "read_budget_omni_video",
     "media_reading_omni_video",
     "settings_omni_video",
     "flow_matching_omni_video",

@@ -18,6 +18,7 @@ from diffusers.utils import is_peft_available
 from torch import nn
 from transformers import PreTrainedModel
 
+from .lora_metadata_omni_video import check_lora_metadata
 from .repository_omni_video import staged
 
 # Component of the pipeline -> first parts of its keys in the file. Those of `mllm` are the names of its children.
@@ -61,6 +62,7 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
         kwargs.setdefault("use_safetensors", True)  # a pickle is not opened by itself
         state_dict, metadata = self.lora_state_dict(given, **kwargs, return_lora_metadata=True)
         source = given if isinstance(given, str) else "the state dict"
+        check_lora_metadata(metadata, source)
         parts = self._split_lora(state_dict, source)
         if adapter_name is None:
             names = {name for names in self.get_list_adapters().values() for name in names}

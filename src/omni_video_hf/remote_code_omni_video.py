@@ -25,6 +25,8 @@ MODULES = (
     "configuration_vila",
     "remote_code_omni_video",
     "read_budget_omni_video",
+    "chat_template_omni_video",
+    "lora_metadata_omni_video",
     "media_reading_omni_video",
     "settings_omni_video",
     "flow_matching_omni_video",

@@ -1,4 +1,7 @@
+import os
 import struct
+import time
+import tracemalloc
 import wave
 from contextlib import contextmanager
 from fractions import Fraction
@@ -20,13 +23,15 @@ from omni_video_hf.media_omni_video import (
     load_sampled_video,
     load_video,
     open_media,
+    probe_frames,
     probe_video,
     sample_indices,
     save_image,
     save_video,
 )
-from omni_video_hf.media_reading_omni_video import decode_frames, read_index
+from omni_video_hf.media_reading_omni_video import decode_frames, over_background, read_index
 from omni_video_hf.media_record import read_media_record
+from omni_video_hf.read_budget_omni_video import Stopwatch, current_budget, read_budget
 
 BT709, BT601, BT2020 = 1, 5, 9  # colour matrices in ITU-T H.273
 LUMA = {BT709: (0.2126, 0.0722), BT601: (0.299, 0.114), BT2020: (0.2627, 0.0593)}  # shares of red and blue
@@ -639,13 +644,125 @@ class TestAddresses:
         assert len(load_video("https://x.org/b", num_frames=3).frames) == 3
         assert open_media("https://x.org/b") == ("video", "https://x.org/b")
 
-    def test_errors_name_the_address(self, served, monkeypatch):
+    def test_errors_name_the_address(self, served):
         assert "https://x.org/none: could not be downloaded (404" in error_of(load_video, "https://x.org/none")
         served["https://x.org/text"] = b"hello" * 1000
         for call in (load_video, load_image, open_media):
             assert error_of(call, "https://x.org/text").startswith("https://x.org/text: is not a")
-        monkeypatch.setattr(media_omni_video, "MAX_DOWNLOAD_BYTES", 2000)
-        assert "larger than 2000" in error_of(load_video, "https://x.org/text")
+        with read_budget(max_bytes=2000):
+            assert "larger than 2,000 bytes" in error_of(load_video, "https://x.org/text")
+
+
+def animation(width, height, frames=10):
+    """A GIF of about 20 bytes a frame: one pixel changes on a canvas of any size."""
+    data = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
+    frame = b"\x21\xf9\4\0\x0a\0\0\0\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\2\2\x44\1\0"
+    return data + frame * frames + b"\x3b"
+
+
+class TestBudget:
+    @pytest.mark.parametrize("side", [12000, 16000])  # Pillow's own limit lies between the two
+    @pytest.mark.parametrize("call", [open_media, load_image, load_video, probe_video])
+    def test_a_small_file_with_a_giant_picture(self, tmp_path, call, side):
+        path = tmp_path / "a.gif"
+        path.write_bytes(animation(side, side))
+        message = error_of(call, path)
+        assert "a.gif: " in message and "memory" in message and "OMNI_VIDEO_READ_MAX_PIXELS" in message
+        assert "damaged" not in message
+
+    def test_the_limit_is_the_callers(self, tmp_path, steady, monkeypatch):
+        path = tmp_path / "a.png"
+        Image.new("RGB", (30, 20)).save(path)
+        with read_budget(max_pixels=599):
+            message = error_of(load_image, path)
+            assert "a.png: has 30x20 pixels, more than 599" in message and "damaged" not in message
+            assert "has 48x32 pixels" in error_of(load_video, steady)
+            with read_budget(max_pixels=600):
+                assert load_image(path).size == (30, 20)
+        monkeypatch.setenv("OMNI_VIDEO_READ_MAX_PIXELS", "599")
+        assert "more than 599" in error_of(load_image, path)
+        with read_budget(max_bytes=10**6):
+            assert "more than 599" in error_of(load_image, path)
+        with read_budget(max_pixels=1000):
+            assert load_image(path).size == (30, 20)
+
+    def test_unusable_limits(self, monkeypatch):
+        for limits, word in (
+            ({"max_pixels": 0}, "max_pixels"),
+            ({"pixels": 1}, "pixels"),
+            ({"max_bytes": "1"}, "'1'"),
+        ):
+            with pytest.raises(ValueError, match=word), read_budget(**limits):
+                pass
+        monkeypatch.setenv("OMNI_VIDEO_READ_MAX_SECONDS", "soon")
+        with pytest.raises(ValueError, match="OMNI_VIDEO_READ_MAX_SECONDS must be a positive number, got 'soon'"):
+            current_budget()
+
+    def test_a_frame_that_grows_in_the_stream(self, tmp_path):
+        """The decoder itself knows the limit: what the container says of the size may be wrong."""
+        small, large = write(tmp_path / "a.ts", numbered(8)), write(tmp_path / "b.ts", numbered(8, 64, 96))
+        path = tmp_path / "c.ts"
+        path.write_bytes(small.read_bytes() + large.read_bytes())
+        with read_budget(max_pixels=48 * 32):
+            assert "c.ts" in error_of(load_video, path)
+
+    def test_oblong_pixels_count_as_they_are_shown(self, tmp_path):
+        def setup(stream):
+            stream.codec_context.sample_aspect_ratio = Fraction(4, 1)
+
+        path = write(tmp_path / "a.mp4", numbered(4), setup=setup)
+        with read_budget(max_pixels=48 * 32 * 2):
+            assert "has 192x32 pixels" in error_of(probe_video, path)
+
+    @pytest.mark.parametrize("wishes", [{}, {"fps": 7}, {"num_frames": 5}, {"fps": 5, "num_frames": 4}])
+    @pytest.mark.parametrize("name", ["steady", "varying"])
+    def test_the_number_of_frames_is_known_before_decoding(self, name, wishes, request, monkeypatch):
+        path = request.getfixturevalue(name)
+        expected = len(load_video(path, **wishes).frames)
+        assert probe_frames(path, **wishes)[1] == expected
+        monkeypatch.setattr(media_omni_video, "decode_frames", lambda *_: pytest.fail("decoded"))
+        with read_budget(max_bytes=expected * 48 * 32 * 3 - 1):
+            message = error_of(load_video, path, **wishes)
+        assert f"{expected} frames of 48x32" in message and "num_frames" in message
+
+    def test_a_clip_that_stands_still(self, tmp_path, monkeypatch):
+        """Ten frames, the last of them five minutes late: at a steady rate they are thousands."""
+        stamps = [*range(9), 3040]
+        path = write(tmp_path / "a.mp4", numbered(10), stamps=stamps, time_base=Fraction(1, 10), rate=10, bf=0)
+        info, number = probe_frames(path)
+        assert (info.num_frames, number) == (10, 3041)
+
+    def test_an_endless_reader_is_stopped(self, steady):
+        with read_budget(max_seconds=1e-9):
+            message = error_of(load_video, steady)
+        assert "takes longer than 1e-09 seconds" in message and "OMNI_VIDEO_READ_MAX_SECONDS" in message
+
+    def test_the_callers_own_time_does_not_count(self):
+        watch = Stopwatch(MediaError)
+        watch.limit = 0.5
+        start = time.monotonic()
+        for _ in watch.each(range(3)):
+            time.sleep(0.2)
+        assert time.monotonic() - start > watch.limit
+
+    @pytest.mark.parametrize("call", [open_media, load_image, load_video, probe_video])
+    def test_a_pipe_is_not_waited_for(self, tmp_path, call):
+        os.mkfifo(tmp_path / "pipe.mp4")
+        assert "is a pipe or a device" in error_of(call, tmp_path / "pipe.mp4")
+
+    def test_a_large_picture_is_converted_in_strips(self):
+        """At once, the products of colours and transparency alone would take five times the picture."""
+        picture = np.random.default_rng(0).integers(0, 256, (1024, 1024, 4), np.uint8)
+        whole = picture.astype(np.int64)
+        expected = (whole[..., :3] * whole[..., 3:] + 255 * (255 - whole[..., 3:]) + 127) // 255
+        tracemalloc.start()
+        result = over_background(picture)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert np.array_equal(result, expected)
+        assert peak < 2 * picture.nbytes
+        file = Image.fromarray(picture)
+        assert np.array_equal(np.asarray(load_image(file)), expected)
 
 
 class TestSampling:

@@ -8,6 +8,7 @@ import zipfile
 import pytest
 import torch
 
+from omni_video_hf.read_budget_omni_video import read_budget
 from omni_video_hf.safe_load import CorruptCheckpointError, UnsafeCheckpointError, load_checkpoint
 
 REFUSALS = (UnsafeCheckpointError, CorruptCheckpointError)
@@ -281,3 +282,129 @@ def test_archives_are_memory_mapped(tmp_path):
     with open("/proc/self/maps") as maps:  # noqa: PTH123
         assert str(tmp_path / "a.pt") in maps.read()
     assert tensor.sum() == 0
+
+
+# --- files that ask for more than they hold -------------------------------------------------------------------------
+
+
+def shared(make, depth=40, width=10):
+    """A container that names the one before `width` times, `depth` deep: 10^40 entries to walk through."""
+    value = make([1])
+    for _ in range(depth):
+        value = make([value] * width)
+    return value
+
+
+def tuples_as_key(opcode):
+    """A pickle that puts a tuple of shared tuples where its hash is needed."""
+    value = pickle.dumps(shared(tuple), protocol=2)[:-1]  # without the end
+    if opcode == "SETITEM":
+        return b"\x80\x02}" + value[2:] + b"K\x01s."
+    if opcode == "SETITEMS":
+        return b"\x80\x02}(" + value[2:] + b"K\x01u."
+    if opcode == "DICT":
+        return b"\x80\x02(" + value[2:] + b"K\x01d."
+    if opcode == "ADDITEMS":
+        return b"\x80\x04\x8f(" + value[2:] + b"\x90."
+    if opcode == "FROZENSET":
+        return b"\x80\x04(" + value[2:] + b"\x91."
+    return b"\x80\x02ccollections\nOrderedDict\n" + value[2:] + b"K\x01\x86\x85\x85R."
+
+
+def in_archive(data, **settings):
+    """`data` as the pickle of a torch archive."""
+    saved, changed = io.BytesIO(), io.BytesIO()
+    torch.save({"weight": torch.zeros(2)}, saved)
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(changed, "w", **settings) as new:
+        for record in old.infolist():
+            new.writestr(record.filename, data if record.filename.endswith("data.pkl") else old.read(record))
+    return changed.getvalue()
+
+
+KEYS = ["SETITEM", "SETITEMS", "DICT", "ADDITEMS", "FROZENSET", "REDUCE"]
+
+
+@pytest.mark.parametrize("archived", [False, True])
+@pytest.mark.parametrize("opcode", KEYS)
+def test_keys_that_take_for_ever_to_hash(tmp_path, opcode, archived):
+    data = tuples_as_key(opcode)
+    path = tmp_path / "x.pt"
+    path.write_bytes(in_archive(data) if archived else data)
+    with pytest.raises(CorruptCheckpointError, match=r"x\.pt.*a key is a tuple"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("archived", [False, True])
+@pytest.mark.parametrize("make", [list, tuple, lambda entries: dict(enumerate(entries))])
+def test_shared_containers_without_end(tmp_path, make, archived):
+    data = pickle.dumps(shared(make), protocol=2)
+    path = tmp_path / "x.pt"
+    path.write_bytes(in_archive(data) if archived else data)
+    with pytest.raises(CorruptCheckpointError, match=r"x\.pt.*more than 1,000,000 entries.*OMNI_VIDEO_READ_MAX_STEPS"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_a_container_that_holds_itself(tmp_path, archived):
+    value = []
+    value.append(value)
+    data = pickle.dumps({"x": value}, protocol=2)
+    path = tmp_path / "x.pt"
+    path.write_bytes(in_archive(data) if archived else data)
+    with pytest.raises(CorruptCheckpointError, match="holds itself"):
+        load_checkpoint(path)
+
+
+def test_a_little_sharing_is_read_and_stays_shared(tmp_path):
+    tensor = torch.arange(4.0)
+    part = [tensor, "name", (1, 2)]
+    value = {"first": part, "second": part, ("a", 1): tensor}
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps(value))
+    read = load_checkpoint(path)
+    assert equal(read["first"], part)
+    assert read["second"] is read["first"]
+    assert read["first"][0] is read["a", 1]
+
+
+def test_a_large_file_may_have_as_many_entries_as_bytes(tmp_path):
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps(list(range(3000))))
+    with read_budget(max_steps=10):
+        assert load_checkpoint(path) == list(range(3000))
+
+
+@pytest.mark.parametrize("kind", ["archive", "legacy", "pickle"])
+def test_a_tensor_that_repeats_its_values_without_end(tmp_path, kind):
+    path, value = tmp_path / "x.pt", torch.zeros(1).expand(10**9, 10**9)
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps({"x": value}))
+    else:
+        torch.save({"x": value}, path, _use_new_zipfile_serialization=kind == "archive")
+    with pytest.raises(CorruptCheckpointError, match=r"would take 4,000,000,000,000,000,000 bytes.*MAX_BYTES"):
+        load_checkpoint(path)
+
+
+def test_one_stream_named_many_times(tmp_path):
+    """A pickle of 100 kB that would copy its 50 kB of tensor 5000 times."""
+    data = legacy_bytes(torch.storage.TypedStorage(12_000, dtype=torch.float32))
+    call = b"ctorch.storage\n_load_from_bytes\nq\x01B" + struct.pack("<I", len(data)) + data + b"q\x02\x85R0"
+    path = tmp_path / "x.pkl"
+    path.write_bytes(b"\x80\x03" + call + b"h\x01h\x02\x85R0" * 5000 + b"N.")
+    with pytest.raises(CorruptCheckpointError, match="named too often"):
+        load_checkpoint(path)
+
+
+def test_a_compressed_archive(tmp_path):
+    """A megabyte of it may be a gigabyte of zeros."""
+    path = tmp_path / "x.pt"
+    path.write_bytes(in_archive(pickle.dumps("a" * 10**6, protocol=2), compression=zipfile.ZIP_DEFLATED))
+    with pytest.raises(CorruptCheckpointError, match="compressed"):
+        load_checkpoint(path)
+
+
+def test_integers_made_to_collide(tmp_path):
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps({number * (2**61 - 1): 0 for number in range(5)}))
+    with pytest.raises(CorruptCheckpointError, match="no plain value"):
+        load_checkpoint(path)

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .lora_files_omni_video import PREFIXES, LoraPart, lora_settings, read_lora_file, split_lora
+from .lora_metadata_omni_video import check_lora_metadata
 from .repository_omni_video import staged
 from .request_checks_omni_video import check_number
 
@@ -125,6 +126,7 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
             raise TypeError(f"`load_lora_weights` has no arguments {unknown}; there are {FILE_ARGUMENTS}.")
         components = {name: getattr(self, name, None) for name in PREFIXES}
         file = read_lora_file(pretrained_model_name_or_path_or_dict, **kwargs)
+        check_lora_metadata(file.settings or file.peft_config, file.source)
         parts = split_lora(file, components)
         adapter_name = self._adapter_name(adapter_name, parts, hotswap)
         with self._without_offload(), _nothing_on_failure({name: components[name] for name in parts}, adapter_name):

@@ -19,22 +19,25 @@ from transformers.utils import is_av_available
 
 from .media_reading_omni_video import (
     BACKGROUND,
+    STRIP,
     MediaError,
+    VideoIndex,
     VideoInfo,
     check_file,
     check_pyav,
     decode_frames,
+    open_picture,
     over_background,
     picture_format,
     probe_video,
     read_index,
 )
+from .read_budget_omni_video import current_budget, how_to_raise
 
 if is_av_available():
     import av
     from av.video.reformatter import ColorRange, Colorspace
 
-MAX_DOWNLOAD_BYTES = 2**31
 BT709 = 1  # as primaries and as transfer, in ITU-T H.273; older PyAV has no names for them
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer; the session's own default is to wait for ever
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -74,7 +77,7 @@ def load_image(source: Any) -> Image.Image:
         MediaError: nothing that can be read as one image.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source)
+        return _without_alpha(ImageOps.exif_transpose(source))
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return Image.fromarray(_to_uint8_rgb(source, "image", 2))
     if not isinstance(source, (str, Path)):
@@ -87,9 +90,10 @@ def load_image(source: Any) -> Image.Image:
         if found[1] > 1:
             raise MediaError(f"{source}: has {found[1]} pictures; give one image, or use it as a video.")
         try:
-            with Image.open(path) as image:
-                return _to_rgb(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            with open_picture(path) as image:
+                ImageOps.exif_transpose(image, in_place=True)
+                return _without_alpha(image)
+        except Exception as error:  # Pillow's readers raise anything on damaged files
             raise MediaError(f"{source}: the image is damaged or cut short ({error}).") from error
 
 
@@ -127,16 +131,26 @@ def save_image(
         picture.save(partial, format=kind, **options)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+def _without_alpha(image: Image.Image) -> Image.Image:
+    """RGB of an upright image of any mode."""
     if image.mode == "F":
         return Image.fromarray(_to_uint8_rgb(np.asarray(image), "image", 2))
     if image.mode.startswith("I"):  # 16 bits and more: Pillow would clip instead of scaling
-        values = np.asarray(image, dtype=np.float64)
+        values = np.asarray(image)
         top = 65535.0 if values.max() > 255 or image.mode.startswith("I;16") else 255.0
-        return Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        grey = np.empty(values.shape, np.uint8)
+        rows = max(1, STRIP // values.shape[1])
+        for start in range(0, len(values), rows):
+            strip = values[start : start + rows].astype(np.float64)
+            grey[start : start + rows] = (strip / top * 255).round().clip(0, 255)
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        return Image.fromarray(over_background(np.asarray(image.convert("RGBA"))))
+        shown = Image.new("RGB", image.size)
+        rows = max(1, STRIP // image.width)
+        for top in range(0, image.height, rows):
+            strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+            shown.paste(Image.fromarray(over_background(np.asarray(strip))), (0, top))
+        return shown
     return image.convert("RGB")
 
 
@@ -187,15 +201,41 @@ def load_video(
     return VideoClip(clip.frames[numbers], None if rate is None else new_rate, clip.notes)
 
 
+def probe_frames(path: str | Path, fps: float | None = None, num_frames: int | None = None) -> tuple[VideoInfo, int]:
+    """
+    What a video file holds, and how many frames [`load_video`] gives for these wishes; nothing is decoded for it.
+
+    Raises:
+        MediaError: as [`load_video`].
+    """
+    index = read_index(path)
+    return index.info, _plan(index, fps, num_frames)[0]
+
+
 def _load_file(path: Path, fps: float | None, num_frames: int | None, max_frames: int | None) -> VideoClip:
     index = read_index(path)
+    number, fps, notes = _plan(index, fps, num_frames)
+    _check_number(number, max_frames)
+    _check_bytes(index, number)  # before as many numbers are made
+    info = index.info
+    numbers, rate = _select(index.times, info.duration, info.fps, index.slack, fps, num_frames, str(path))
+    return VideoClip(_decode(index, numbers), rate, notes)
+
+
+def _plan(index: VideoIndex, fps: float | None, num_frames: int | None) -> tuple[int, float | None, tuple[str, ...]]:
+    """How many frames there will be, the rate to take them at where it is not the file's own, and notes."""
     info, notes = index.info, index.info.notes
     if info.is_variable_frame_rate and fps is None and num_frames is None:
         fps = _steady_rate(index.times) or info.fps
         notes += (f"The frame rate varies; frames were taken at a steady {fps:.4g} per second.",)
-    numbers, rate = _select(index.times, info.duration, info.fps, index.slack, fps, num_frames, str(path))
-    _check_number(len(numbers), max_frames)
-    return VideoClip(_decode(index, numbers), rate, notes)
+    if num_frames is not None:
+        return num_frames, fps, notes
+    return info.num_frames if fps is None else _available(info.duration, index.slack, fps), fps, notes
+
+
+def _available(duration: float, slack: float, fps: float) -> int:
+    """Number of frames that `duration` seconds give at a rate."""
+    return max(1, int(np.ceil((duration - slack) * fps - 1e-6)))
 
 
 def _steady_rate(times: np.ndarray) -> float | None:
@@ -219,7 +259,8 @@ def load_sampled_video(source: Any, strategy: str, num_frames: int) -> np.ndarra
         return _decode(index, sample_indices(strategy, index.info.num_frames, num_frames))
 
 
-def _decode(index: Any, numbers: Sequence[int]) -> np.ndarray:
+def _decode(index: VideoIndex, numbers: Sequence[int]) -> np.ndarray:
+    _check_bytes(index, len(numbers))
     rows: dict[int, list[int]] = {}
     for row, number in enumerate(numbers):
         rows.setdefault(int(number), []).append(row)
@@ -251,7 +292,7 @@ def _select(
         instants = np.linspace(0, times[-1], num_frames)
         numbers = np.interp(instants, times, np.arange(total)).round(6).round().astype(int)
         return numbers.tolist(), (num_frames - 1) / float(times[-1])
-    available = max(1, int(np.ceil((duration - slack) * fps - 1e-6)))
+    available = _available(duration, slack, fps)
     if num_frames is not None and num_frames > available:
         raise MediaError(
             f"{name}: {duration:.3g} seconds give {available} frames at {fps:g} per second, {num_frames} were asked "
@@ -266,6 +307,16 @@ def _check_number(number: int, max_frames: int | None) -> None:
     if max_frames is not None and number > max_frames:
         raise MediaError(
             f"The video gives {number} frames, more than {max_frames}: pass `num_frames` or a lower `fps`."
+        )
+
+
+def _check_bytes(index: VideoIndex, number: int) -> None:
+    """Refuse more frames than the read budget allows, before any is decoded."""
+    info, limit = index.info, current_budget().max_bytes
+    if number * info.width * info.height * 3 > limit:
+        raise MediaError(
+            f"{index.path}: {number:,} frames of {info.width}x{info.height} take more than {limit:,} bytes of memory. "
+            f"Pass `num_frames` or a lower `fps`. {how_to_raise('max_bytes')}"
         )
 
 
@@ -465,10 +516,11 @@ def _local_file(source: str | Path) -> Iterator[Path]:
             request = get_session().stream("GET", str(source), follow_redirects=True, timeout=DOWNLOAD_TIMEOUT)
             with request as response, path.open("wb") as file:
                 response.raise_for_status()
+                limit = current_budget().max_bytes
                 for chunk in response.iter_bytes():
                     file.write(chunk)
-                    if file.tell() > MAX_DOWNLOAD_BYTES:
-                        raise MediaError(f"{source}: is larger than {MAX_DOWNLOAD_BYTES} bytes; download it yourself.")
+                    if file.tell() > limit:
+                        raise MediaError(f"{source}: is larger than {limit:,} bytes. {how_to_raise('max_bytes')}")
         except MediaError:
             raise
         except Exception as error:  # the HTTP library's own errors, whichever it is
@@ -518,6 +570,7 @@ __all__ = [
     "load_sampled_video",
     "load_video",
     "open_media",
+    "probe_frames",
     "probe_video",
     "sample_frames",
     "sample_indices",

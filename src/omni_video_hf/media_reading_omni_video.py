@@ -18,6 +18,8 @@ import numpy as np
 from PIL import Image
 from transformers.utils import is_av_available
 
+from .read_budget_omni_video import Stopwatch, current_budget, how_to_raise
+
 if is_av_available():
     import av
 
@@ -36,6 +38,7 @@ PICTURE_BRANDS = ("avif", "heic", "heix", "mif1")  # pictures in the container o
 
 TRANSFERS = {16: "pq", 18: "hlg"}  # codes of ITU-T H.273; all others are standard dynamic range
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own VP8 and VP9 decoders drop the alpha channel
+STRIP = 2**18  # pixels converted at a time, so that a large picture is not held in several formats at once
 SEEK_GAP = 16  # frames; a shorter way to the next key frame is decoded through, since a jump restarts the decoder
 
 
@@ -114,7 +117,7 @@ def read_index(path: str | Path) -> VideoIndex:
     path = Path(path)
     with open_video(path) as (container, stream):
         _check_ending(path, container.format.name)
-        packets = _read_packets(path, container, stream)
+        packets = _read_packets(path, container, stream, _stopwatch(path))
         is_seekable = "mov" in container.format.name or "matroska" in container.format.name
         average, tick = stream.average_rate or stream.guessed_rate, float(stream.time_base or 0)
     has_stamps = all(packet[0] is not None for packet in packets)
@@ -173,14 +176,56 @@ def decode_frames(index: VideoIndex, wanted: Sequence[int]) -> Iterator[tuple[in
 
 
 def picture_format(path: Path) -> tuple[str, int] | None:
-    """Return the format and number of frames of a picture file, judged by its content; None if it is no picture."""
-    Image.init()
+    """Return the format and number of frames of a picture file, judged by its content; None if it is no picture.
+
+    Raises:
+        MediaError: the picture has more pixels than the read budget allows.
+    """
     try:
-        with Image.open(path, formats=[name for name in PICTURE_FORMATS if name in Image.OPEN]) as image:
+        with open_picture(path) as image:
             # The further pictures in a phone's MPO are depth maps and the like.
             return image.format or "", 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+    except MediaError:
+        raise
+    except Exception:  # Pillow's readers raise anything on damaged files
         return None
+
+
+@contextmanager
+def open_picture(path: Path) -> Iterator[Image.Image]:
+    """Open a picture of a known format whose pixels the read budget allows; nothing is decoded yet."""
+    Image.init()
+    try:
+        image = Image.open(path, formats=[name for name in PICTURE_FORMATS if name in Image.OPEN])
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"{path}: {_too_large(error)}") from error
+    with image:
+        check_pixels(path, *image.size)  # counting the frames of an animation decodes them
+        yield image
+
+
+def check_pixels(path: Path, width: int, height: int) -> None:
+    """Raise `MediaError` for a picture or frame with more pixels than the read budget allows."""
+    limit = current_budget().max_pixels
+    if width * height > limit:
+        raise MediaError(
+            f"{path}: has {width}x{height} pixels, more than {limit:,}: it takes too much memory. Save it smaller. "
+            f"{how_to_raise('max_pixels')}"
+        )
+
+
+def _too_large(error: Exception) -> str:
+    """Pillow's own refusal, which comes with the budget's default only from 179 million pixels on."""
+    found = str(error).partition(", could be")[0]
+    reason = found[:1].lower() + found[1:]
+    return (
+        f"{reason}: it takes too much memory. Save it smaller. {how_to_raise('max_pixels')} Pillow has a limit of its "
+        "own, `PIL.Image.MAX_IMAGE_PIXELS`, which must be raised, too."
+    )
+
+
+def _stopwatch(path: Path) -> Stopwatch:
+    return Stopwatch(lambda reason: MediaError(f"{path}: {reason}"))
 
 
 def check_file(path: Path) -> None:
@@ -189,7 +234,9 @@ def check_file(path: Path) -> None:
         raise MediaError(f"{path}: is a folder; give the path of one picture or video file.")
     if not path.exists():
         raise MediaError(f"{path}: no such file.")
-    if path.is_file() and path.stat().st_size == 0:
+    if not path.is_file():  # opening a pipe waits for its writer, and a device may never end
+        raise MediaError(f"{path}: is a pipe or a device; save its content as a file first.")
+    if path.stat().st_size == 0:
         raise MediaError(f"{path}: the file is empty (0 bytes); download or export it again.")
 
 
@@ -206,9 +253,17 @@ def check_pyav() -> None:
 
 def over_background(rgba: np.ndarray) -> np.ndarray:
     """Composite uint8 [..., 4] RGBA over `BACKGROUND`; returns uint8 [..., 3]."""
-    alpha = rgba[..., 3:].astype(np.uint32)
-    below = np.array(BACKGROUND, np.uint32)
-    return ((rgba[..., :3] * alpha + below * (255 - alpha) + 127) // 255).astype(np.uint8)
+    flat = rgba.reshape(-1, 4)
+    rgb = np.empty((len(flat), 3), np.uint8)
+    below = np.array(BACKGROUND, np.uint16)
+    for start in range(0, len(flat), STRIP):  # the products take twice the memory of the picture
+        strip = flat[start : start + STRIP]
+        if (strip[:, 3] == 255).all():
+            rgb[start : start + STRIP] = strip[:, :3]
+            continue
+        alpha = strip[:, 3:].astype(np.uint16)  # 255 * 255 + 127 fits
+        rgb[start : start + STRIP] = (strip[:, :3] * alpha + below * (255 - alpha) + 127) // 255
+    return rgb.reshape(*rgba.shape[:-1], 3)
 
 
 @contextmanager
@@ -216,10 +271,21 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     """Open a local video file; yields `(container, stream)` and turns FFmpeg's errors into `MediaError`."""
     check_pyav()
     check_file(path)
+    budget = current_budget()
     options = {"format_whitelist": VIDEO_CONTAINERS, "protocol_whitelist": "file"}
+    # FFmpeg decodes a frame to learn what the header does not say: the decoder must know the limit by then.
+    options_of_decoders = {"max_pixels": str(int(budget.max_pixels))}
     try:
-        container = av.open(f"file:{path}", container_options=options, metadata_errors="replace")
-    except (av.FFmpegError, OSError) as error:
+        container = av.open(
+            f"file:{path}",
+            options=options_of_decoders,
+            container_options=options,
+            metadata_errors="replace",
+            timeout=float(budget.max_seconds),
+        )
+    except av.error.ExitError as error:  # FFmpeg looked at the time while it read
+        raise _stopwatch(path).overrun_error() from error
+    except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError(f"{path}: {_why_not_opened(path, error)}") from error
     with container:
         streams = [stream for stream in container.streams.video if "attached_pic" not in _disposition(stream)]
@@ -231,11 +297,18 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
                 f"{path}: is a still picture (HEIC or AVIF); save it as PNG or JPEG and load it as image."
             )
         stream = streams[0]
+        check_pixels(path, stream.codec_context.width, stream.codec_context.height)
         stream.thread_type = "AUTO"
+        stream.codec_context.options = options_of_decoders
         try:
             yield container, stream
-        except av.FFmpegError as error:
-            reason = error.strerror or type(error).__name__
+        except av.error.ExitError as error:
+            raise _stopwatch(path).overrun_error() from error
+        except (av.FFmpegError, MemoryError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            if not stream.codec_context.width:  # unknown: no frame was decoded, perhaps because of its size
+                picture_format(path)  # says so of animations
+                reason += f", or a frame has more than {budget.max_pixels:,} pixels"
             raise MediaError(f"{path}: the file is damaged or cut short; the decoder stopped ({reason}).") from error
 
 
@@ -290,10 +363,10 @@ def _matroska_size(head: bytes) -> int | None:
     return None if segment is None else position + segment
 
 
-def _read_packets(path: Path, container: Any, stream: Any) -> list[tuple[int | None, int, bool]]:
+def _read_packets(path: Path, container: Any, stream: Any, watch: Stopwatch) -> list[tuple[int | None, int, bool]]:
     """Return (stamp, duration, is key) of each packet that is shown; refuse a file with fewer than it promises."""
     shown, seen, broken = [], 0, 0
-    for packet in container.demux(stream):
+    for packet in watch.each(container.demux(stream)):
         if packet.size == 0 and packet.dts is None:  # PyAV's mark of the end
             continue
         seen += 1
@@ -359,12 +432,13 @@ def _look_at_first_frame(
 ) -> tuple[VideoInfo, tuple[bool, bool, bool], tuple[int, int]]:
     with open_video(path) as (container, stream):
         context = stream.codec_context
-        frame = next(_frames(container, stream, _decoder(stream)), None)
+        frame = next(_frames(container, stream, _decoder(stream), _stopwatch(path)), None)
         if frame is None:
             raise MediaError(f"{path}: the container promises {num_frames} frames but 0 decode; re-encode the file.")
         orientation = _orientation(path, frame)
         shape = stream.sample_aspect_ratio or Fraction(1)
         width, height = max(1, round(frame.width * shape)), frame.height
+        check_pixels(path, width, height)
         if orientation[0]:
             width, height = height, width
         # Mirroring in x after a quarter turn or in both axes is a pure turn; other odd combinations mirror.
@@ -416,12 +490,13 @@ def _decoder(stream: Any) -> Any:
         return context
     decoder = av.CodecContext.create(ALPHA_DECODERS[context.name], "r")
     decoder.extradata = context.extradata
+    decoder.options = context.options
     return decoder
 
 
-def _frames(container: Any, stream: Any, decoder: Any) -> Iterator[Any]:
-    for packet in container.demux(stream):
-        yield from decoder.decode(packet)
+def _frames(container: Any, stream: Any, decoder: Any, watch: Stopwatch) -> Iterator[Any]:
+    for packet in watch.each(container.demux(stream)):
+        yield from watch.call(decoder.decode, packet)
 
 
 def _groups(index: VideoIndex, wanted: Sequence[int]) -> list[tuple[int, list[int]]]:
@@ -441,13 +516,13 @@ def _decode(index: VideoIndex, groups: list[tuple[int, list[int]]]) -> Iterator[
     """Yield every decoded frame's number, with its RGB (uint8 [H, W, 3]) where wanted and None elsewhere."""
     numbers = {int(stamp): number for number, stamp in enumerate(index.stamps)} if index.has_exact_stamps else None
     with open_video(index.path) as (container, stream):
-        decoder = _decoder(stream)
+        decoder, watch = _decoder(stream), _stopwatch(index.path)
         for start, group in groups:
             if start:
                 container.seek(int(index.stamps[start]), stream=stream)
                 decoder.flush_buffers()
             left = set(group)
-            for count, frame in enumerate(_frames(container, stream, decoder)):
+            for count, frame in enumerate(_frames(container, stream, decoder, watch)):
                 number = numbers.get(frame.pts, -1) if numbers else count
                 yield number, _upright_rgb(index, number, frame) if number in left else None
                 left.discard(number)

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from .denoising_omni_video import OmniVideoDenoisingMixin, callback_inputs, whole_call
 from .guidance_omni_video import Guidance
 from .lora_omni_video import OmniVideoLoraLoaderMixin, with_lora_scale
-from .media_omni_video import probe_video
+from .media_omni_video import probe_frames
 from .modeling_omni_video import OmniVideoForConditionalGeneration
 from .modeling_omni_video_connectors import ContextOverflow, OmniVideoAdapter
 from .pipeline_loading_omni_video import OmniVideoRepositoryMixin
@@ -514,8 +514,7 @@ class OmniVideoPipeline(
         preset = self.config.presets["v2v"]
         for video in source.videos:
             if isinstance(video, (str, Path)) and "://" not in str(video):
-                info = probe_video(video)
-                frames = num_frames or (info.num_frames if fps is None else max(1, int(info.duration * fps)))
+                info, frames = probe_frames(video, fps, num_frames)
                 size = (info.height, info.width)
                 rows, columns, _ = resolve_size(self.grid, height, width, preset, size)
                 if room is not None:

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
+from .chat_template_omni_video import bounded_rendering, check_chat_template
 from .media_omni_video import load_image, load_sampled_video
 from .text_omni_video import check_call, cut_to_length, pad_rows, split_frame_kwargs
 
@@ -124,6 +125,7 @@ class OmniVideoProcessor(ProcessorMixin):
         self.model_max_length = model_max_length
         self.num_frames = num_frames
         self.mllm_frames = mllm_frames
+        check_chat_template(chat_template or CHAT_TEMPLATE)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
     # --- standard calls ---------------------------------------------------------------------------------------------
@@ -258,7 +260,8 @@ class OmniVideoProcessor(ProcessorMixin):
             for messages in conversations
         ]
         loaded = loaded if batched else loaded[0]
-        return super().apply_chat_template(loaded, *args, processor_kwargs=processor_kwargs, **kwargs)
+        with bounded_rendering():
+            return super().apply_chat_template(loaded, *args, processor_kwargs=processor_kwargs, **kwargs)
 
     def _with_loaded_media(self, message: dict[str, Any], num_frames: int, sampling: str) -> dict[str, Any]:
         """The message with images loaded and every video replaced by its frames."""
@@ -344,7 +347,8 @@ class OmniVideoProcessor(ProcessorMixin):
         messages = [{"role": "user", "content": user}]
         if spec.answer is not None:
             messages.append({"role": "assistant", "content": spec.answer})
-        return super().apply_chat_template(messages, add_generation_prompt=spec.answer is None)
+        with bounded_rendering():
+            return super().apply_chat_template(messages, add_generation_prompt=spec.answer is None)
 
     # --- pieces -----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,137 @@
+"""
+What reading one file may cost: one budget for all readers of images, videos, checkpoints, LoRA files, chat templates.
+
+A file of a few hundred bytes can ask for gigabytes or hours. Every reader compares what a file asks for with the
+budget before it does the work, or while it works where nothing tells in advance, and refuses the file with the
+limit's name.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+VARIABLE = "OMNI_VIDEO_READ_{name}"  # of the environment, such as OMNI_VIDEO_READ_MAX_PIXELS
+
+
+@dataclass(frozen=True)
+class ReadBudget:
+    """
+    Limits for reading one file.
+
+    Args:
+        max_bytes: bytes of memory that the frames of a video or a tensor may take, and bytes of a download.
+        max_pixels: pixels of one image or of one frame of a video.
+        max_seconds: seconds of one pass over a video file.
+        max_steps: nodes of a pickle that are named more than once, lines that a chat template runs, steps of a regular
+            expression in a LoRA file.
+    """
+
+    max_bytes: int = 2**33  # 8 GiB: 46 seconds of 1920x1080 at 30 frames per second
+    max_pixels: int = 2**27  # 134 million: 15360x8640; the largest phones take 108 million
+    max_seconds: float = 300.0
+    max_steps: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"`{entry.name}` must be a positive number, got {value!r}.")
+
+
+_chosen: ContextVar[ReadBudget | None] = ContextVar("read_budget", default=None)
+
+
+def current_budget() -> ReadBudget:
+    """
+    The budget of this thread: that of the innermost [`read_budget`], else of the environment, else the defaults.
+
+    Raises:
+        ValueError: for an environment variable that is no positive number.
+    """
+    return _chosen.get() or _of_environment()
+
+
+@contextmanager
+def read_budget(**limits: float) -> Iterator[ReadBudget]:
+    """
+    Read with other limits inside a `with` block: `with read_budget(max_pixels=500_000_000): load_image(path)`.
+
+    Args:
+        limits: arguments of [`ReadBudget`]; the others stay as they are.
+
+    Raises:
+        ValueError: for an unknown limit, or one that is no positive number.
+    """
+    known = [entry.name for entry in fields(ReadBudget)]
+    if unknown := sorted(limits.keys() - set(known)):
+        raise ValueError(f"Unknown limit {', '.join(unknown)}; known are {', '.join(known)}.")
+    token = _chosen.set(replace(current_budget(), **limits))
+    try:
+        yield current_budget()
+    finally:
+        _chosen.reset(token)
+
+
+def how_to_raise(name: str) -> str:
+    """One sentence that says how to raise a limit of the budget."""
+    variable = VARIABLE.format(name=name.upper())
+    return f"If you trust the file, raise the limit: `with read_budget({name}=...)`, or set {variable}."
+
+
+def _of_environment() -> ReadBudget:
+    limits: dict[str, Any] = {}
+    for entry in fields(ReadBudget):
+        variable = VARIABLE.format(name=entry.name.upper())
+        text = os.environ.get(variable)
+        if not text:
+            continue
+        try:
+            limits[entry.name] = type(entry.default)(text)
+            ReadBudget(**{entry.name: limits[entry.name]})
+        except ValueError:
+            raise ValueError(f"The environment variable {variable} must be a positive number, got {text!r}.") from None
+    return ReadBudget(**limits)
+
+
+class Stopwatch:
+    """
+    Counts the seconds that a reader works, without those in which its caller uses what was read.
+
+    Args:
+        overrun: makes the error out of one sentence that says what happened and what to do.
+    """
+
+    def __init__(self, overrun: Callable[[str], Exception]) -> None:
+        self.limit, self.used, self.overrun = current_budget().max_seconds, 0.0, overrun
+
+    def call(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function on the watch."""
+        start = time.monotonic()
+        try:
+            return function(*args)
+        finally:
+            self.used += time.monotonic() - start
+            self._check()
+
+    def each(self, items: Iterable[T]) -> Iterator[T]:
+        """Go through `items` on the watch."""
+        end = object()
+        iterator = iter(items)
+        while (item := self.call(next, iterator, end)) is not end:
+            yield item  # type: ignore[misc]
+
+    def overrun_error(self) -> Exception:
+        """The error for a file that takes too long."""
+        return self.overrun(f"reading takes longer than {self.limit:g} seconds. {how_to_raise('max_seconds')}")
+
+    def _check(self) -> None:
+        if self.used > self.limit:
+            raise self.overrun_error()
+
+
+__all__ = ["ReadBudget", "Stopwatch", "current_budget", "how_to_raise", "read_budget"]

@@ -1,0 +1,99 @@
+import sys
+
+import pytest
+import tiny
+
+from omni_video_hf import OmniVideoProcessor
+from omni_video_hf.chat_template_omni_video import bounded_rendering, check_chat_template
+from omni_video_hf.read_budget_omni_video import read_budget
+
+CHAT = [{"role": "user", "content": "hello"}]
+LOOPS = {
+    "ranges": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}"
+    "{% endfor %}{% endfor %}",
+    "texts": "{% set t = 'x'.center(9999) %}{% for a in t %}{% for b in t %}{% for c in t %}{% endfor %}{% endfor %}"
+    "{% endfor %}",
+    "macros": "{% macro m(n) %}{% for a in range(9) %}{% if n %}{{ m(n - 1) }}{% endif %}{% endfor %}{% endmacro %}"
+    "{{ m(30) }}",
+}
+DOUBLING = {
+    "texts": "{% set ns = namespace(x='a') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "lists": "{% set ns = namespace(x=[1]) %}{% for a in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "a local": "{% set x = 'a' %}" + "{% set x = x ~ x %}\n" * 60,
+}
+
+
+def processor(template):
+    plain = tiny.processor()
+    return OmniVideoProcessor(plain.image_processor, plain.tokenizer, chat_template=template, num_image_tokens=4)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_loops_in_loops_end(loop):
+    hostile = processor(LOOPS[loop])
+    with (
+        pytest.raises(ValueError, match=r"chat template runs more than 20,000 lines.*MAX_STEPS"),
+        read_budget(max_steps=20_000),
+    ):
+        hostile.apply_chat_template(CHAT)
+    assert sys.gettrace() is None or "coverage" in str(sys.gettrace())
+
+
+@pytest.mark.parametrize("kind", DOUBLING)
+def test_texts_that_double_end(kind):
+    hostile = processor(DOUBLING[kind])
+    with (
+        pytest.raises(ValueError, match=r"chat template makes a text of more than.*MAX_BYTES"),
+        read_budget(max_bytes=64 * 2**16),
+    ):
+        hostile.apply_chat_template(CHAT)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 9 ** 9 ** 9 ** 9 }}",
+        "{{ 'a' * 99999999999 }}",
+        "{{ 'a' * 99999 * 99999 }}",
+        "{{ 'a'.center(99999999999) }}",
+    ],
+)
+def test_giant_constants_are_refused_before_they_are_computed(template):
+    with pytest.raises(ValueError, match="`chat_template`, line 1"):
+        processor(template)
+    with pytest.raises(ValueError, match="`chat_template`, line 1"):
+        check_chat_template({"default": "{{ 1 }}", "other": template})
+
+
+def test_no_template():
+    with pytest.raises(ValueError, match="no Jinja template"):
+        processor("{% for %}")
+
+
+def test_the_time_is_looked_at():
+    with pytest.raises(ValueError, match="takes longer than"), read_budget(max_seconds=1e-9):
+        processor("{% for a in range(9) %}{{ a }}{% endfor %}").apply_chat_template(CHAT)
+
+
+def test_usual_templates_are_read():
+    template = (
+        "{% for m in messages %}{{ '  ' * loop.index }}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% if loop.last %}{% break %}{% endif %}{% endfor %}"
+    )
+    assert processor(template).apply_chat_template(CHAT) == "  hello"
+    long = CHAT * 2000
+    assert tiny.processor().apply_chat_template(long).count("hello") == 2000
+
+
+def test_an_earlier_trace_function_comes_back():
+    def trace(*_):
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with bounded_rendering():
+            pass
+        assert sys.gettrace() is trace
+    finally:
+        sys.settrace(before)

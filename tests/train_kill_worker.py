@@ -1,5 +1,5 @@
 """
-Runs of `omni-video train` that die at chosen writes, as a program of its own: `train_kill_worker.py FOLDER COUNT [SEED]`.
+Runs of `omni-video train` that die at chosen writes, as a program: `train_kill_worker.py FOLDER COUNT [SEED]`.
 
 The folder gets a model, data, a run that is left alone, and `COUNT` runs that die by SIGKILL and are resumed. What
 Python is about to do to files below a run's folder (open for writing, make, rename, remove) is counted by an audit

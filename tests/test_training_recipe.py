@@ -81,6 +81,9 @@ def test_the_command_line_overrides():
     assert read_recipe("joint", [*NEEDED, "--save_strategy", "no"])[1].save_strategy == "no"
     assert read_recipe("lora", [*NEEDED, "--lora.use_rslora"])[1].lora["use_rslora"] is True
     assert (run.model, run.data) == ("m", "d")
+    previews = "[{prompt: a fox, task: t2i, num_frames: 5}]"
+    assert read_recipe("joint", [*NEEDED, "--previews", previews])[1].previews[0]["num_frames"] == 5
+    assert read_recipe("joint", [*NEEDED, "--activation_checkpointing_kwargs", "{use_reentrant: false}"])
     assert args.learning_rate == 1e-5
     assert args.part_learning_rates == {"text_head": 3e-6, "decoder": 1e-6}
     assert (args.loss_config.alignment, args.loss_config.alignment_weight) == ("squared_l2", 0.2)

@@ -88,7 +88,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin in (int, float):
         allowed = int if origin is int else (int, float)
         return isinstance(value, allowed) and not isinstance(value, bool)
-    return not isinstance(origin, type) or isinstance(value, origin)
+    return origin is Any or not isinstance(origin, type) or isinstance(value, origin)
 
 
 __all__ = ["check_setting", "describe"]

@@ -6,6 +6,7 @@ import tiny
 import torch
 import training
 import yaml
+from transformers.integrations import is_wandb_available
 from typer.testing import CliRunner
 
 from omni_video_hf import OmniVideoPipeline
@@ -80,6 +81,9 @@ def test_the_command_line_overrides():
     assert read_recipe("joint", [*NEEDED, "--save_strategy", "no"])[1].save_strategy == "no"
     assert read_recipe("lora", [*NEEDED, "--lora.use_rslora"])[1].lora["use_rslora"] is True
     assert (run.model, run.data) == ("m", "d")
+    previews = "[{prompt: a fox, task: t2i, num_frames: 5}]"
+    assert read_recipe("joint", [*NEEDED, "--previews", previews])[1].previews[0]["num_frames"] == 5
+    assert read_recipe("joint", [*NEEDED, "--activation_checkpointing_kwargs", "{use_reentrant: false}"])
     assert args.learning_rate == 1e-5
     assert args.part_learning_rates == {"text_head": 3e-6, "decoder": 1e-6}
     assert (args.loss_config.alignment, args.loss_config.alignment_weight) == ("squared_l2", 0.2)
@@ -101,6 +105,24 @@ def test_wrong_recipes_are_refused(tmp_path):
     refused("stage: decoder\n", "`data` is missing: name a feature cache", NEEDED[:2])
     refused("stage: decoder\n", "`output_dir` is missing", NEEDED[:4])
     refused("stage: decoder\n", r"`command line`: unknown 'stge' \(did you mean 'stage'\?\)", [*NEEDED, "--stge", "x"])
+    for words, message in (
+        (["--learning_rate", "fast"], "`learning_rate` must be a number, got 'fast'"),
+        (["--max_steps", "1.5"], r"`max_steps` must be a whole number, got 1\.5"),
+        (["--seed"], "`seed` must be a whole number, got True"),
+        (["--resume", "maybe"], "`resume` must be true or false, got 'maybe'"),
+        (["--bf16", "7"], "`bf16` must be true or false, got 7"),
+        (["--data", "{a: b}"], r"`data` must be a text or a list \(each a text\), got \{'a': 'b'\}"),
+        (["--task_weights", "{t2v: much}"], r"`task_weights` must be a mapping, got \{'t2v': 'much'\}"),
+        (["--lr_scheduler_type", "cosin"], r"`lr_scheduler_type`: unknown 'cosin' \(did you mean 'cosine'\?\)"),
+        (["--save_strategy", "step"], r"`save_strategy`: unknown 'step' \(did you mean 'steps'\?\)"),
+        (["--losses", "flow"], "`losses` must be a mapping such as"),
+        (["--losses.alignment_weight", "much"], r"`losses\.alignment_weight` must be a number, got 'much'"),
+        (["--losses.alignment", "cosin"], r"`losses\.alignment`: unknown 'cosin' \(did you mean 'cosine'\?\)"),
+        (["--stage", "lora", "--lora.r", "1.5"], r"`lora\.r` must be a whole number, got 1\.5"),
+        (["--stage", "lora", "--lora.parts", "[decodr]"], r"`lora\.parts`: unknown 'decodr' \(did you mean"),
+        (["--report_to", "tensorbord"], r"`report_to`: unknown 'tensorbord' \(did you mean 'tensorboard'\?\)"),
+    ):
+        refused("stage: decoder\n", message, [*NEEDED, *words])
     question = ["--previews", "[{prompt: what is it?, task: understand}]"]
     refused("stage: decoder\n", r"`--previews \[\{prompt: what is it\?, .*not YAML .*in quotes", [*NEEDED, *question])
     refused("stage: decoder\n", "settings are given as `--key value`", ["stage"])
@@ -135,6 +157,9 @@ def test_all_bad_samples_are_named_before_anything_trains(base, tmp_path):
 
 
 def test_data_that_do_not_fit_the_stage_are_refused(base, data, tmp_path):
+    said = "`report_to`: wandb is not installed (WandbCallback requires wandb"
+    if not is_wandb_available():
+        refused("none/none", data, tmp_path / "run", said, "--report_to", "wandb")
     refused("nowhere", data, tmp_path / "run", "`model` nowhere is neither a folder nor a Hub repository")
     refused(base, tmp_path / "none", tmp_path / "run", "holds no manifest.json, so it is no feature cache")
     questions = write_samples(tmp_path / "data", [training.sample("understand"), training.sample("t2v")])

@@ -199,3 +199,14 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
     training.trainer(tmp_path / "run", samples, **settings).train()
     with pytest.raises(ValueError, match=r"ema.safetensors: no such file, but `ema_decay` is set"):
         training.trainer(tmp_path / "run", samples, ema_decay=0.9, **settings).train(resume_from_checkpoint=True)
+
+
+def test_a_run_killed_while_it_writes_is_resumed_bit_equal(tmp_path):
+    # Moments in a checkpoint, in a rotation, and in the final pipeline; more of them with a larger number.
+    command = [sys.executable, str(TESTS / "train_kill_worker.py"), str(tmp_path), "4"]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("bit-equal") == 4
+    assert "checkpoint-" in done.stdout

@@ -198,6 +198,16 @@ def test_batches_that_cannot_train_are_refused(tmp_path):
         run(samples)
 
 
+def test_a_loss_that_no_batch_allowed_is_warned_of(tmp_path, caplog):
+    samples = [training.instructed("t2v", number) for number in range(2)]
+    training.trainer(tmp_path, samples, tiny.model(), stage="joint").train()
+    assert "No batch allowed" not in caplog.text
+    bare = [{name: value for name, value in sample.items() if name != "target_features"} for sample in samples]
+    training.trainer(tmp_path, bare, tiny.model(), stage="joint").train()
+    assert "No batch allowed the alignment loss" in caplog.text
+    assert "the answer loss" not in caplog.text
+
+
 # --- learning rates, moving average, previews -----------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import HubStrategy
 
 from ..losses_omni_video import OmniVideoLossConfig
@@ -78,6 +79,7 @@ class OmniVideoTrainingArguments(TrainingArguments):
         super().__post_init__()
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
             raise ValueError(f"`output_dir` {self.output_dir} is a file: choose a folder.")
+        check_known("report_to", self.report_to, INTEGRATION_TO_CALLBACK)
         self.loss_config = self.training_stage.loss_config(self.losses)
         self._check_numbers()
         if self.preview_steps and not self.previews:

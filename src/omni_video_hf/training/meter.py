@@ -17,6 +17,7 @@ class LossMeter:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.seen: set[str] = set()  # losses that any batch of this process allowed
         # [loss, all and each task, (sum over samples, number of samples)]
         self.table = torch.zeros(len(LOSS_NAMES), 1 + len(TASKS), 2, device=device)
 
@@ -26,6 +27,7 @@ class LossMeter:
             loss = getattr(output, f"{name}_loss")
             if loss is None:
                 continue
+            self.seen.add(name)
             entry = torch.stack([loss.detach().float() * batch_size, loss.new_full((), batch_size).float()])
             for column in (0, *([] if task is None else [1 + TASKS.index(task)])):
                 self.table[row, column] += entry

@@ -12,6 +12,7 @@ from .arguments import OmniVideoTrainingArguments
 from .bad_data import ON_BAD_DATA
 from .names import check_known
 from .sampling import STOPPING_STRATEGIES
+from .setting_types import check_setting
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -75,7 +76,8 @@ def read_recipe(config: str | Path, overrides: Sequence[str] = ()) -> tuple[RunA
             reaches into a mapping.
 
     Raises:
-        ValueError: for a file that is not there or not a mapping, and for keys that nothing knows.
+        ValueError: for a file that is not there or not a mapping, for keys that nothing knows, and for values of
+            another type than their setting's.
     """
     path = Path(config) if str(config).endswith((".yaml", ".yml")) else RECIPES / f"{config}.yaml"
     if not path.is_file():
@@ -92,6 +94,8 @@ def read_recipe(config: str | Path, overrides: Sequence[str] = ()) -> tuple[RunA
     values = overridden(values, overrides)
     check_known("command line", values, types)
     values = {name: _meant(value, types[name]) for name, value in values.items()}
+    for name, value in values.items():
+        check_setting(name, value, types[name])
     run = RunArguments(**{name: value for name, value in values.items() if name in run_types})
     training = {name: value for name, value in values.items() if name not in run_types}
     if "output_dir" not in training:
@@ -129,7 +133,7 @@ def overridden(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any
 
 def _meant(value: Any, kind: Any) -> Any:
     """YAML reads 1e-5 as text, for want of a dot, and `no` as false where `save_strategy: no` means the word."""
-    if isinstance(value, bool) and "bool" not in str(kind):
+    if isinstance(value, bool) and "bool" not in str(kind) and "str" in str(kind):
         return "yes" if value else "no"
     if isinstance(value, str) and "float" in str(kind):
         try:

@@ -7,6 +7,7 @@ from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from ..configuration_omni_video import OmniVideoConfig
 from ..modeling_omni_video import OmniVideoForConditionalGeneration
@@ -50,6 +51,7 @@ def _train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console
     if not Path(run.model).is_dir() and run.model.count("/") != 1:
         raise ValueError(f"`model` {run.model} is neither a folder nor a Hub repository (`owner/name`).")
     check_previews(args.previews or [])
+    _check_reporters(args)
     folder = Path(run.model if Path(run.model).is_dir() else snapshot_download(run.model, revision=run.revision))
     processor = OmniVideoProcessor.from_pretrained(folder)
     data = load_training_data(run, processor, console)
@@ -85,6 +87,15 @@ def _train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console
             push(trainer, result.with_name(LORA_FOLDER) if args.training_stage.lora else result)
     leave_process_group(trainer)
     return result
+
+
+def _check_reporters(args: OmniVideoTrainingArguments) -> None:
+    """Refuse loggers whose packages are missing; the Trainer would, when the model is loaded."""
+    for name, kind in zip(args.report_to, get_reporting_integration_callbacks(args.report_to), strict=True):
+        try:
+            kind()
+        except RuntimeError as error:
+            raise ValueError(f"`report_to`: {name} is not installed ({error})") from error
 
 
 def leave_process_group(trainer: OmniVideoTrainer) -> None:

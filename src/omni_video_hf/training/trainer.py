@@ -1,6 +1,7 @@
 """transformers' Trainer for Omni-Video: what differs for a model with several losses, tasks and frozen parts."""
 
 import contextlib
+import logging
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 from huggingface_hub import CommitInfo
 from torch import nn
@@ -37,6 +39,8 @@ from .result import tied_names
 from .run_lock import only_training
 from .stages import cast_frozen, freeze_all_but, part_of
 from .streaming import stream_loader
+
+logger = logging.getLogger(__name__)
 
 # Inputs that decide which parts of the model run.
 ROUTE = (
@@ -509,6 +513,11 @@ class OmniVideoTrainer(Trainer):
             output = super()._finalize_training(trial, *args)
         finally:
             self._ending = False
+        if self.state.global_step > self._initial_global_step:
+            seen = set(gather_object(sorted(self.meters[True].seen)))
+            for name in self.args.training_stage.losses:
+                if self.args.loss_config.weight(name) > 0 and name not in seen:
+                    logger.warning("No batch allowed the %s loss, whose weight is positive: it was not trained.", name)
         if self.args.should_save and self.state.best_model_checkpoint is not None and self.args.save_total_limit == 1:
             self._rotate(Path(self._get_output_dir(trial)))
         return output

@@ -195,12 +195,12 @@ def test_what_truncation_cuts_is_in_the_notes(pipe):
     (note,) = output.notes
     count = len(pipe.tokenizer("a cat").input_ids)
     assert f"`prompt` has {count} tokens for the text encoder; the last {count - 3} were left out" in note
-    clip = VideoClip(RANDOM.integers(0, 255, (49, 64, 64, 3), dtype=np.uint8), 16.0)
+    clip = VideoClip(RANDOM.integers(0, 255, (81, 64, 96, 3), dtype=np.uint8), 16.0)
     settings = {"num_inference_steps": 1, "output_type": "latent", "context_overflow": "truncate"}
     output = pipe("a cat", task="v2v", video=clip, **settings)
     (note,) = output.notes
     context = pipe.adapter.config.num_query_tokens * pipe.mllm.config.vision_head_config.num_query_tokens + 6 + count
-    assert f"The context has {context + 13 * 4} tokens; the last {context + 13 * 4 - 160}" in note
+    assert f"The context has {context + 21 * 6} tokens; the last {context + 21 * 6 - 160}" in note
     assert generate(pipe, context_overflow="truncate").notes == []
 
 

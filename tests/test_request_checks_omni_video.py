@@ -9,10 +9,12 @@ import torch
 from peft import LoraConfig
 from PIL import Image
 
+from omni_video_hf import cli
 from omni_video_hf.media_omni_video import VideoClip, save_video
 from omni_video_hf.request_checks_omni_video import FiniteSteps, NotFiniteError, check_number
 from omni_video_hf.settings_omni_video import SizeError
 from omni_video_hf.source_omni_video import Source
+from omni_video_hf.training.framing import FramingRules
 
 RANDOM = np.random.default_rng(0)
 
@@ -251,3 +253,22 @@ def test_the_scale_of_a_call_reaches_every_part_and_is_exactly_as_before_after_i
     for scale in ("0.5", math.nan, True):
         with pytest.raises(ValueError, match="`scale` must be a finite number"):
             generate(pipe, attention_kwargs={"scale": scale})
+
+
+# --- other entry points -------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_proposes_its_own_flags(pipe):
+    with pytest.raises(SizeError) as error:
+        generate(pipe, width=1040)
+    line = cli._one_line(error.value)
+    assert "`--size 1024x32 --frames 5`" in line
+    assert "width=" not in line
+
+
+def test_precomputed_sizes_have_positions(pipe):
+    FramingRules([(1024, 32)], [5]).check(pipe.grid)
+    with pytest.raises(SizeError, match="positions for 64 of each"):
+        FramingRules([(1056, 32)], [5]).check(pipe.grid)
+    with pytest.raises(SizeError, match="positions for 64 of each"):
+        FramingRules([(64, 32)], [5, 257]).check(pipe.grid)

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from accelerate import cpu_offload
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -184,3 +184,115 @@ def test_a_lora_on_an_offloaded_pipeline(file):
     for name in ("mllm", "adapter", "transformer"):
         cpu_offload(getattr(pipe, name), torch.device("cpu"), offload_buffers=True)
     assert torch.equal(outputs(pipe)[0], expected)
+
+
+# --- what diffusers promises of every pipeline's LoRA --------------------------------------------------------------
+
+COMPONENT_TARGETS = {"mllm": r".*\.(q_proj|fc1)", "adapter": r".*\.v_proj", "transformer": r".*\.(to_q|to_k)"}
+
+
+@pytest.fixture
+def pipe():
+    pipe = tiny.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def add_adapters(pipe, name="default", seed=0, **settings):
+    """Random LoRA in every component, by the components' own method."""
+    for component, targets in COMPONENT_TARGETS.items():
+        torch.manual_seed(seed)
+        options = {"r": 4, "lora_alpha": 4, "target_modules": targets, "init_lora_weights": False} | settings
+        getattr(pipe, component).add_adapter(LoraConfig(**options), adapter_name=name)
+    return {component: getattr(pipe, component) for component in COMPONENT_TARGETS}
+
+
+def frames_of(pipe, **arguments):
+    generator = torch.Generator().manual_seed(0)
+    size = {"height": 32, "width": 32, "num_frames": 1, "num_inference_steps": 1, "output_type": "latent"}
+    return pipe("a", task="t2v", generator=generator, **(size | arguments)).frames
+
+
+def close(value, expected):
+    return torch.allclose(value, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_several_adapters_are_listed_weighted_and_deleted(pipe, tmp_path):
+    plain = frames_of(pipe)
+    add_adapters(pipe, "one")
+    assert pipe.get_active_adapters() == ["one"]
+    add_adapters(pipe, "two", seed=1)
+    assert pipe.get_active_adapters() == ["two"]
+    assert pipe.get_list_adapters() == {part: ["one", "two"] for part in ("transformer", "adapter", "mllm")}
+    alone = {}
+    for name in ("one", "two"):
+        pipe.set_adapters(name)
+        alone[name] = frames_of(pipe)
+    pipe.set_adapters(["one", "two"])
+    both = frames_of(pipe)
+    pipe.set_adapters(["one", "two"], [0.5, 0.6])
+    results = [plain, *alone.values(), both, frames_of(pipe)]
+    assert not any(close(a, b) for i, a in enumerate(results) for b in results[:i])
+    pipe.disable_lora()
+    assert close(frames_of(pipe), plain)
+    pipe.enable_lora()
+    for wrong in (pipe.set_adapters, pipe.delete_adapters):
+        with pytest.raises(ValueError, match="not in the list of present adapters"):
+            wrong("three")
+    pipe.set_adapters(["one", "two"])
+    pipe.delete_adapters("one")
+    assert close(frames_of(pipe), alone["two"])
+    pipe.delete_adapters(["two"])
+    assert torch.equal(frames_of(pipe), plain)
+    assert pipe.get_list_adapters() == {}
+    pipe.save_pretrained(tmp_path)  # nothing is left that would refuse it
+    add_adapters(pipe, "one")
+    pipe.unload_lora_weights()
+    add_adapters(pipe, "one")
+    assert close(frames_of(pipe), alone["one"])
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.8])
+def test_fused_at_a_scale_is_the_scale_of_a_call(pipe, scale):
+    add_adapters(pipe, "one")
+    add_adapters(pipe, "two", seed=1)
+    pipe.set_adapters(["one", "two"])
+    both = frames_of(pipe)
+    pipe.set_adapters(["one"])
+    scaled = frames_of(pipe, attention_kwargs={"scale": scale})
+    pipe.fuse_lora(adapter_names=["one"], lora_scale=scale)
+    assert pipe.num_fused_loras == 1
+    assert close(frames_of(pipe), scaled)
+    pipe.unfuse_lora()
+    assert pipe.num_fused_loras == 0
+    pipe.fuse_lora(components=pipe._lora_loadable_modules, adapter_names=["two", "one"])
+    assert pipe.num_fused_loras == 2
+    assert close(frames_of(pipe), both)
+    pipe.unfuse_lora()
+    assert pipe.num_fused_loras == 0
+
+
+@pytest.mark.parametrize(("alpha", "excluded"), [(4, None), (16, r".*blocks\.0.*|.*layers\.0.*")])
+def test_what_peft_returns_is_saved_and_loaded(pipe, tmp_path, alpha, excluded):
+    components = add_adapters(pipe, lora_alpha=alpha, exclude_modules=excluded)
+    expected = frames_of(pipe)
+    layers = {f"{name}_lora_layers": get_peft_model_state_dict(module) for name, module in components.items()}
+    settings = {
+        f"{name}_lora_adapter_metadata": module.peft_config["default"].to_dict() for name, module in components.items()
+    }
+    with pytest.raises(ValueError, match="safe_serialization"):
+        pipe.save_lora_weights(tmp_path, **layers, safe_serialization=False)
+    pipe.save_lora_weights(tmp_path, **layers, **settings, safe_serialization=True)
+    _, metadata = pipe.lora_state_dict(tmp_path, return_lora_metadata=True)
+    for name in components:
+        written = {k.removeprefix(f"{name}."): v for k, v in metadata.items() if k.startswith(f"{name}.")}
+        assert written["lora_alpha"] == alpha
+    pipe.delete_adapters("default")
+    for low_cpu_mem_usage in (False, True):
+        pipe.load_lora_weights(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert close(frames_of(pipe), expected)
+        pipe.unload_lora_weights()
+    if alpha == 4:  # alpha is the rank: the settings can be left out
+        pipe.save_lora_weights(tmp_path / "bare", **layers)
+        pipe.load_lora_weights(tmp_path / "bare")
+        assert close(frames_of(pipe), expected)

@@ -9,10 +9,12 @@ import torch
 from peft import LoraConfig
 from PIL import Image
 
+from omni_video_hf import cli
 from omni_video_hf.media_omni_video import VideoClip, save_video
 from omni_video_hf.request_checks_omni_video import FiniteSteps, NotFiniteError, check_number
 from omni_video_hf.settings_omni_video import SizeError
 from omni_video_hf.source_omni_video import Source
+from omni_video_hf.training.framing import FramingRules
 
 RANDOM = np.random.default_rng(0)
 
@@ -195,12 +197,12 @@ def test_what_truncation_cuts_is_in_the_notes(pipe):
     (note,) = output.notes
     count = len(pipe.tokenizer("a cat").input_ids)
     assert f"`prompt` has {count} tokens for the text encoder; the last {count - 3} were left out" in note
-    clip = VideoClip(RANDOM.integers(0, 255, (49, 64, 64, 3), dtype=np.uint8), 16.0)
+    clip = VideoClip(RANDOM.integers(0, 255, (81, 64, 96, 3), dtype=np.uint8), 16.0)
     settings = {"num_inference_steps": 1, "output_type": "latent", "context_overflow": "truncate"}
     output = pipe("a cat", task="v2v", video=clip, **settings)
     (note,) = output.notes
     context = pipe.adapter.config.num_query_tokens * pipe.mllm.config.vision_head_config.num_query_tokens + 6 + count
-    assert f"The context has {context + 13 * 4} tokens; the last {context + 13 * 4 - 160}" in note
+    assert f"The context has {context + 21 * 6} tokens; the last {context + 21 * 6 - 160}" in note
     assert generate(pipe, context_overflow="truncate").notes == []
 
 
@@ -251,3 +253,22 @@ def test_the_scale_of_a_call_reaches_every_part_and_is_exactly_as_before_after_i
     for scale in ("0.5", math.nan, True):
         with pytest.raises(ValueError, match="`scale` must be a finite number"):
             generate(pipe, attention_kwargs={"scale": scale})
+
+
+# --- other entry points -------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_proposes_its_own_flags(pipe):
+    with pytest.raises(SizeError) as error:
+        generate(pipe, width=1040)
+    line = cli._one_line(error.value)
+    assert "`--size 1024x32 --frames 5`" in line
+    assert "width=" not in line
+
+
+def test_precomputed_sizes_have_positions(pipe):
+    FramingRules([(1024, 32)], [5]).check(pipe.grid)
+    with pytest.raises(SizeError, match="positions for 64 of each"):
+        FramingRules([(1056, 32)], [5]).check(pipe.grid)
+    with pytest.raises(SizeError, match="positions for 64 of each"):
+        FramingRules([(64, 32)], [5, 257]).check(pipe.grid)

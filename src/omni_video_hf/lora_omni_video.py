@@ -221,13 +221,54 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
                     save_directory=staging, lora_layers=layers, lora_metadata=metadata, weight_name=weight_name
                 )
 
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """
+        Remove adapters. A component that has none left is as it was before the first was loaded.
+
+        Args:
+            adapter_names: one or several, in whichever components they are.
+
+        Raises:
+            ValueError: for a name that no component has.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        listed = self.get_list_adapters()
+        unknown = sorted(set(names) - {name for entries in listed.values() for name in entries})
+        if unknown:
+            raise ValueError(f"`adapter_names` {unknown} are not in the list of present adapters: {listed}.")
+        super().delete_adapters(names)
+        for component in listed:
+            model = getattr(self, component)
+            if not getattr(model, "peft_config", None):
+                for name, layer in list(_lora_modules(model)):
+                    parent, _, child = name.rpartition(".")
+                    setattr(model.get_submodule(parent), child, layer.get_base_layer())
+                if hasattr(model, "peft_config"):
+                    del model.peft_config
+                model._hf_peft_config_loaded = False
+
     def fuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
-        """Add the LoRA to the weights; by default in every component that has one. Arguments are diffusers'."""
-        super().fuse_lora(components=components or list(self.get_list_adapters()), **kwargs)
+        """
+        Add the LoRA to the weights; by default in every component that has one. Arguments are diffusers'.
+
+        A `lora_scale` counts until [`unfuse_lora`], which gives the layers back the scale they had.
+        """
+        components = components or list(self.get_list_adapters())
+        for layer in self._lora_layers_of(components):
+            if not layer.merged:
+                layer.scaling_before_fusing = dict(layer.scaling)
+        super().fuse_lora(components=components, **kwargs)
 
     def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
         """Take it out again."""
-        super().unfuse_lora(components=components or list(self.get_list_adapters()), **kwargs)
+        components = components or list(self.get_list_adapters())
+        super().unfuse_lora(components=components, **kwargs)
+        for layer in self._lora_layers_of(components):
+            layer.scaling.update(layer.__dict__.pop("scaling_before_fusing", {}))
+
+    def _lora_layers_of(self, components: list[str]) -> list[nn.Module]:
+        models = [getattr(self, component, None) for component in components]
+        return [layer for model in models if model is not None for _, layer in _lora_modules(model)]
 
 
 def collect_lora_layers(model: Any, adapter_name: str = "default") -> dict[str, Any]:

@@ -363,11 +363,18 @@ def propose_sizes(
     asked = _within_positions(grid, height, width, multiple)
     shape = (asked[1] / asked[0]) / (width / height)
     sizes = [asked, smaller] if not with_source or 0.9 < shape < 1.1 else [smaller]
-    found = [(size, longest(size)) for size in sizes]
-    found = [(size, frames) for size, frames in found if frames > (1 if num_frames > grid.temporal else 0)]
-    whole = largest(1 if num_frames < 1 else (num_frames - 1) // grid.temporal * grid.temporal + 1)
-    if whole is not None and 4 * whole[0] * whole[1] >= min(area, height * width):
-        found.append((whole, (num_frames - 1) // grid.temporal * grid.temporal + 1))
+    every = (num_frames - 1) // grid.temporal * grid.temporal + 1
+    found = []
+    for size in sizes:
+        frames = longest(size)
+        if frames > 1 or frames == every:
+            found.append((size, frames))
+        if frames == every:
+            break
+    else:
+        whole = largest(every)
+        if whole is not None and 4 * whole[0] * whole[1] >= min(area, height * width):
+            found.append((whole, every))
     if not found:
         size = largest(1)
         found = [] if size is None else [(size, longest(size))]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..media_omni_video import VideoClip, load_image, load_video
-from ..settings_omni_video import LatentGrid, check_num_frames
+from ..settings_omni_video import LatentGrid, check_num_frames, check_positions
 from .tables import Media, MediaInfo
 
 
@@ -59,13 +59,15 @@ class FramingRules:
     fps: float | Literal["source"] | None = None
 
     def check(self, grid: LatentGrid) -> None:
-        """Refuse sizes and numbers of frames that the latents or the context tokens of a source do not fit."""
+        """Refuse sizes and numbers of frames off the grid of latents and source tokens, or without positions."""
         multiple = grid.multiple(with_source=True)
         for width, height in self.sizes:
             if min(width, height) < multiple or width % multiple or height % multiple:
                 raise ValueError(f"`sizes` must be multiples of {multiple} pixels, got {width}x{height}.")
         for number in self.frames:
             check_num_frames(grid, number)
+        for width, height in self.sizes:
+            check_positions(grid, height, width, max(self.frames, default=1), with_source=True)
         if self.fps not in (None, "source") and not 0 < self.fps < math.inf:
             raise ValueError(f"`fps` must be positive or 'source', got {self.fps!r}.")
 

@@ -5,10 +5,10 @@ Importing the package registers its classes with transformers' Auto classes. The
 later, when it loads a model: `--help`, completion and a wrong flag need neither torch nor transformers.
 """
 
-import sys
+from .command_start import is_command  # first: it takes care of Ctrl-C
+
+# isort: split
 from importlib import import_module
-from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .remote_code_omni_video import __version__
@@ -57,14 +57,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _is_command() -> bool:
-    """Whether this process is the `omni-video` command, by the name or module that Python was started with."""
-    modules = {after for before, after in pairwise(sys.orig_argv) if before == "-m"}
-    names = {Path(sys.argv[0]).stem if getattr(sys, "argv", None) else ""}
-    return "omni-video" in names or bool(modules & {__name__, f"{__name__}.cli"})
-
-
-if not _is_command():
+if not is_command():
     import_module(".registration", __name__).register_auto_classes()
 
 __all__ = [

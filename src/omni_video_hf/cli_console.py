@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
+from .command_start import interruption
 from .masking import mask_logging, mask_tokens
 
 if TYPE_CHECKING:
@@ -74,8 +75,8 @@ class one_line_errors:  # noqa: N801 - used as a function
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None or isinstance(error, (typer.Exit, typer.Abort, SystemExit, BrokenPipeError)):
             return
-        if isinstance(error, KeyboardInterrupt):  # `__main__` says so: it may come at any other moment, too
-            return
+        if isinstance(error, KeyboardInterrupt) or interruption.happened:
+            return  # `__main__` says so: it may come at any other moment, too
         if hasattr(error, "format_message"):  # typer's own: it says what is wrong with an option
             return
         if self.verbose:

@@ -13,6 +13,7 @@ import training
 from golden import DATA
 from PIL import Image
 from raw_data import datasets_cache, make_clip, make_image, write_jsonl  # noqa: F401 - a fixture
+from safetensors.torch import save_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from typer.testing import CliRunner
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 from omni_video_hf.cli import app
 from omni_video_hf.media_omni_video import load_video
 from omni_video_hf.training.bad_data import BadDataError
+from omni_video_hf.training.cache_files import WRITTEN_BY
 from omni_video_hf.training.data import OmniVideoDataCollator
 from omni_video_hf.training.encoding import FeatureEncoder, PrecomputeSettings, load_encoders
 from omni_video_hf.training.features import FeatureCache, read_records
@@ -382,9 +384,8 @@ def test_a_killed_run_goes_on_where_it_stopped(many, repository, pipeline, tmp_p
         FeatureCache(cache)
 
     rules = FramingRules([(64, 32)], [5])
-    # What a kill between two renames leaves: a shard without its part, and half a file.
-    (cache / "shards" / "00090-00.safetensors").write_bytes(b"whole, but no part vouches for it")
-    (cache / "shards" / ".00091-00.safetensors.partial").write_bytes(b"half")
+    # What a kill between two renames leaves: a shard without its part.
+    save_file({"0.latents": torch.zeros(1)}, cache / "shards" / "00090-00.safetensors", WRITTEN_BY)
     report = precompute(load_media_table(many), encoder(load_encoders(repository), rules), cache, shard_entries=5)
     assert (report.kept, len(report.computed)) == (len(done), 12 - len(done))
     assert set(report.computed).isdisjoint(done)

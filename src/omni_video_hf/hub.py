@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from rich.table import Table
 
 from .memory_omni_video import COMPONENTS, PROFILES, MemoryProfile, estimate_memory
-from .repository_omni_video import read_header
+from .repository_omni_video import check_finished, read_header, visible_files
 
 Header = Mapping[str, tuple[str, tuple[int, ...], int]]  # weight -> format, shape, bytes
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "U8": "uint8"}
@@ -133,7 +133,8 @@ def repository_headers(
 
 
 def _local_headers(folder: Path) -> dict[str, Header]:
-    files = sorted(folder.rglob("*.safetensors"))
+    check_finished(folder)
+    files = visible_files(folder, "*.safetensors")
     return {file.relative_to(folder).as_posix(): read_header(file) for file in files}
 
 

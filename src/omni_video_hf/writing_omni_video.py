@@ -121,6 +121,7 @@ def workspaces(target: str | Path | None, parent: str | Path) -> list[Path]:
 @contextmanager
 def unlocked(folder: Path) -> Iterator[bool]:
     """Whether the process that made a workspace has ended; if so, nobody else takes it within the block."""
+    has_just_begun = _has_just_begun(folder)  # the lock changes the folder's time
     try:
         lock = WeakFileLock(folder / LOCK, timeout=0.05)
         lock.__enter__()
@@ -128,7 +129,7 @@ def unlocked(folder: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        yield read_mark(folder) is not None or _has_just_begun(folder)
+        yield read_mark(folder) is not None or has_just_begun
     finally:
         lock.__exit__(None, None, None)
 

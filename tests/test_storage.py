@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline
 from omni_video_hf.cli import app
 from omni_video_hf.publishing_omni_video import check_complete
 from omni_video_hf.repository_omni_video import check_indices, finish_saving, staged
+from omni_video_hf.shapes.runs import save_folder
 from omni_video_hf.training.cache_files import SCHEMA
 from omni_video_hf.training.features import FeatureCache
 from omni_video_hf.training.import_features import import_features
@@ -306,6 +308,45 @@ def test_an_unfinished_repository_is_refused_and_finished(tmp_path):
     assert found.pop("model_index.json") == b'{"_class_name": "OmniVideoPipeline"}'
     assert found == {f"{name}/{number}.txt": b"new" for name in "ab" for number in range(5)}
     assert not finish_saving(folder)
+
+
+def test_a_part_of_shapes_replaces_only_what_a_training_wrote(tmp_path):
+    def write(text):
+        return lambda folder: (folder.mkdir(), (folder / "config.json").write_text(text))
+
+    folder = tmp_path / "vae"
+    save_folder(write("first"), folder)
+    save_folder(write("second"), folder)
+    assert (folder / "config.json").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(folder)
+    for name in ("mine", "link"):
+        with pytest.raises(ValueError, match="move it away"):
+            save_folder(write("third"), tmp_path / name)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
+    assert (folder / "config.json").read_text() == "second"
+
+
+def test_make_clean_removes_what_make_wrote_and_nothing_else(tmp_path):
+    makefile = (TESTS.parent / "Makefile").read_text()
+    names = re.search(r"^DEMO := (.*)$", makefile, flags=re.MULTILINE)[1].split()
+    code = (TESTS.parent / "demo.py").read_text()
+    assert all(f'"{name}"' in code for name in names)
+    (tmp_path / "Makefile").write_text(makefile)
+    for folder in ("demo", ".venv/bin", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in (*names, "thesis.txt"):
+        (tmp_path / "demo" / name).write_text("x")
+    (tmp_path / ".venv" / "pyvenv.cfg").write_text("mine")  # not set up by make
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)  # noqa: S607
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["thesis.txt"]
+    assert (tmp_path / ".venv" / "pyvenv.cfg").exists()
+    (tmp_path / ".venv" / ".installed").touch()
+    (tmp_path / "demo" / "thesis.txt").unlink()
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)  # noqa: S607
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Makefile", "elsewhere"]
 
 
 # --- workspaces -----------------------------------------------------------------------------------------------------

@@ -439,6 +439,21 @@ def test_the_command_names_what_differs(data, repository, tmp_path):
         assert message in result.stderr
 
 
+@pytest.mark.parametrize("tag", [b"zzzz", b"\0\0\0\0", b"text"])
+def test_one_video_of_an_unknown_codec_is_skipped_and_reported(pipeline, tmp_path, tag):
+    make_clip(tmp_path / "good.mp4")
+    data = make_clip(tmp_path / "odd.mp4").read_bytes()
+    head, _, tail = data.rpartition(b"avc1")
+    (tmp_path / "odd.mp4").write_bytes(head + tag + tail)
+    rows = [{"task": "t2v", "prompt": "noise", "media": f"{name}.mp4"} for name in ("good", "odd")]
+    table = load_media_table(write_jsonl(tmp_path / "data.jsonl", *rows))
+    report = precompute(table, encoder(pipeline), tmp_path / "cache", on_bad_data="skip")
+    (offender,) = report.skipped
+    assert offender.sample == "t2v:odd.mp4"
+    assert "odd.mp4: the video's codec is unknown to this reader; re-encode the file" in offender.problem
+    assert len(FeatureCache(tmp_path / "cache")) == 1
+
+
 def test_two_runs_do_not_work_on_one_cache(data, pipeline, tmp_path):
     script = (
         "import sys, time\nfrom pathlib import Path\nfrom huggingface_hub.utils import WeakFileLock\n"

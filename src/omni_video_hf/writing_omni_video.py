@@ -36,6 +36,12 @@ def complete_or_absent(path: str | Path) -> Iterator[Path]:
         path: of the file; its folder is made if need be.
     """
     path = Path(path)
+    around = next((parent for parent in path.absolute().parents if parent.name.endswith(WORKSPACE_SUFFIX)), None)
+    if around is not None and read_mark(around) is not None:  # nobody sees it before the workspace is moved
+        path.unlink(missing_ok=True)
+        yield path
+        path.chmod((around / MARK).stat().st_mode)
+        return
     with workspace(path) as folder:
         partial = folder / path.name
         yield partial
@@ -158,7 +164,8 @@ def write_mark(folder: Path, content: dict[str, Any]) -> None:
     """Replace what a workspace says of itself."""
     new = folder / f"{MARK}.new"
     new.write_text(json.dumps({"written_by": WRITER, **content}), encoding="utf-8")
-    sync_file(new)
+    if "files" in content:
+        sync_file(new)
     new.replace(folder / MARK)
 
 

@@ -99,5 +99,9 @@ $(SHAPES)/scores/scores.json: $(SHAPES)/omni-video-shapes/model_index.json
 $(SHAPES)/omni-video-shapes/README.md: $(SHAPES)/scores/scores.json
 	$(RUN).card --build $(SHAPES) --model $(@D)
 
+# What `demo.py` writes. A folder goes when nothing else is in it, .venv when make set it up; a link is left alone.
+DEMO := circle.mp4 blue.mp4 square.png answer.txt sheet.png
+
 clean: ## remove everything that make created
-	rm -rf $(VENV) demo
+	if [ -d demo ] && [ ! -L demo ]; then (cd demo && rm -f $(DEMO)); rmdir demo 2>/dev/null || true; fi
+	if [ -f $(INSTALLED) ] && [ -f $(VENV)/pyvenv.cfg ] && [ ! -L $(VENV) ]; then rm -rf $(VENV); fi

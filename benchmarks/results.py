@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import omni_video_hf
+from omni_video_hf.writing_omni_video import write_text
 
 Row = dict[str, Any]
 Columns = Mapping[str, Callable[[Row], object]]  # title -> what stands in a row
@@ -87,12 +88,5 @@ class Results:
                 table = markdown_table(entry["rows"], columns)
                 sections.append(f"## {title}\n\n{table}\n\n{entry['date']}, {entry['seconds']} s; {setup}\n")
         self.json_file.parent.mkdir(parents=True, exist_ok=True)
-        _replace(self.json_file, json.dumps(self.entries, indent=2) + "\n")
-        _replace(self.markdown_file, "\n".join(sections))
-
-
-def _replace(file: Path, text: str) -> None:
-    """Write a file that appears when it is complete."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+        write_text(self.json_file, json.dumps(self.entries, indent=2) + "\n")
+        write_text(self.markdown_file, "\n".join(sections))

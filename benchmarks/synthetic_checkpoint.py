@@ -22,6 +22,7 @@ from torch.serialization import skip_data
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from omni_video_hf.configuration_omni_video import WAN_2_1_T2V_1_3B
+from omni_video_hf.writing_omni_video import complete_or_absent
 
 TEMPLATE = Path(__file__).parents[1] / "tests" / "data" / "core_A" / "omni_ckpts"
 TEMPLATE_VAE_WIDTH, LATENT_CHANNELS = 4, 16
@@ -313,9 +314,8 @@ def fill(folder: Path) -> None:
         with safe_open(file, "pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - no dict
         drawn = {name: torch.randn(t.shape, generator=generator).mul_(0.02).to(t.dtype) for name, t in tensors.items()}
-        partial = file.with_suffix(".partial")
-        save_file(drawn, partial, metadata={"format": "pt"})
-        partial.replace(file)
+        with complete_or_absent(file) as partial:
+            save_file(drawn, partial, metadata={"format": "pt"})
 
 
 def main(

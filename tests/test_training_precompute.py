@@ -13,6 +13,7 @@ import training
 from golden import DATA
 from PIL import Image
 from raw_data import datasets_cache, make_clip, make_image, write_jsonl  # noqa: F401 - a fixture
+from safetensors.torch import save_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from typer.testing import CliRunner
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 from omni_video_hf.cli import app
 from omni_video_hf.media_omni_video import load_video
 from omni_video_hf.training.bad_data import BadDataError
+from omni_video_hf.training.cache_files import WRITTEN_BY
 from omni_video_hf.training.data import OmniVideoDataCollator
 from omni_video_hf.training.encoding import FeatureEncoder, PrecomputeSettings, load_encoders
 from omni_video_hf.training.features import FeatureCache, read_records
@@ -382,9 +384,8 @@ def test_a_killed_run_goes_on_where_it_stopped(many, repository, pipeline, tmp_p
         FeatureCache(cache)
 
     rules = FramingRules([(64, 32)], [5])
-    # What a kill between two renames leaves: a shard without its part, and half a file.
-    (cache / "shards" / "00090-00.safetensors").write_bytes(b"whole, but no part vouches for it")
-    (cache / "shards" / ".00091-00.safetensors.partial").write_bytes(b"half")
+    # What a kill between two renames leaves: a shard without its part.
+    save_file({"0.latents": torch.zeros(1)}, cache / "shards" / "00090-00.safetensors", WRITTEN_BY)
     report = precompute(load_media_table(many), encoder(load_encoders(repository), rules), cache, shard_entries=5)
     assert (report.kept, len(report.computed)) == (len(done), 12 - len(done))
     assert set(report.computed).isdisjoint(done)
@@ -436,6 +437,21 @@ def test_the_command_names_what_differs(data, repository, tmp_path):
         result = run(*arguments)
         assert result.exit_code == 2
         assert message in result.stderr
+
+
+@pytest.mark.parametrize("tag", [b"zzzz", b"\0\0\0\0", b"text"])
+def test_one_video_of_an_unknown_codec_is_skipped_and_reported(pipeline, tmp_path, tag):
+    make_clip(tmp_path / "good.mp4")
+    data = make_clip(tmp_path / "odd.mp4").read_bytes()
+    head, _, tail = data.rpartition(b"avc1")
+    (tmp_path / "odd.mp4").write_bytes(head + tag + tail)
+    rows = [{"task": "t2v", "prompt": "noise", "media": f"{name}.mp4"} for name in ("good", "odd")]
+    table = load_media_table(write_jsonl(tmp_path / "data.jsonl", *rows))
+    report = precompute(table, encoder(pipeline), tmp_path / "cache", on_bad_data="skip")
+    (offender,) = report.skipped
+    assert offender.sample == "t2v:odd.mp4"
+    assert "odd.mp4: the video's codec is unknown to this reader; re-encode the file" in offender.problem
+    assert len(FeatureCache(tmp_path / "cache")) == 1
 
 
 def test_two_runs_do_not_work_on_one_cache(data, pipeline, tmp_path):

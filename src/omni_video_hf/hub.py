@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from .staging_omni_video import check_finished
+from .writing_omni_video import visible_files
+
 if TYPE_CHECKING:
     from .memory_omni_video import MemoryProfile
 
@@ -148,7 +151,8 @@ def repository_headers(
 
 
 def _local_headers(folder: Path) -> dict[str, Header]:
-    files = sorted(folder.rglob("*.safetensors"))
+    check_finished(folder)
+    files = visible_files(folder, "*.safetensors")
     return {file.relative_to(folder).as_posix(): _read_header(file) for file in files}
 
 

@@ -1,6 +1,5 @@
 """Pushing a folder to the Hub: checked first, in one commit, and only what belongs to a repository."""
 
-import json
 import os
 import re
 import tempfile
@@ -14,12 +13,16 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from .model_card_omni_video import model_card
 from .remote_code_omni_video import CODE_FILE
 from .repository_omni_video import (
+    check_finished,
+    check_indices,
     complete_repository,
+    index_entries,
     is_weight_file,
     link_root,
     link_weights,
     missing_parts,
     read_header,
+    visible_files,
 )
 
 SUFFIXES = {".json", ".safetensors", ".jinja", ".txt", ".model", ".md", ".yaml", ".csv"}
@@ -66,7 +69,7 @@ def push_repository(
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory}: is not a folder.")
-    check_complete(directory)
+    check_complete(directory, link_roots)
     card = model_card(directory, repo_id, base_model)
     files: dict[str, Any] = repository_files(directory, link_roots)[0] | {"README.md": card.encode()}
     api = HfApi(token=token)
@@ -76,7 +79,9 @@ def push_repository(
     head = api.repo_info(repo_id, revision=revision)
     operations: list[Any] = [CommitOperationAdd(name, file) for name, file in files.items()]
     existing = (sibling.rfilename for sibling in head.siblings or [])
-    operations += [CommitOperationDelete(name) for name in existing if name not in files and _is_ours(name)]
+    folders = {name.rpartition("/")[0] for name in files}  # others hold what no push of this folder wrote
+    outdated = [name for name in existing if name.rpartition("/")[0] in folders and _is_ours(name)]
+    operations += [CommitOperationDelete(name) for name in outdated if name not in files]
     return api.create_commit(
         repo_id,
         operations,
@@ -112,13 +117,18 @@ def push_completed(directory: str | Path, repo_id: str, base: str | Path, **kwar
         return push_repository(folder, repo_id, base_model=base, link_roots=roots, **kwargs)
 
 
-def check_complete(directory: Path) -> None:
+def check_complete(directory: Path, link_roots: Sequence[str | Path] = ()) -> None:
     """
     Refuse a folder that would not load.
 
+    Args:
+        directory: the repository, or a folder with a LoRA.
+        link_roots: other folders that symbolic links in it may lead into.
+
     Raises:
-        ValueError: names what is missing or damaged.
+        ValueError: names what is missing or damaged, or an index that names files outside of the folder.
     """
+    check_finished(directory)
     if (directory / LORA_NAME).is_file():
         read_header(directory / LORA_NAME)
         return
@@ -128,11 +138,12 @@ def check_complete(directory: Path) -> None:
             f"{directory}: is not a complete repository: {', '.join(missing)} missing. A saved model is completed "
             "from what it was trained from: `complete_repository(folder, base)`, or `omni-video push --base`."
         )
-    for index in sorted(directory.rglob("*.index*.json")):
-        for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
+    check_indices(directory, link_roots)
+    for index in visible_files(directory, "*.index*.json"):
+        for name in index_entries(index):
             if not (index.parent / name).is_file():
                 raise ValueError(f"{index}: names {name}, which is not there.")
-    for file in sorted(directory.rglob("*.safetensors")):
+    for file in visible_files(directory, "*.safetensors"):
         read_header(file)
 
 

@@ -10,7 +10,7 @@ The layout of a repository: one copy of the weights, two front doors.
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -31,7 +31,7 @@ from .staging_omni_video import (
     staging,
     variant_of,
 )
-from .writing_omni_video import complete_or_absent, is_plain_name, write_text
+from .writing_omni_video import complete_or_absent, is_plain_name, visible_files, write_text
 
 INDEX_NAME = "model.safetensors.index.json"
 PIPELINE_INDEX_NAME = "model_index.json"
@@ -53,7 +53,7 @@ def finalize_repository(directory: str | Path, variant: str | None = None) -> No
         variant: of the weights that the root index is to name, as in `model.fp16.safetensors`.
     """
     directory = Path(directory)
-    for path in (*directory.glob("*/config.json"), *_visible(directory, "tokenizer_config.json")):
+    for path in (*directory.glob("*/config.json"), *visible_files(directory, "tokenizer_config.json")):
         content = _read_json(path)
         if content.keys() & _LOCAL_ENTRIES:
             kept = {name: value for name, value in content.items() if name not in _LOCAL_ENTRIES}
@@ -274,24 +274,26 @@ def link_root(directory: str | Path) -> Path:
     return directory.parent.parent if directory.parent.name == "snapshots" else directory
 
 
-def check_indices(directory: str | Path) -> None:
+def check_indices(directory: str | Path, link_roots: Iterable[str | Path] = ()) -> None:
     """
     Refuse weight indices that name files outside their repository, or that are damaged.
+
+    Args:
+        directory: the repository.
+        link_roots: other folders that symbolic links in it may lead into.
 
     Raises:
         ValueError: names the index and the entry.
     """
     directory = Path(directory)
-    root = link_root(directory).resolve()
-    for index in sorted(path for path in (*directory.glob("*.json"), *directory.glob("*/*.json"))):
-        if not is_weight_file(index.name):
-            continue
-        for name in index_entries(index):
-            path = index.parent / name
-            if not is_plain_name(name) or not path.resolve().is_relative_to(root):
+    roots = [Path(root).resolve() for root in (link_root(directory), *link_roots)]
+    for index in sorted([*directory.glob("*.json"), *directory.glob("*/*.json")]):
+        for name in index_entries(index) if is_weight_file(index.name) else ():
+            path = (index.parent / name).resolve()
+            if not is_plain_name(name) or not any(path.is_relative_to(root) for root in roots):
                 raise ValueError(
-                    f"{index}: names the file {name!r}, outside of {directory}. An index may only name files "
-                    "of its own repository: download it again, from somebody you trust."
+                    f"{index}: names the file {name!r}, which lies outside of {directory}. An index may only name "
+                    "files of its own repository: download it again, from somebody you trust."
                 )
 
 
@@ -331,12 +333,6 @@ def _is_processor_file(path: Path) -> bool:
     return path.is_file() and (path.name in names or path.name.startswith("tokenizer"))
 
 
-def _visible(directory: Path, name: str) -> list[Path]:
-    """Files of a name, or pattern, at any depth, none of them in a hidden folder."""
-    found = sorted(directory.rglob(name))
-    return [path for path in found if not any(part[0] == "." for part in path.relative_to(directory).parts[:-1])]
-
-
 def _read_json(path: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
@@ -367,6 +363,7 @@ __all__ = [
     "missing_parts",
     "read_header",
     "staged",
+    "visible_files",
     "weight_files",
     "write_root_index",
 ]

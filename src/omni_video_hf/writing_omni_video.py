@@ -36,6 +36,12 @@ def complete_or_absent(path: str | Path) -> Iterator[Path]:
         path: of the file; its folder is made if need be.
     """
     path = Path(path)
+    around = next((parent for parent in path.absolute().parents if parent.name.endswith(WORKSPACE_SUFFIX)), None)
+    if around is not None and read_mark(around) is not None:  # nobody sees it before the workspace is moved
+        path.unlink(missing_ok=True)
+        yield path
+        path.chmod((around / MARK).stat().st_mode)
+        return
     with workspace(path) as folder:
         partial = folder / path.name
         yield partial
@@ -57,6 +63,12 @@ def is_plain_name(name: str) -> bool:
     """Whether a name in an index leads down from where the index lies: relative, and nowhere up."""
     parts = name.replace("\\", "/").split("/")
     return not Path(name).is_absolute() and not PureWindowsPath(name).drive and not {"", ".", ".."} & set(parts)
+
+
+def visible_files(directory: Path, name: str) -> list[Path]:
+    """Files of a name, or pattern, at any depth, none of them in a hidden folder."""
+    found = sorted(directory.rglob(name))
+    return [path for path in found if not any(part[0] == "." for part in path.relative_to(directory).parts[:-1])]
 
 
 def sync_file(path: Path) -> None:
@@ -121,6 +133,7 @@ def workspaces(target: str | Path | None, parent: str | Path) -> list[Path]:
 @contextmanager
 def unlocked(folder: Path) -> Iterator[bool]:
     """Whether the process that made a workspace has ended; if so, nobody else takes it within the block."""
+    has_just_begun = _has_just_begun(folder)  # the lock changes the folder's time
     try:
         lock = WeakFileLock(folder / LOCK, timeout=0.05)
         lock.__enter__()
@@ -128,7 +141,7 @@ def unlocked(folder: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        yield read_mark(folder) is not None or _has_just_begun(folder)
+        yield read_mark(folder) is not None or has_just_begun
     finally:
         lock.__exit__(None, None, None)
 
@@ -157,7 +170,8 @@ def write_mark(folder: Path, content: dict[str, Any]) -> None:
     """Replace what a workspace says of itself."""
     new = folder / f"{MARK}.new"
     new.write_text(json.dumps({"written_by": WRITER, **content}), encoding="utf-8")
-    sync_file(new)
+    if "files" in content:
+        sync_file(new)
     new.replace(folder / MARK)
 
 
@@ -228,6 +242,7 @@ __all__ = [
     "remove_entry",
     "sync_file",
     "unlocked",
+    "visible_files",
     "workspace",
     "workspaces",
     "write_mark",

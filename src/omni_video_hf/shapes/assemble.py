@@ -15,7 +15,6 @@ from ..modeling_vila import VilaForConditionalGeneration
 from ..pipeline_omni_video import OmniVideoPipeline
 from . import configuration
 from .configuration import MAX_BYTES, empty_instruction
-from .runs import save_folder
 
 SEED = 0  # of the bridges, which nothing has trained yet
 
@@ -43,7 +42,7 @@ def given(
         pipe.register_modules(**{name: part.eval()})
     pipe.mllm.mllm.load_state_dict(VilaForConditionalGeneration.from_pretrained(mllm).state_dict())
     store_null_states(pipe)
-    save_folder(pipe.save_pretrained, output)
+    pipe.save_pretrained(output)
 
 
 def store_null_states(pipe: OmniVideoPipeline) -> None:
@@ -63,7 +62,7 @@ def finished(
     pipe = OmniVideoPipeline.from_pretrained(model)
     pipe.to(torch.float16)
     pipe.register_to_config(presets=configuration.PRESETS)
-    save_folder(pipe.save_pretrained, output)
+    pipe.save_pretrained(output)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     if size > MAX_BYTES:
         raise typer.BadParameter(f"{output} takes {size:,} bytes, more than {MAX_BYTES:,}.")

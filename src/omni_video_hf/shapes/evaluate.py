@@ -13,6 +13,7 @@ from rich.progress import track
 
 from ..pipeline_omni_video import OmniVideoPipeline
 from ..source_omni_video import Source
+from ..writing_omni_video import complete_or_absent
 from .dataset import ShapesDataset
 from .pictures import Shown, results_sheet
 from .runs import write_json
@@ -178,9 +179,8 @@ def save_evaluation(report: Report, shown: dict[tuple[str, str], list[Shown]], f
     sheets = {f"{line}_{split}": rows for (line, split), rows in shown.items()}
     first = [shown[line, SHOWN_SPLITS[0]][0] for line in STRIP if (line, SHOWN_SPLITS[0]) in shown]
     for name, rows in (sheets | ({"strip": first} if first else {})).items():
-        partial = folder / f"{name}.partial.png"
-        results_sheet(rows).save(partial)
-        partial.replace(folder / f"{name}.png")
+        with complete_or_absent(folder / f"{name}.png") as partial:
+            results_sheet(rows).save(partial)
     write_json(report.to_dict(), folder / "scores.json")
 
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 
+from ..writing_omni_video import complete_or_absent
 from .dataset import Example, ShapesDataset
 from .recolor import MIN_CONTRAST, any_colors
 from .runs import check_settings, write_json
@@ -109,9 +110,8 @@ def encode_pairs(vae: AutoencoderKLWan, kind: str, count: int, folder: Path, rec
             for scene in (example.source, example.target)
         ]
         latents = _encode(vae, torch.from_numpy(np.stack(clips))).unflatten(0, (-1, 2))
-        partial = path.with_suffix(".partial")
-        save_file({"latents": latents.contiguous()}, partial)
-        partial.replace(path)
+        with complete_or_absent(path) as partial:
+            save_file({"latents": latents.contiguous()}, partial)
 
 
 def _encode(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,7 +15,10 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..writing_omni_video import workspace, write_text
 from .muon import MuonFactory
+
+WRITTEN_MARK = ".written_by_omni_video_hf"  # in every folder of `save_folder`
 
 
 def check_settings(settings: dict[str, Any], output: Path, *begins_from: Path) -> None:
@@ -124,19 +126,29 @@ def the_batch(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def save_folder(write: Callable[[Path], Any], folder: Path) -> None:
-    """Let `write` fill a folder, which comes to its name when it is complete and replaces an older one."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    write(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    """
+    Let `write` fill a folder, which comes to its name when it is complete and replaces an older one.
+
+    Raises:
+        ValueError: before anything is written, when `folder` is a link or holds what no call of this wrote.
+    """
+    mark = folder / WRITTEN_MARK
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"{folder}: must be a folder, not a link or a file: move it away.")
+    if folder.is_dir() and any(folder.iterdir()) and not (mark.is_file() and not mark.is_symlink()):
+        raise ValueError(f"{folder}: is not empty, and no training of these wrote it: move it away.")
+    with workspace(folder) as work:
+        new = work / "new"
+        write(new)
+        (new / WRITTEN_MARK).touch()
+        if folder.exists():
+            folder.rename(work / "old")
+        new.rename(folder)
 
 
 def write_json(values: dict[str, Any], path: Path) -> None:
     """Write a file that comes to its name when it is complete."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 __all__ = [

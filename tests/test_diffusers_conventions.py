@@ -372,6 +372,22 @@ def test_a_cache_that_does_not_know_the_step_is_refused(pipe):
         run(pipe)
 
 
+def test_cache_dit_knows_the_pipeline():
+    cache_dit = pytest.importorskip("cache_dit", reason="cache-dit is not among the requirements")
+    pipe = made()
+    exact = run(pipe, num_inference_steps=STEPS)
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=2, residual_diff_threshold=1.0
+    )
+    cache_dit.enable_cache(pipe, cache_config=config)
+    cached, rows = attention_runs(pipe)
+    assert rows["attn2"] == [1] * 4  # two steps of both branches
+    assert torch.equal(attention_runs(pipe)[0], cached)
+    assert 1e-4 < relative_error(cached, exact) < 1.0
+    cache_dit.disable_cache(pipe)
+    assert torch.equal(run(pipe, num_inference_steps=STEPS), exact)
+
+
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
 def test_group_offloading_changes_nothing(pipe, kind):
     wanted = run(pipe)

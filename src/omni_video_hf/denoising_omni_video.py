@@ -1,6 +1,7 @@
 """The sampling loop of the pipeline: one decoder, one call at a time, and what callbacks see and change of it."""
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -230,4 +231,23 @@ def callback_inputs(
     return callback.tensor_inputs if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)) else names
 
 
-__all__ = ["OmniVideoDenoisingMixin", "callback_inputs", "whole_call"]
+def register_with_cache_dit(pipeline: type) -> None:
+    """Let `cache_dit.enable_cache(pipe)` know a pipeline's class, where that library is imported already."""
+    cache_dit = sys.modules.get("cache_dit")
+    register = getattr(cache_dit, "BlockAdapterRegister", None)
+    if register is None or pipeline.__name__ in register._adapters:
+        return
+
+    @register.register(pipeline.__name__)
+    def adapter(pipe: Any, **kwargs: Any) -> Any:
+        return cache_dit.BlockAdapter(
+            pipe=pipe,
+            transformer=pipe.transformer,
+            blocks=pipe.transformer.blocks,
+            forward_pattern=cache_dit.ForwardPattern.Pattern_2,  # hidden states and context in, hidden states out
+            has_separate_cfg=True,  # conditional and null branch run in turn
+            **kwargs,
+        )
+
+
+__all__ = ["OmniVideoDenoisingMixin", "callback_inputs", "register_with_cache_dit", "whole_call"]

@@ -16,7 +16,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from .denoising_omni_video import OmniVideoDenoisingMixin, callback_inputs, whole_call
+from .denoising_omni_video import OmniVideoDenoisingMixin, callback_inputs, register_with_cache_dit, whole_call
 from .guidance_omni_video import Guidance
 from .lora_omni_video import OmniVideoLoraLoaderMixin, with_lora_scale
 from .media_omni_video import probe_frames
@@ -123,6 +123,7 @@ class OmniVideoPipeline(
             presets, scheduler_shift = find_presets(adapter, processor)
         self.register_to_config(presets=presets, scheduler_shift=scheduler_shift)
         self._begin_call()
+        register_with_cache_dit(type(self))
 
     def register_to_config(self, **kwargs: Any) -> None:
         """As in diffusers; presets also stay with the components, for another pipeline over them."""

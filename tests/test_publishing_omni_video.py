@@ -471,7 +471,8 @@ def test_texts_of_others_are_shown_and_not_obeyed(repository, tmp_path, hostile,
     assert {line for line in prose.splitlines() if line.startswith("#")} <= own
     seal = "<!-- written by omni_video_hf"
     assert "<" not in prose.replace(seal, "") and "```" not in prose.replace(r"\`\`\`", "")
-    assert "](javascript" not in prose and "](http" not in prose.replace("](https://arxiv.org", "")
+    links = re.findall(r"(?<!\\)\]\(([^)]*)\)", prose)
+    assert [link for link in links if ":" in link and not link.startswith("https://arxiv.org/")] == []
     for code in re.findall(r"^```python\n(.*?)^```$", body, flags=re.DOTALL | re.MULTILINE):
         calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
         assert "system" not in {getattr(call.func, "attr", None) for call in calls}

@@ -725,6 +725,12 @@ class TestBudget:
             message = error_of(load_video, path, **wishes)
         assert f"{expected} frames of 48x32" in message and "num_frames" in message
 
+    @pytest.mark.parametrize("call", [open_media, load_video, probe_video])
+    def test_a_codec_that_nobody_knows(self, tmp_path, call):
+        path = write(tmp_path / "a.mkv", numbered(4))
+        path.write_bytes(path.read_bytes().replace(b"V_MPEG4/ISO/AVC", b"V_MPEG9/ISO/XYZ"))
+        assert "a.mkv: its codec is not known" in error_of(call, path)
+
     def test_a_clip_that_stands_still(self, tmp_path, monkeypatch):
         """Ten frames, the last of them five minutes late: at a steady rate they are thousands."""
         stamps = [*range(9), 3040]

@@ -1,3 +1,4 @@
+import ast
 import json
 import re
 from pathlib import Path
@@ -6,16 +7,25 @@ import pytest
 import tiny
 import torch
 import training
+import yaml
 from hub_cards import card_problems
 from hub_server import hub_server_fixture, run_client  # noqa: F401
 from huggingface_hub import ModelCard
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import save_file
 from strangers import WITHOUT_PACKAGE, expected_outputs, last_json, open_doors
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline, collect_lora_layers
-from omni_video_hf.model_card_omni_video import TrainingSummary, is_generated, render_model_card, write_model_card
+from omni_video_hf.model_card_omni_video import (
+    TrainingSummary,
+    is_generated,
+    plain,
+    render_model_card,
+    write_model_card,
+)
 from omni_video_hf.publishing_omni_video import LORA_NAME, check_complete, repository_files
 from omni_video_hf.repository_omni_video import complete_repository, missing_parts
+from omni_video_hf.training.publishing import summarize
 
 NAME, BASE = "lab/fine-tune", "lab/omni-video-tiny"
 
@@ -395,6 +405,142 @@ def test_an_unknown_entry_of_the_summary_is_refused(repository, tmp_path):
     (tmp_path / "training_summary.json").write_text('{"stages": "joint"}')
     with pytest.raises(ValueError, match=r"unknown entries stages; known are .*stage"):
         render_model_card(tmp_path, NAME)
+
+
+HOSTILE = [
+    "x\n---\nlicense: mit\n---\n# Owned",
+    "<script>alert(1)</script><img src=x onerror=alert(1)>",
+    '")\nimport os; os.system("touch owned")\n("',
+    "[click](javascript:alert(1)) ![pixel](https://evil.org/x.png)",
+    "a | b | c\n| --- | --- |\n```python\nprint()\n```",
+    "{{ card_data }} {% for x in range(9) %}",
+    "# heading",
+    "- item: 'quoted' \"twice\" \\ `code` *bold* __bold__ $$x$$",
+]
+
+
+def test_plain_text_has_no_markup():
+    for text in HOSTILE:
+        shown = plain(text)
+        assert "\n" not in shown and "<" not in shown
+        assert re.search(r"(?<!\\)[\[\]*`|$]", shown.replace("\\\\", "")) is None
+        assert not shown.startswith(("#", "-", "+", "="))
+    assert plain("flow_matching_loss of 3 foxes, lab/foxes-2.0 (mine)") == (
+        "flow_matching_loss of 3 foxes, lab/foxes-2.0 (mine)"
+    )
+    assert (plain("1. one"), plain("1) one"), plain("= one")) == ("1\\. one", "1\\) one", "\\= one")
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+@pytest.mark.parametrize("is_lora", [False, True])
+def test_texts_of_others_are_shown_and_not_obeyed(repository, tmp_path, hostile, is_lora):
+    folder = tmp_path / "repo"
+    folder.mkdir()
+    file = "lora.safetensors" if not is_lora else LORA_NAME
+    save_file({"transformer.a.lora_A.weight": torch.zeros(1)}, folder / file)
+    name = hostile.replace("/", "").replace("\0", "")[:40]
+    (folder / "assets").mkdir()
+    (folder / "assets" / f"{name}.mp4").write_bytes(b"")
+    preset = {"width": hostile, "height": 8, "num_frames": 5, "num_inference_steps": hostile, "guidance_scale": 1}
+    index = {"presets": {hostile: preset | {"flow_shift": 1, "fps": hostile}}}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    TrainingSummary(
+        stage=hostile,
+        description=hostile,
+        base_model=hostile,
+        datasets=[hostile],
+        steps=3,
+        learning_rate={hostile: 1e-3},
+        losses={hostile: 1.0},
+        scores={hostile: 1.0},
+        dtype=hostile,
+        hardware=hostile,
+        license=hostile,
+        limits=[hostile],
+        samples=[{"prompt": hostile, "file": f"assets/{name}.mp4"}, {"prompt": "x", "file": "../secret"}],
+    ).save(folder)
+    text = render_model_card(folder, hostile)
+    _, front, body = re.split(r"^---$", text, maxsplit=2, flags=re.MULTILINE)
+    data = yaml.safe_load(front)
+    assert data["license"] == hostile and data["widget"][0]["text"] == hostile
+    assert [entry["output"]["url"] for entry in data["widget"]] == [f"assets/{name}.mp4"]
+    assert "base_model" not in data
+    own = {"# " + plain(hostile), "## Use", "## Settings", "## Memory", "## Training", "## Scores", "## Samples",
+           "## Limits", "## Licence"}  # fmt: skip
+    prose = re.sub(r"^```python\n.*?^```$", "", body, flags=re.DOTALL | re.MULTILINE)
+    assert {line for line in prose.splitlines() if line.startswith("#")} <= own
+    seal = "<!-- written by omni_video_hf"
+    assert "<" not in prose.replace(seal, "") and "```" not in prose.replace(r"\`\`\`", "")
+    links = re.findall(r"(?<!\\)\]\(([^)]*)\)", prose)
+    assert [link for link in links if ":" in link and not link.startswith("https://arxiv.org/")] == []
+    for code in re.findall(r"^```python\n(.*?)^```$", body, flags=re.DOTALL | re.MULTILINE):
+        calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+        assert "system" not in {getattr(call.func, "attr", None) for call in calls}
+        texts = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+        assert hostile in texts
+    tables = [line for line in prose.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} <= {3, 8}
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ('{"steps": "<b>"}', "`steps`"),
+        ('{"losses": {"loss": "a"}}', "`losses`"),
+        ('{"samples": [{"prompt": 3, "file": "x"}]}', "`samples`"),
+        ('{"datasets": "lab/foxes"}', "`datasets`"),
+        ('{"seconds": true}', "`seconds`"),
+        ("[1]", "JSON object"),
+        ("{", "JSON file"),
+        ("[" * 100_000, "JSON file"),
+    ],
+)
+def test_a_summary_of_wrong_kinds_is_refused(tmp_path, content, word):
+    (tmp_path / "training_summary.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"training_summary\.json: .*{word}"):
+        render_model_card(tmp_path, NAME)
+
+
+def test_the_base_that_is_given_counts(tmp_path):
+    TrainingSummary(base_model=str(tmp_path)).save(tmp_path)
+    assert write_model_card(tmp_path, NAME, BASE)
+    assert ModelCard((tmp_path / "README.md").read_text()).data.base_model == BASE
+    for wrong in (tmp_path, "no-owner", "a/b/c"):
+        with pytest.raises(ValueError, match="must be a Hub repository"):
+            write_model_card(tmp_path, NAME, wrong)
+
+
+def test_only_the_parts_that_are_there_are_listed(repository, tmp_path):
+    model = OmniVideoForConditionalGeneration.from_pretrained(repository, enable_mllm=False)
+    model.save_pretrained(tmp_path / "part")
+    TrainingSummary(steps=3).save(tmp_path / "part")
+    text = render_model_card(tmp_path / "part", NAME)
+    parts = re.findall(r"^\| (\w+) \| [\d.]+ \|$", text, flags=re.MULTILINE)
+    assert "vision_head" in parts and "mllm" not in parts
+    assert "it understands" not in text and "Parts of an" in text
+    whole = render_model_card(repository, NAME)
+    assert {"mllm", "vision_head", "adapter", "transformer", "vae"} <= set(
+        re.findall(r"^\| (\w+) \| [\d.]+ \|$", whole, flags=re.MULTILINE)
+    )
+    assert "it understands" in whole
+    assert not {"Llama", "Wan", "SigLIP", "umT5"} & set(re.findall(r"\w+", whole.partition("## Licence")[2]))
+
+
+def test_the_duration_is_that_of_all_attempts(tmp_path):
+    samples = [training.sample("t2v", index) for index in range(4)]
+    settings = {"stage": "decoder", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    first = training.trainer(tmp_path, samples, **settings)
+    first.train()
+    assert summarize(first).seconds > 0
+    path = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    clock = state["stateful_callbacks"]["RunClock"]["args"]
+    assert 0 < clock["seconds"] < summarize(first).seconds
+    clock["seconds"] += 5000
+    path.write_text(json.dumps(state))
+    second = training.trainer(tmp_path, samples, **settings)
+    second.train(resume_from_checkpoint=str(path.parent))
+    assert 5000 < summarize(second).seconds < 6000
 
 
 def test_lora_card_and_push(repository, tmp_path, hub_server):

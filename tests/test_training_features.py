@@ -109,6 +109,8 @@ BAD = {
     "no_states.pkl": ({"vlm_last_hidden_states": None}, "`vlm_last_hidden_states` must be a tensor, got NoneType"),
     "two_states.pkl": ({"vlm_last_hidden_states": torch.zeros(2, 7, 48)}, "must be of one sample"),
     "whole_numbers.pkl": ({"t5_emb": torch.ones(4, 32, dtype=torch.int64)}, "`t5_emb` must hold floats"),
+    "no_text.pkl": ({"prompt": ["x"]}, "`prompt` must be a text, got list"),
+    "no_number.pkl": ({"frame_num": "17"}, "`frame_num` must be a whole number, got str"),
     "frames.pkl": ({"frame_num": 17}, "`frame_num` is 17, but the latents have 2 frames"),
     "unequal.pkl": ({"latent_feature": torch.zeros(16, 2, 4, 4)}, "`source_latents` [16, 2, 4, 4] and `latents`"),
     "channels.pkl": ({"latent_feature_tgt": torch.zeros(12, 2, 8, 4)}, "`latents` has channels 12, 9 other entries"),
@@ -135,7 +137,7 @@ def test_all_bad_files_are_listed_at_once(pickles, tmp_path, monkeypatch):
         assert problem in found[name]
     assert "Nothing in it was run" in found["evil.pkl"]
     assert not (tmp_path / "evil").exists()
-    assert str(caught.value).startswith("13 problems in 21 samples")
+    assert str(caught.value).startswith("15 problems in 23 samples")
     with pytest.raises(ValueError, match=r"holds no manifest.json"):
         FeatureCache(tmp_path / "cache")
 

@@ -1,8 +1,10 @@
 """What happens beside the steps of a run."""
 
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 if TYPE_CHECKING:
     from .trainer import OmniVideoTrainer
@@ -71,3 +73,41 @@ class Previews(TrainerCallback):
         """On the main process; the others wait at their next step."""
         if state.global_step % args.preview_steps == 0 and state.is_world_process_zero:
             self.trainer.draw_previews()
+
+
+class RunClock(TrainerCallback, ExportableState):
+    """
+    Seconds that a run has trained, over all its attempts: the state of a checkpoint carries them on.
+
+    What a killed attempt did behind its last checkpoint is done again and counts once.
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._before, self._start = seconds, None
+
+    @property
+    def seconds(self) -> float:
+        """Until now, or until the end of training."""
+        return self._before + (0.0 if self._start is None else time.monotonic() - self._start)
+
+    @classmethod
+    def of(cls, trainer: "OmniVideoTrainer") -> "RunClock":
+        """The clock of a trainer."""
+        return next(entry for entry in trainer.callback_handler.callbacks if isinstance(entry, cls))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {"seconds": self.seconds}, "attributes": {}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Start from what the checkpoint says, which is nothing for a new run."""
+        stored = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
+        self._before, self._start = float(stored.get("args", {}).get("seconds", 0.0)), time.monotonic()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Stop."""
+        self._before, self._start = self.seconds, None

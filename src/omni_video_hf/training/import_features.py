@@ -91,7 +91,12 @@ def _problems(content: Any, task: str | None) -> list[str]:
     problems = []
     prompt = content.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
-        problems.append(f"`prompt` is empty ({prompt!r})")
+        found = (
+            f"is empty ({prompt[:20]!r})"
+            if isinstance(prompt, str)
+            else f"must be a text, got {type(prompt).__name__}"
+        )
+        problems.append(f"`prompt` {found}")
     wanted = {
         "latent_feature_tgt": (_latents(content)[0], 4),
         "latent_feature": (_latents(content)[1], 4),
@@ -115,7 +120,9 @@ def _problems(content: Any, task: str | None) -> list[str]:
         return problems
     target, source = _latents(content)
     frames = content.get("frame_num")
-    if frames is not None and (frames - 1) // TEMPORAL_FACTOR + 1 != target.shape[1]:
+    if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int)):
+        problems.append(f"`frame_num` must be a whole number, got {type(frames).__name__}")
+    elif frames is not None and (frames - 1) // TEMPORAL_FACTOR + 1 != target.shape[1]:
         problems.append(f"`frame_num` is {frames}, but the latents have {target.shape[1]} frames")
     if task is not None and (TASKS[task].source is None) != (source is None):
         problems.append(f"has {'no' if source is None else 'a'} source, which does not fit the task {task!r}")

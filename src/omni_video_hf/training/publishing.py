@@ -10,6 +10,7 @@ from huggingface_hub import CommitInfo
 from ..losses_omni_video import LOSS_NAMES
 from ..model_card_omni_video import TrainingSummary, write_model_card
 from ..publishing_omni_video import push_completed, push_repository
+from .callbacks import RunClock
 
 if TYPE_CHECKING:
     from .arguments import OmniVideoTrainingArguments
@@ -44,7 +45,7 @@ def summarize(trainer: "OmniVideoTrainer", datasets: list[str] | None = None) ->
         dtype=_precision(args),
         hardware=f"{args.world_size} x {device}",
         peak_memory=torch.cuda.max_memory_allocated(args.device) if is_cuda else None,
-        seconds=logged.get("train_runtime"),
+        seconds=RunClock.of(trainer).seconds or None,
         seed=args.seed,
         samples=_last_previews(Path(args.output_dir), args.previews or []),
     )

@@ -28,7 +28,7 @@ from ..modeling_omni_video import OmniVideoForConditionalGeneration, OmniVideoOu
 from ..pipeline_omni_video import OmniVideoPipeline
 from . import checkpoints, publishing
 from .arguments import OmniVideoTrainingArguments
-from .callbacks import CloseLogAtCheckpoint, EpochOfSampler, MovingAverage, Previews
+from .callbacks import CloseLogAtCheckpoint, EpochOfSampler, MovingAverage, Previews, RunClock
 from .lora import checkpoint_metadata, save_lora
 from .meter import TASKS, LossMeter
 from .names import check_known
@@ -138,6 +138,7 @@ class OmniVideoTrainer(Trainer):
         if self.is_fsdp_enabled:
             self._name_fsdp_blocks(self.model)
         self.add_callback(CloseLogAtCheckpoint())
+        self.add_callback(RunClock())
         if train_batch_sampler is not None:
             self.add_callback(EpochOfSampler(self))
         if args.ema_decay > 0:

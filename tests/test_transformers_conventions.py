@@ -103,6 +103,15 @@ def test_the_head_is_sharded_by_columns_between_processes(model) -> None:
     assert any(name.endswith("layers.*.mlp.down_proj") for name in model._tp_plan)
 
 
+def test_the_whole_configuration_answers_for_the_mllm(tmp_path: Path) -> None:
+    config = tiny.config()
+    assert config.image_token_id == IMAGE
+    assert config.vision_config is config.mllm_config.vision_config
+    assert config.get_text_config() is config.mllm_config.text_config
+    assert not {"image_token_id", "vision_config"} & set(config.to_dict())  # said once on the disk
+    assert not hasattr(config, "video_token_id")  # VILA has no token for videos
+
+
 def test_tied_embeddings_of_the_whole_model_are_the_mllms() -> None:
     tied = tiny.model(tie_word_embeddings=True)
     assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight

@@ -212,6 +212,11 @@ class OmniVideoConfig(PreTrainedConfig):
             check("adapter_config.hidden_size", adapter.hidden_size, "decoder_config['text_dim']", text_dim)
 
     @property
+    def vision_config(self) -> PreTrainedConfig:
+        """Configuration of the MLLM's vision tower, where tools for vision-language models look for it."""
+        return self.mllm_config.vision_config
+
+    @property
     def image_token_id(self) -> int:
         """Id of the MLLM's image placeholder, where `generate` looks for it."""
         return self.mllm_config.image_token_id

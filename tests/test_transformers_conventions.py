@@ -103,6 +103,15 @@ def test_the_head_is_sharded_by_columns_between_processes(model) -> None:
     assert any(name.endswith("layers.*.mlp.down_proj") for name in model._tp_plan)
 
 
+def test_the_whole_configuration_answers_for_the_mllm(tmp_path: Path) -> None:
+    config = tiny.config()
+    assert config.image_token_id == IMAGE
+    assert config.vision_config is config.mllm_config.vision_config
+    assert config.get_text_config() is config.mllm_config.text_config
+    assert not {"image_token_id", "vision_config"} & set(config.to_dict())  # said once on the disk
+    assert not hasattr(config, "video_token_id")  # VILA has no token for videos
+
+
 def test_tied_embeddings_of_the_whole_model_are_the_mllms() -> None:
     tied = tiny.model(tie_word_embeddings=True)
     assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
@@ -143,6 +152,43 @@ def test_beams_keep_the_images_of_every_prompt_in_order(model) -> None:
         pixels = inputs["pixel_values"][row // 3 * 2 :][:2]
         logits = model(sequence[None], pixel_values=pixels).logits[0, start - 1 : -1].log_softmax(dim=-1)
         torch.testing.assert_close(score, logits.gather(1, sequence[start:, None]).mean())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "static", "disable_compile": True},
+        {"use_cache": False},
+        {"prefill_chunk_size": 4},
+        {"prompt_lookup_num_tokens": 2},
+        {"num_beams": 1, "return_dict_in_generate": True, "output_scores": True, "output_hidden_states": True},
+    ],
+)
+def test_ways_to_generate_give_the_same_answer(model, options) -> None:
+    inputs = tiny.mllm_inputs(batch=1)
+    answer = model.generate(**inputs, **options, **GREEDY)
+    assert torch.equal(getattr(answer, "sequences", answer), model.generate(**inputs, **GREEDY))
+    if "output_scores" in options:
+        assert len(answer.scores) == len(answer.hidden_states) == 4
+        assert len(answer.hidden_states[0]) == 3
+
+
+def test_an_answer_goes_on_from_its_cache(model) -> None:
+    inputs, options = tiny.mllm_inputs(), {"do_sample": False, "return_dict_in_generate": True}
+    begun = model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, **options)
+    ids, cache = begun.sequences, begun.past_key_values
+    ended = model.generate(ids, past_key_values=cache, max_new_tokens=2, min_new_tokens=2, **options)
+    assert torch.equal(ended.sequences, model.generate(**inputs, **GREEDY))
+
+
+@torch.no_grad()
+def test_one_graph_holds_the_mllm_with_images_and_labels() -> None:
+    model, inputs = tiny.model().mllm, tiny.mllm_inputs()
+    labels = inputs["input_ids"]
+    wanted = model(**inputs, labels=labels).loss  # transformers hooks into its layers in the first call
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs, labels=labels).loss, wanted)
 
 
 def test_generate_about_images_that_are_not_there_is_refused(model) -> None:

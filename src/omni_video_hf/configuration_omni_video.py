@@ -223,6 +223,21 @@ class OmniVideoConfig(PreTrainedConfig):
             text_dim = decoder.get("text_dim", defaults["text_dim"])
             check("adapter_config.hidden_size", adapter.hidden_size, "decoder_config['text_dim']", text_dim)
 
+    @property
+    def vision_config(self) -> PreTrainedConfig:
+        """Configuration of the MLLM's vision tower, where tools for vision-language models look for it."""
+        return self.mllm_config.vision_config
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the MLLM's image placeholder, where `generate` looks for it."""
+        return self.mllm_config.image_token_id
+
+    @property
+    def video_token_id(self) -> int:
+        """Likewise of a video, in MLLMs that have one."""
+        return self.mllm_config.video_token_id
+
     def get_text_config(self, *args: object, **kwargs: object) -> PreTrainedConfig:
         """The configuration of the language model inside the MLLM, where `generate` looks for cache sizes."""
         return self.mllm_config.get_text_config(*args, **kwargs)

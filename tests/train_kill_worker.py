@@ -77,9 +77,8 @@ def content(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def files(folder: Path) -> set[str]:
-    """Names of everything in a run's folder, but for what a killed save of a repository hides beside it."""
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    return {name for name in names if not name.startswith(".pipeline.")}
+    """Names of everything in a run's folder."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
 def main(root: Path, count: int, seed: int = 0) -> None:

@@ -299,8 +299,6 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
                 f"{path}: is a still picture (HEIC or AVIF); save it as PNG or JPEG and load it as image."
             )
         stream = streams[0]
-        if stream.codec_context is None:
-            raise MediaError(f"{path}: its codec is not known to this FFmpeg; convert it to H.264 in MP4.")
         check_pixels(path, stream.codec_context.width, stream.codec_context.height)
         stream.thread_type = "AUTO"
         stream.codec_context.options = options_of_decoders

@@ -54,7 +54,7 @@ def write_pipeline(
     """
     base, changes = Path(base), _by_stored_name(weights, deltas or {}, aliases or {})
     unknown = set(weights) | set(deltas or {})
-    with staged(folder) as staging:
+    with staged(folder, folders=["", *MODEL_FOLDERS]) as staging:
         for component, prefix in PREFIXES.items():
             files = weight_files(base / component)
             stored = {prefix + name: shape for file in files for name, (_, shape, _) in read_header(file).items()}

@@ -12,6 +12,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from ..configuration_omni_video import OmniVideoConfig
 from ..modeling_omni_video import OmniVideoForConditionalGeneration
 from ..processing_omni_video import OmniVideoProcessor
+from ..staging_omni_video import check_finished
 from . import checkpoints
 from .arguments import OmniVideoTrainingArguments
 from .data import OmniVideoDataCollator
@@ -53,6 +54,7 @@ def _train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console
     check_previews(args.previews or [])
     _check_reporters(args)
     folder = Path(run.model if Path(run.model).is_dir() else snapshot_download(run.model, revision=run.revision))
+    check_finished(folder)
     processor = OmniVideoProcessor.from_pretrained(folder)
     data = load_training_data(run, processor, console)
     eval_data = load_evaluation_data(run, processor, console)

@@ -293,7 +293,7 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
             found = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
             raise MediaError(f"{path}: has no video stream (found: {found}); give a file with pictures in it.")
         if streams[0].codec_context is None:
-            raise MediaError(f"{path}: the video's codec is unknown to this reader; re-encode the file as H.264.")
+            raise MediaError(f"{path}: its codec is not known to this FFmpeg; convert it to H.264 in MP4.")
         if container.metadata.get("major_brand") in PICTURE_BRANDS:
             raise MediaError(
                 f"{path}: is a still picture (HEIC or AVIF); save it as PNG or JPEG and load it as image."

@@ -38,7 +38,7 @@ SHAPES := build/shapes
 RUN := $(BIN)/python -m omni_video_hf.shapes
 # Of a stage of the paper's: on CPUs, two processes of one thread train half as many samples more as one with two.
 PROCESSES ?= $(shell nvidia-smi --list-gpus >/dev/null 2>&1 && echo 1 || echo 2)
-STAGE = $(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) --module omni_video_hf.shapes.train_stage $(notdir $(@D)) --data $(SHAPES)/latents --output_dir $(@D) --model
+STAGE = $(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) --module examples.shapes.training.train_stage $(notdir $(@D)) --data $(SHAPES)/latents --output_dir $(@D) --model
 
 shapes: $(SHAPES)/omni-video-shapes/README.md ## train Omni-Video Shapes from nothing (hours); run again to go on
 

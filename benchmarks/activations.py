@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import UMT5Config, UMT5EncoderModel
 
 from omni_video_hf import OmniVideoAdapter, OmniVideoConfig, OmniVideoForConditionalGeneration, OmniVideoPipeline
-from omni_video_hf.configuration_omni_video import WAN_2_1_T2V_1_3B
+from omni_video_hf.models.configuration_omni_video import WAN_2_1_T2V_1_3B
 
 from .operations import ADAPTER, CASES, IMAGE_TOKENS, MLLM_TOKENS, NULL_PROMPT_TOKENS, PROMPT_TOKENS, Case
 

@@ -19,8 +19,8 @@ import torch
 from rich.progress import Progress
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline
-from omni_video_hf.memory_omni_video import COMPONENTS, DTYPES
-from omni_video_hf.repository_omni_video import MODEL_FOLDERS, weight_files
+from omni_video_hf.pipelines.memory.profiles import COMPONENTS, DTYPES
+from omni_video_hf.hub.repository import MODEL_FOLDERS, weight_files
 
 from .measure import Timing, in_own_process, peak_resident, resident, spread
 from .synthetic_checkpoint import SMALL, fill, write_checkpoint

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import omni_video_hf
-from omni_video_hf.writing_omni_video import write_text
+from omni_video_hf.utils.files import write_text
 
 Row = dict[str, Any]
 Columns = Mapping[str, Callable[[Row], object]]  # title -> what stands in a row

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch.serialization import skip_data
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from omni_video_hf.configuration_omni_video import WAN_2_1_T2V_1_3B
-from omni_video_hf.writing_omni_video import complete_or_absent
+from omni_video_hf.models.configuration_omni_video import WAN_2_1_T2V_1_3B
+from omni_video_hf.utils.files import complete_or_absent
 
 TEMPLATE = Path(__file__).parents[1] / "tests" / "data" / "core_A" / "omni_ckpts"
 TEMPLATE_VAE_WIDTH, LATENT_CHANNELS = 4, 16

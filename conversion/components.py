@@ -14,10 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, UMT5Config, 
 from vila_settings import generation_config, generation_token_id, vila_config
 
 from omni_video_hf import OmniVideoAdapter, OmniVideoConfig, OmniVideoForConditionalGeneration
-from omni_video_hf.hub import DTYPE_NAMES
-from omni_video_hf.processing_omni_video import IMAGE_GENERATION_TOKEN, VIDEO_GENERATION_TOKEN
-from omni_video_hf.repository_omni_video import read_header
-from omni_video_hf.safe_load import CorruptCheckpointError
+from omni_video_hf.hub.inspection import DTYPE_NAMES
+from omni_video_hf.processing.processing_omni_video import IMAGE_GENERATION_TOKEN, VIDEO_GENERATION_TOKEN
+from omni_video_hf.hub.repository import read_header
+from omni_video_hf.utils.safe_load import CorruptCheckpointError
 
 # Not to be read off the weights: fixed in upstream's code.
 BRIDGE_HEADS = 8

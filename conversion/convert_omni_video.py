@@ -43,10 +43,10 @@ from vila_settings import generation_token_notes, vila_processor, vila_tokenizer
 from wan_repository import find_wan, load_wan_component, wan_files
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline, OmniVideoProcessor
-from omni_video_hf.hub import repository_parts, repository_table
-from omni_video_hf.repository_omni_video import INDEX_NAME, finalize_repository
-from omni_video_hf.settings_omni_video import PRESETS
-from omni_video_hf.writing_omni_video import write_text
+from omni_video_hf.hub.inspection import repository_parts, repository_table
+from omni_video_hf.hub.repository import INDEX_NAME, finalize_repository
+from omni_video_hf.pipelines.presets import PRESETS
+from omni_video_hf.utils.files import write_text
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Parts that may come from a repository of Wan in diffusers' format: our folder -> upstream's file.

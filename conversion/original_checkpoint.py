@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from omni_video_hf.safe_load import CorruptCheckpointError, UnsafeCheckpointError, load_checkpoint
+from omni_video_hf.utils.safe_load import CorruptCheckpointError, UnsafeCheckpointError, load_checkpoint
 
 TRAINED = "transformer/model.pt"  # the whole trained model; wins over every other file
 # Where the same weights may lie, later files winning key by key.

@@ -13,8 +13,8 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
-from omni_video_hf.remote_code_omni_video import is_written_code
-from omni_video_hf.writing_omni_video import is_plain_name, remove_abandoned, sync_file
+from omni_video_hf.hub.remote_code import is_written_code
+from omni_video_hf.utils.files import is_plain_name, remove_abandoned, sync_file
 
 STATE = "conversion.json"  # what the folder is made from, which files the conversion wrote, which shards are complete
 WRITING = ".writing"  # folder for files that are not complete yet

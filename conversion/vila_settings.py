@@ -7,8 +7,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from omni_video_hf import OmniVideoProcessor, VilaConfig
-from omni_video_hf.processing_omni_video import IMAGE_GENERATION_TOKEN, IMAGE_TOKEN, VIDEO_GENERATION_TOKEN
-from omni_video_hf.safe_load import CorruptCheckpointError
+from omni_video_hf.processing.processing_omni_video import IMAGE_GENERATION_TOKEN, IMAGE_TOKEN, VIDEO_GENERATION_TOKEN
+from omni_video_hf.utils.safe_load import CorruptCheckpointError
 
 CONFIG = f"{VILA}/config.json"
 LLM_CONFIG = f"{VILA}/llm/config.json"

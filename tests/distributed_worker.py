@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 
 from omni_video_hf.training import OmniVideoTrainer
-from omni_video_hf.training.run import leave_process_group
+from omni_video_hf.training.train import leave_process_group
 
 
 class Sharded(OmniVideoTrainer):

@@ -31,9 +31,9 @@ from golden import CORE
 from raw_data import write_pickle
 from transformers.utils import logging
 
-from omni_video_hf.repository_omni_video import check_finished, complete_repository, finish_saving
-from omni_video_hf.training.features import FeatureCache
-from omni_video_hf.training.import_features import import_features
+from omni_video_hf.hub.repository import check_finished, complete_repository, finish_saving
+from omni_video_hf.training.features.cache import FeatureCache
+from omni_video_hf.training.features.import_features import import_features
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 MINE = "notes of mine.txt"

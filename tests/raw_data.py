@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from omni_video_hf.media_omni_video import save_video
+from omni_video_hf.media.media import save_video
 
 
 @pytest.fixture(scope="module", autouse=True)

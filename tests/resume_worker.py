@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 import training
 
-from omni_video_hf.training import OmniVideoTrainer, checkpoints
+from omni_video_hf.training import OmniVideoTrainer
+from omni_video_hf.training.checkpointing import checkpoints
 
 STEPS = 10
 SETTINGS = {

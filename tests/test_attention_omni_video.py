@@ -11,7 +11,7 @@ from optimum.quanto import freeze, qfloat8, qint8, quantize
 from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
-from omni_video_hf.attention_omni_video import _biases, constant_context, fold_padding
+from omni_video_hf.models.context_attention import _biases, constant_context, fold_padding
 
 LATENTS = torch.randn(2, 16, 2, 8, 4, generator=torch.Generator().manual_seed(1))
 CONTEXTS = {

@@ -8,7 +8,7 @@ from convert_omni_video import convert
 from benchmarks.measure import Timing
 from benchmarks.results import Results
 from benchmarks.synthetic_checkpoint import Sizes, write_checkpoint
-from omni_video_hf.hub import repository_parts
+from omni_video_hf.hub.inspection import repository_parts
 
 TINY = Sizes(
     llm_width=64, llm_ffn=64, llm_layers=1, llm_heads=2, llm_key_heads=1, vocabulary=170, tower_width=64, tower_ffn=64,

@@ -4,8 +4,8 @@ import pytest
 import tiny
 
 from omni_video_hf import OmniVideoProcessor
-from omni_video_hf.chat_template_omni_video import bounded_rendering, check_chat_template
-from omni_video_hf.read_budget_omni_video import read_budget
+from omni_video_hf.processing.chat_template import bounded_rendering, check_chat_template
+from omni_video_hf.utils.read_budget import read_budget
 
 CHAT = [{"role": "user", "content": "hello"}]
 LOOPS = {

@@ -6,11 +6,11 @@ from golden import DATA
 from PIL import Image
 from typer.testing import CliRunner
 
-from omni_video_hf import cli_generation
-from omni_video_hf.cli import app
-from omni_video_hf.cli_output import OutputFile
-from omni_video_hf.media_omni_video import load_image, load_video, probe_video, save_video
-from omni_video_hf.media_record import read_media_record
+from omni_video_hf.cli import generation as cli_generation
+from omni_video_hf.cli.main import app
+from omni_video_hf.cli.output import OutputFile
+from omni_video_hf.media.media import load_image, load_video, probe_video, save_video
+from omni_video_hf.media.record import read_media_record
 
 CLIP = DATA / "bigbuckbunny.mp4"
 FAST = ["--steps", "1", "--seed", "0", "--device", "cpu"]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from omni_video_hf.cli_console import UsageProblem
-from omni_video_hf.cli_output import OutputFile, UnwrittenError, planned_outputs
+from omni_video_hf.cli.console import UsageProblem
+from omni_video_hf.cli.output import OutputFile, UnwrittenError, planned_outputs
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def test_two_processes_at_once_take_two_names():
     code = """
 import sys, time
 from pathlib import Path
-from omni_video_hf.cli_output import OutputFile
+from omni_video_hf.cli.output import OutputFile
 output = OutputFile(None).open()
 while len(list(Path().glob(".omni-video-*.partial"))) + len(list(Path().glob("output*"))) < 2:
     time.sleep(0.01)

@@ -14,9 +14,12 @@ from hub_server import client_env, hub_server_fixture  # noqa: F401
 from safetensors.torch import save_file
 
 import omni_video_hf
-from omni_video_hf import cli, cli_checks, media_omni_video, media_record
-from omni_video_hf.masking import MASK, MaskedStream, MaskingFilter, clean_token, mask_tokens
-from omni_video_hf.memory_omni_video import PROFILES
+from omni_video_hf.cli import main as cli
+from omni_video_hf.cli import checks as cli_checks
+from omni_video_hf.media import media as media_omni_video
+from omni_video_hf.media import record as media_record
+from omni_video_hf.utils.masking import MASK, MaskedStream, MaskingFilter, clean_token, mask_tokens
+from omni_video_hf.pipelines.memory.profiles import PROFILES
 from omni_video_hf.shapes import CHECKPOINT
 
 TOKEN = "hf_" + "aB3" * 11 + "x"
@@ -113,7 +116,7 @@ SWALLOWED = """try:
 
 
 @pytest.mark.parametrize(
-    "module", ["omni_video_hf.remote_code_omni_video", "typer", "omni_video_hf.hub", "rich.table"]
+    "module", ["omni_video_hf.hub.remote_code", "typer", "omni_video_hf.hub.inspection", "rich.table"]
 )
 @pytest.mark.parametrize("action", ["signal.raise_signal(signal.SIGINT)", SWALLOWED])
 def test_ctrl_c_is_one_line_whatever_is_being_imported(module, action):

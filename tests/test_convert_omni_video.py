@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from unfinished import alone
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline
-from omni_video_hf.repository_omni_video import read_header
+from omni_video_hf.hub.repository import read_header
 
 ORIGINAL = CORE / "omni_ckpts"
 SCRIPT = Path(__file__).parent.parent / "conversion" / "convert_omni_video.py"

@@ -17,7 +17,7 @@ from golden import relative_error
 from PIL import Image
 
 from omni_video_hf import OmniVideoPipeline
-from omni_video_hf.source_omni_video import Source
+from omni_video_hf.media.sources import Source
 
 STEPS = 8
 ARGUMENTS = {"task": "t2v", "num_inference_steps": 2, "output_type": "latent"}

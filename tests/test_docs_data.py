@@ -13,9 +13,9 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from typer.testing import CliRunner
 
-from omni_video_hf.cli import app
-from omni_video_hf.training.features import FeatureCache
-from omni_video_hf.training.tables import COLUMNS, load_media_table
+from omni_video_hf.cli.main import app
+from omni_video_hf.training.features.cache import FeatureCache
+from omni_video_hf.training.data.media_table import COLUMNS, load_media_table
 
 PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 SNIPPETS = re.findall(r"^```(\w+)(?: title=(\S+))?\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

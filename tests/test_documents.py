@@ -15,7 +15,7 @@ from raw_data import write_jsonl
 from strangers import WITHOUT_PACKAGE
 
 from omni_video_hf import OmniVideoPipeline
-from omni_video_hf.settings_omni_video import PRESETS
+from omni_video_hf.pipelines.presets import PRESETS
 from omni_video_hf.training.recipe import read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +86,7 @@ def test_the_readmes_commands_run(folder, hub_server):
             words = [word.replace("1000", "1") for word in words] + shlex.split(SHORT_RUN)
         if words[1] == "eval":
             words += ["--count", "1"]
-        code = f"import sys\nsys.argv = {words!r}\nfrom omni_video_hf.cli import main\nsys.exit(main())"
+        code = f"import sys\nsys.argv = {words!r}\nfrom omni_video_hf.cli.main import main\nsys.exit(main())"
         if words[1] == "generate":  # a clip of this size is no source for what comes next
             (folder / "fox.mp4").rename(folder / "real.mp4")
         run_client(code, hub_server, timeout=300)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from golden import CORE_EXPECTED, TASKS, assert_equal_but_rounding, relative_error
 
-from omni_video_hf.flow_matching_omni_video import (
+from omni_video_hf.diffusion.flow_matching import (
     add_noise,
     flow_matching_loss,
     sampling_sigmas,

@@ -4,8 +4,8 @@ import tiny
 import torch
 from golden import relative_error
 
-from omni_video_hf.guidance_omni_video import Guidance
-from omni_video_hf.media_omni_video import VideoClip
+from omni_video_hf.pipelines.guidance import Guidance
+from omni_video_hf.media.media import VideoClip
 
 ARGUMENTS = {"task": "t2v", "num_inference_steps": 6, "output_type": "latent"}
 

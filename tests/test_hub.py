@@ -7,9 +7,9 @@ from hub_server import hub_server_fixture, run_client  # noqa: F401
 from safetensors.torch import save_file
 
 from omni_video_hf import OmniVideoForConditionalGeneration
-from omni_video_hf.hub import repository_parts, repository_table
-from omni_video_hf.media_omni_video import load_image
-from omni_video_hf.repository_omni_video import finalize_repository, read_header, write_root_index
+from omni_video_hf.hub.inspection import repository_parts, repository_table
+from omni_video_hf.media.media import load_image
+from omni_video_hf.hub.repository import finalize_repository, read_header, write_root_index
 
 NAME = "lab/omni-video-tiny"
 
@@ -72,14 +72,14 @@ def test_parts_of_a_folder(converted):
 def test_the_command_takes_a_hub_repository(converted, hub_server, tmp_path):
     hub_server.add_repo(NAME, converted)
     arguments = ["generate", "a fox", "-o", str(tmp_path / "fox.png"), "--size", "64x32", "--steps", "1", "-m", NAME]
-    code = f"import sys; sys.argv = ['omni-video', *{arguments!r}]; from omni_video_hf.cli import main; main()"
+    code = f"import sys; sys.argv = ['omni-video', *{arguments!r}]; from omni_video_hf.cli.main import main; main()"
     run_client(code, hub_server)
     assert load_image(tmp_path / "fox.png").size == (64, 32)
 
 
 def test_parts_of_a_hub_repository_are_read_without_its_weights(converted, hub_server):
     hub_server.add_repo(NAME, converted)
-    code = "import sys; sys.argv = ['omni-video', 'info', '%s', '--json']; from omni_video_hf.cli import main; main()"
+    code = "import sys; sys.argv = ['omni-video', 'info', '%s', '--json']; from omni_video_hf.cli.main import main; main()"
     parts = json.loads(run_client(code % NAME, hub_server))
     assert {part["name"]: part["num_bytes"] for part in parts} == {
         part.name: part.num_bytes for part in repository_parts(converted)

@@ -5,7 +5,7 @@ from key_maps import UMT5_RULES, convert_query_transformer, convert_wan_transfor
 from torch import nn
 
 from omni_video_hf import OmniVideoAdapterConfig
-from omni_video_hf.modeling_omni_video_connectors import OmniVideoQueryTransformer
+from omni_video_hf.models.connectors import OmniVideoQueryTransformer
 
 
 def upstream_bridge():

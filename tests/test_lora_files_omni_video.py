@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_lora_omni_video import outputs, tuned_model
 
 from omni_video_hf import OmniVideoPipeline, collect_lora_layers
-from omni_video_hf.lora_files_omni_video import WAN_NAMES, LoraFile, read_lora_file, split_lora
+from omni_video_hf.pipelines.lora.files import WAN_NAMES, LoraFile, read_lora_file, split_lora
 from omni_video_hf.training.lora import add_lora
 
 LAYERS = (

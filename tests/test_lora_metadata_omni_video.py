@@ -6,8 +6,8 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from omni_video_hf.lora_metadata_omni_video import check_lora_metadata
-from omni_video_hf.read_budget_omni_video import read_budget
+from omni_video_hf.pipelines.lora.metadata import check_lora_metadata
+from omni_video_hf.utils.read_budget import read_budget
 
 ENDLESS = [
     r"(a+)+b", r"(a*)*b", r"((a|b)+)*c", r"(a|a)*b", r"(a|ab)*c", r"(a?){40}b", r".*.*.*.*.*b", r"(a|a)" * 40 + "c",

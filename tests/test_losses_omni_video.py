@@ -9,8 +9,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
 
-from omni_video_hf import OmniVideoConfig, OmniVideoForConditionalGeneration, modeling_omni_video
-from omni_video_hf.losses_omni_video import (
+from omni_video_hf import OmniVideoConfig, OmniVideoForConditionalGeneration
+from omni_video_hf.models import modeling_omni_video
+from omni_video_hf.diffusion.losses import (
     OmniVideoLossConfig,
     alignment_loss,
     draw_timestep_indices,

@@ -13,8 +13,8 @@ import torch
 from av.video.reformatter import ColorRange
 from PIL import Image
 
-from omni_video_hf import media_omni_video
-from omni_video_hf.media_omni_video import (
+from omni_video_hf.media import media as media_omni_video
+from omni_video_hf.media.media import (
     FRAME_SAMPLING,
     MediaError,
     VideoClip,
@@ -29,9 +29,9 @@ from omni_video_hf.media_omni_video import (
     save_image,
     save_video,
 )
-from omni_video_hf.media_reading_omni_video import decode_frames, over_background, read_index
-from omni_video_hf.media_record import read_media_record
-from omni_video_hf.read_budget_omni_video import Stopwatch, current_budget, read_budget
+from omni_video_hf.media.video_reader import decode_frames, over_background, read_index
+from omni_video_hf.media.record import read_media_record
+from omni_video_hf.utils.read_budget import Stopwatch, current_budget, read_budget
 
 BT709, BT601, BT2020 = 1, 5, 9  # colour matrices in ITU-T H.273
 LUMA = {BT709: (0.2126, 0.0722), BT601: (0.299, 0.114), BT2020: (0.2627, 0.0593)}  # shares of red and blue

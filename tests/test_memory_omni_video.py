@@ -10,10 +10,10 @@ from transformers import QuantoConfig, UMT5Config, UMT5EncoderModel
 from typer.testing import CliRunner
 
 from omni_video_hf import OmniVideoAdapter, OmniVideoConfig, OmniVideoForConditionalGeneration, OmniVideoPipeline
-from omni_video_hf.cli import app
-from omni_video_hf.configuration_omni_video import WAN_2_1_T2V_1_3B
-from omni_video_hf.hub import repository_headers
-from omni_video_hf.memory_omni_video import COMPONENTS, DTYPES, PROFILES, estimate_memory, get_memory_profile
+from omni_video_hf.cli.main import app
+from omni_video_hf.models.configuration_omni_video import WAN_2_1_T2V_1_3B
+from omni_video_hf.hub.inspection import repository_headers
+from omni_video_hf.pipelines.memory.profiles import COMPONENTS, DTYPES, PROFILES, estimate_memory, get_memory_profile
 from omni_video_hf.training.lora import add_lora, save_lora
 
 UMT5_XXL = {

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText, QuantoConfig, pipeline
 
 from omni_video_hf import OmniVideoAdapter, OmniVideoForConditionalGeneration
-from omni_video_hf import modeling_omni_video_connectors as connectors
-from omni_video_hf.modeling_omni_video import ATTENTION_BACKENDS
+from omni_video_hf.models import connectors
+from omni_video_hf.models.modeling_omni_video import ATTENTION_BACKENDS
 
 LATENTS = torch.randn(2, 16, 2, 8, 4, generator=torch.Generator().manual_seed(1))
 PROMPT = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))

@@ -8,7 +8,7 @@ from golden import CORE_EXPECTED
 from torch import nn
 
 from omni_video_hf import OmniVideoAdapter, OmniVideoAdapterConfig, OmniVideoVisionHead, OmniVideoVisionHeadConfig
-from omni_video_hf.modeling_omni_video_connectors import OmniVideoQueryTransformer, pad_embeddings
+from omni_video_hf.models.connectors import OmniVideoQueryTransformer, pad_embeddings
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from key_maps import PROJECTOR_RULES, rename
 from safetensors.torch import load_file
 
 from omni_video_hf import VilaConfig, VilaForConditionalGeneration
-from omni_video_hf.modeling_vila import merge_patches
+from omni_video_hf.models.modeling_vila import merge_patches
 
 CASES = [
     (name, key.removesuffix(".input_ids"))

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline, OmniVideoPipelineOutput
-from omni_video_hf.media_omni_video import VideoClip, save_video
-from omni_video_hf.source_omni_video import Source
+from omni_video_hf.media.media import VideoClip, save_video
+from omni_video_hf.media.sources import Source
 
 RANDOM = np.random.default_rng(0)
 CLIP = VideoClip(RANDOM.integers(0, 255, (5, 32, 64, 3), dtype=np.uint8), 12.0)

@@ -10,8 +10,8 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from omni_video_hf import OmniVideoProcessor
-from omni_video_hf.media_omni_video import VideoClip
-from omni_video_hf.processing_omni_video import TASKS
+from omni_video_hf.media.media import VideoClip
+from omni_video_hf.processing.processing_omni_video import TASKS
 
 # upstream's name of each task; the two `generate` prompts are understanding with no image and with two frames
 UPSTREAM = {"t2v": "vid_gen", "t2i": "img_gen", "v2v": "vid_edit", "i2v": "i2v_gen", "i2i": "img_edit"}

@@ -16,16 +16,16 @@ from safetensors.torch import save_file
 from strangers import WITHOUT_PACKAGE, expected_outputs, last_json, open_doors
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline, collect_lora_layers
-from omni_video_hf.model_card_omni_video import (
+from omni_video_hf.hub.model_card import (
     TrainingSummary,
     is_generated,
     plain,
     render_model_card,
     write_model_card,
 )
-from omni_video_hf.publishing_omni_video import LORA_NAME, check_complete, repository_files
-from omni_video_hf.repository_omni_video import complete_repository, missing_parts
-from omni_video_hf.training.publishing import summarize
+from omni_video_hf.hub.push import LORA_NAME, check_complete, repository_files
+from omni_video_hf.hub.repository import complete_repository, missing_parts
+from omni_video_hf.training.reporting.publishing import summarize
 
 NAME, BASE = "lab/fine-tune", "lab/omni-video-tiny"
 
@@ -39,7 +39,7 @@ def repository(tmp_path_factory):
 
 def command(*arguments) -> str:
     argv = ["omni-video", *map(str, arguments)]
-    return f"import sys; sys.argv = {argv!r}; from omni_video_hf.cli import main; main()"
+    return f"import sys; sys.argv = {argv!r}; from omni_video_hf.cli.main import main; main()"
 
 
 def served(server, name):

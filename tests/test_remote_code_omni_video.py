@@ -22,13 +22,9 @@ from strangers import (
 )
 
 import omni_video_hf
-from omni_video_hf import (
-    OmniVideoForConditionalGeneration,
-    OmniVideoPipeline,
-    OmniVideoProcessor,
-    remote_code_omni_video,
-)
-from omni_video_hf.remote_code_omni_video import COMPONENT_CLASSES, MODULES, code_files
+from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline, OmniVideoProcessor
+from omni_video_hf.hub import remote_code as remote_code_omni_video
+from omni_video_hf.hub.remote_code import COMPONENT_CLASSES, MODULES, code_files
 
 NAME = "lab/omni-video-tiny"
 

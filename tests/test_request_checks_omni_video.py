@@ -9,12 +9,12 @@ import torch
 from peft import LoraConfig
 from PIL import Image
 
-from omni_video_hf import cli
-from omni_video_hf.media_omni_video import VideoClip, save_video
-from omni_video_hf.request_checks_omni_video import FiniteSteps, NotFiniteError, check_number
-from omni_video_hf.settings_omni_video import SizeError
-from omni_video_hf.source_omni_video import Source
-from omni_video_hf.training.framing import FramingRules
+from omni_video_hf.cli import main as cli
+from omni_video_hf.media.media import VideoClip, save_video
+from omni_video_hf.pipelines.request_checks import FiniteSteps, NotFiniteError, check_number
+from omni_video_hf.pipelines.presets import SizeError
+from omni_video_hf.media.sources import Source
+from omni_video_hf.training.data.framing import FramingRules
 
 RANDOM = np.random.default_rng(0)
 

@@ -8,8 +8,8 @@ import zipfile
 import pytest
 import torch
 
-from omni_video_hf.read_budget_omni_video import read_budget
-from omni_video_hf.safe_load import CorruptCheckpointError, UnsafeCheckpointError, load_checkpoint
+from omni_video_hf.utils.read_budget import read_budget
+from omni_video_hf.utils.safe_load import CorruptCheckpointError, UnsafeCheckpointError, load_checkpoint
 
 REFUSALS = (UnsafeCheckpointError, CorruptCheckpointError)
 

@@ -14,8 +14,8 @@ from diffusers import (
 )
 
 from omni_video_hf import OmniVideoAdapter, OmniVideoPipeline
-from omni_video_hf.scheduling_omni_video import chosen_shift, prepare_scheduler, preset_shift
-from omni_video_hf.settings_omni_video import PRESETS
+from omni_video_hf.pipelines.scheduling import chosen_shift, prepare_scheduler, preset_shift
+from omni_video_hf.pipelines.presets import PRESETS
 
 ARGUMENTS = {"task": "t2i", "num_inference_steps": 3, "output_type": "latent"}
 MIXED = {task: preset | {"flow_shift": 2.0 if task == "t2i" else 5.0} for task, preset in tiny.PRESETS.items()}

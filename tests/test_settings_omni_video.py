@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from omni_video_hf.settings_omni_video import (
+from omni_video_hf.pipelines.presets import (
     PRESETS,
     GenerationSettings,
     LatentGrid,

@@ -9,9 +9,9 @@ from hub_cards import card_problems
 from PIL import Image
 from safetensors.torch import save_file
 
-from omni_video_hf.shapes.card import RUNS, TEMPLATE, training_row, write_card
+from examples.shapes.card import RUNS, TEMPLATE, training_row, write_card
 from omni_video_hf.shapes.scores import Report, Score
-from omni_video_hf.shapes.train_text_to_video import PHASES
+from examples.shapes.training.train_text_to_video import PHASES
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,15 +10,15 @@ from strangers import WITHOUT_PACKAGE, run_stranger
 from typer.testing import CliRunner
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline
-from omni_video_hf.cli import app
-from omni_video_hf.media_omni_video import load_image, load_video
-from omni_video_hf.repository_omni_video import missing_parts
+from omni_video_hf.cli.main import app
+from omni_video_hf.media.media import load_image, load_video
+from omni_video_hf.hub.repository import missing_parts
 from omni_video_hf.shapes import CHECKPOINT, read_scene
-from omni_video_hf.shapes.configuration import MAX_BYTES
+from examples.shapes.configuration import MAX_BYTES
 from omni_video_hf.shapes.evaluate import Evaluation
 from omni_video_hf.shapes.scene import ATTRIBUTES
 from omni_video_hf.shapes.scores import LINES, SHOWN_SPLITS
-from omni_video_hf.shapes.visual_tokens import read_visual_tokens
+from examples.shapes.visual_tokens import read_visual_tokens
 
 # Right ones of 8: at most one less than were counted, for other last digits elsewhere.
 LEAST = {

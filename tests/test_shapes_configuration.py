@@ -3,8 +3,9 @@ import torch
 from rich.console import Console
 
 from omni_video_hf import OmniVideoPipeline
-from omni_video_hf.shapes import ShapesDataset, configuration
-from omni_video_hf.shapes.configuration import MAX_BYTES, num_parameters, size_table
+from omni_video_hf.shapes import ShapesDataset
+from examples.shapes import configuration
+from examples.shapes.configuration import MAX_BYTES, num_parameters, size_table
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from omni_video_hf.cli import app
-from omni_video_hf.shapes import configuration
+from omni_video_hf.cli.main import app
+from examples.shapes import configuration
 from omni_video_hf.shapes.evaluate import Evaluation, save_evaluation
 from omni_video_hf.shapes.scores import LINES
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from omni_video_hf.shapes.muon import MuonOfStacks, MuonWithAdamW, split_parameters
+from examples.shapes.training.muon import MuonOfStacks, MuonWithAdamW, split_parameters
 
 
 class Net(nn.Module):

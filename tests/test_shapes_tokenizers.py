@@ -3,9 +3,9 @@ import json
 
 import pytest
 
-from omni_video_hf.processing_omni_video import CHAT_TEMPLATE, SYSTEM_PROMPT
+from omni_video_hf.processing.processing_omni_video import CHAT_TEMPLATE, SYSTEM_PROMPT
 from omni_video_hf.shapes import ShapesDataset
-from omni_video_hf.shapes.tokenizers import MLLM_TOKENS, VOCABULARY_SIZE, mllm_tokenizer, text_tokenizer
+from examples.shapes.tokenizers import MLLM_TOKENS, VOCABULARY_SIZE, mllm_tokenizer, text_tokenizer
 
 DIGESTS = {
     mllm_tokenizer: "03384856bf31d026349ba41d74a0f8801affb9e94124457a85aa3a838795ad73",

@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import default_data_collator
 
-from omni_video_hf.modeling_vila import VilaForConditionalGeneration
-from omni_video_hf.shapes import Scene, ShapesDataset, configuration
-from omni_video_hf.shapes.recolor import any_colors
+from omni_video_hf.models.modeling_vila import VilaForConditionalGeneration
+from omni_video_hf.shapes import Scene, ShapesDataset
+from examples.shapes import configuration
+from examples.shapes.recolor import any_colors
 from omni_video_hf.shapes.scene import COLORS, HELD_OUT
-from omni_video_hf.shapes.train_mllm import AnswerObjective, ConversationBatches, conversation, evaluate, train
-from omni_video_hf.shapes.vision import NOT_LEARNED, SPEAKING_COLORS, SeeingObjective, SeenImages
+from examples.shapes.training.train_mllm import AnswerObjective, ConversationBatches, conversation, evaluate, train
+from examples.shapes.training.vision import NOT_LEARNED, SPEAKING_COLORS, SeeingObjective, SeenImages
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ import torch
 import typer
 from diffusers import AutoencoderKLWan
 
-from omni_video_hf.shapes import Scene, ShapesDataset, configuration, render
+from omni_video_hf.shapes import Scene, ShapesDataset, render
+from examples.shapes import configuration
 from omni_video_hf.shapes.scene import COLORS, HELD_OUT
-from omni_video_hf.shapes.train_vae import (
+from examples.shapes.training.train_vae import (
     RecoloredClips,
     VaeObjective,
     close_branches,

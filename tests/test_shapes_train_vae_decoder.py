@@ -6,8 +6,9 @@ import torch
 import typer
 from diffusers import AutoencoderKLWan
 
-from omni_video_hf.shapes import Scene, configuration, render
-from omni_video_hf.shapes.train_vae_decoder import VaeDecoderObjective, train
+from omni_video_hf.shapes import Scene, render
+from examples.shapes import configuration
+from examples.shapes.training.train_vae_decoder import VaeDecoderObjective, train
 
 
 @pytest.fixture

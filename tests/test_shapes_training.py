@@ -18,28 +18,26 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline
-from omni_video_hf.losses_omni_video import OmniVideoLossConfig
-from omni_video_hf.shapes import (
-    assemble,
-    card,
-    configuration,
-    latents,
-    noise,
-    stage_data,
-    train_stage,
-    train_text_encoder,
-    train_text_to_video,
-)
+from omni_video_hf.diffusion.losses import OmniVideoLossConfig
+from examples.shapes import assemble
+from examples.shapes import card
+from examples.shapes import configuration
+from examples.shapes.training import latents
+from examples.shapes.training import noise
+from examples.shapes.training import stage_data
+from examples.shapes.training import train_stage
+from examples.shapes.training import train_text_encoder
+from examples.shapes.training import train_text_to_video
 from omni_video_hf.shapes.dataset import ShapesDataset
 from omni_video_hf.shapes.judge import read_scene
-from omni_video_hf.shapes.latents import ScenePairs, drawn, read_pairs
-from omni_video_hf.shapes.outlines import any_outline
-from omni_video_hf.shapes.recolor import HELD_OUT_DISTANCE, MIN_CONTRAST
-from omni_video_hf.shapes.runs import multiplies_bfloat16
+from examples.shapes.training.latents import ScenePairs, drawn, read_pairs
+from examples.shapes.outlines import any_outline
+from examples.shapes.recolor import HELD_OUT_DISTANCE, MIN_CONTRAST
+from examples.shapes.training.runs import multiplies_bfloat16
 from omni_video_hf.shapes.scene import BACKGROUNDS, COLORS, HELD_OUT, SIZES, render
-from omni_video_hf.shapes.stage_data import StageCollator, StageSamples
-from omni_video_hf.shapes.train_text_encoder import NOT_SAID, PromptBatches
-from omni_video_hf.shapes.train_text_to_video import PHASES, CaptionedBatches, Phase, TextToVideoObjective
+from examples.shapes.training.stage_data import StageCollator, StageSamples
+from examples.shapes.training.train_text_encoder import NOT_SAID, PromptBatches
+from examples.shapes.training.train_text_to_video import PHASES, CaptionedBatches, Phase, TextToVideoObjective
 
 STAGES = tuple(train_stage.MIXES)
 SHORT = {"max_steps": 2, "save_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 2, "warmup_steps": 0}
@@ -459,7 +457,7 @@ def test_what_is_asked_for_goes_before_what_suits_the_machine(built, tmp_path):
 
 def test_two_processes_share_a_batch(built, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--module"]
-    command += ["omni_video_hf.shapes.train_stage", "align"]
+    command += ["examples.shapes.training.train_stage", "align"]
     command += words(model=built / "given", data=built / "latents", output_dir=tmp_path, **SHORT)
     done = subprocess.run(
         command,

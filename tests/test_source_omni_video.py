@@ -3,8 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from omni_video_hf.media_omni_video import VideoClip, save_video
-from omni_video_hf.source_omni_video import Source
+from omni_video_hf.media.media import VideoClip, save_video
+from omni_video_hf.media.sources import Source
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (5, 32, 48, 3), dtype=np.uint8)
 PICTURES = [Image.fromarray(frame) for frame in FRAMES]

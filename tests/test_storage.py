@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline
-from omni_video_hf.cli import app
-from omni_video_hf.publishing_omni_video import check_complete
-from omni_video_hf.repository_omni_video import check_indices, finish_saving, staged
-from omni_video_hf.shapes.runs import save_folder
-from omni_video_hf.training.cache_files import SCHEMA
-from omni_video_hf.training.features import FeatureCache
-from omni_video_hf.training.import_features import import_features
-from omni_video_hf.writing_omni_video import complete_or_absent, workspace, write_mark
+from omni_video_hf.cli.main import app
+from omni_video_hf.hub.push import check_complete
+from omni_video_hf.hub.repository import check_indices, finish_saving, staged
+from examples.shapes.training.runs import save_folder
+from omni_video_hf.training.features.cache_files import SCHEMA
+from omni_video_hf.training.features.cache import FeatureCache
+from omni_video_hf.training.features.import_features import import_features
+from omni_video_hf.utils.files import complete_or_absent, workspace, write_mark
 
 TESTS = Path(__file__).parent
 

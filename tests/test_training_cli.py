@@ -10,10 +10,10 @@ from test_training_recipe import base, command, data, picture, write_samples  # 
 from typer.testing import CliRunner
 
 from omni_video_hf import OmniVideoPipeline
-from omni_video_hf.cli import app
+from omni_video_hf.cli.main import app
 from omni_video_hf.training.arguments import OmniVideoTrainingArguments
 from omni_video_hf.training.recipe import RunArguments
-from omni_video_hf.training.settings_help import settings_of_runs
+from omni_video_hf.cli.train_help import settings_of_runs
 
 
 def omni_video(*words):

@@ -6,11 +6,11 @@ import training
 from golden import DATA
 from raw_data import datasets_cache, make_clip, make_image, write_jsonl  # noqa: F401 - a fixture
 
-from omni_video_hf.training.bad_data import BadDataError
-from omni_video_hf.training.conversations import ConversationDataset
-from omni_video_hf.training.data import MixedDataset, OmniVideoDataCollator, bucket_of, encode_conversation
-from omni_video_hf.training.sampling import Bucket, OmniVideoBatchSampler
-from omni_video_hf.training.tables import load_media_table
+from omni_video_hf.training.data.bad_data import BadDataError
+from omni_video_hf.training.data.conversations import ConversationDataset
+from omni_video_hf.training.data.collator import MixedDataset, OmniVideoDataCollator, bucket_of, encode_conversation
+from omni_video_hf.training.data.batch_sampler import Bucket, OmniVideoBatchSampler
+from omni_video_hf.training.data.media_table import load_media_table
 
 CLIP = DATA / "bigbuckbunny.mp4"
 

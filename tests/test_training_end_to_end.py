@@ -14,9 +14,9 @@ from raw_data import datasets_cache, make_clip, make_image, write_jsonl, write_p
 from strangers import expected_outputs, last_json, open_doors
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline
-from omni_video_hf.media_omni_video import contact_sheet
-from omni_video_hf.model_card_omni_video import TrainingSummary
-from omni_video_hf.training.previews import PREVIEW_SEED
+from omni_video_hf.media.media import contact_sheet
+from omni_video_hf.hub.model_card import TrainingSummary
+from omni_video_hf.training.reporting.previews import PREVIEW_SEED
 
 NAME, BASE = "lab/bunnies", "lab/omni-video-tiny"
 PREVIEW = {"prompt": "a bunny", "task": "t2i", "height": 32, "width": 32, "num_inference_steps": 2}
@@ -24,7 +24,7 @@ PREVIEW = {"prompt": "a bunny", "task": "t2i", "height": 32, "width": 32, "num_i
 
 def omni_video(server, *words):
     code = f"import sys\nsys.argv = {['omni-video', *map(str, words)]!r}\n"
-    return run_client(code + "from omni_video_hf.cli import main\nsys.exit(main())", server, timeout=300)
+    return run_client(code + "from omni_video_hf.cli.main import main\nsys.exit(main())", server, timeout=300)
 
 
 def imported(folder, server):

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
-from omni_video_hf.cli import app
-from omni_video_hf.training.bad_data import BadDataError
-from omni_video_hf.training.data import OmniVideoDataCollator
-from omni_video_hf.training.features import FeatureCache, complete_or_absent
-from omni_video_hf.training.import_features import import_features
-from omni_video_hf.training.sampling import OmniVideoBatchSampler
+from omni_video_hf.cli.main import app
+from omni_video_hf.training.data.bad_data import BadDataError
+from omni_video_hf.training.data.collator import OmniVideoDataCollator
+from omni_video_hf.training.features.cache import FeatureCache, complete_or_absent
+from omni_video_hf.training.features.import_features import import_features
+from omni_video_hf.training.data.batch_sampler import OmniVideoBatchSampler
 
 
 @pytest.fixture

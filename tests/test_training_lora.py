@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from omni_video_hf import OmniVideoForConditionalGeneration
 from omni_video_hf.training.lora import add_lora, save_lora
-from omni_video_hf.training.result import lora_deltas, write_pipeline
+from omni_video_hf.training.checkpointing.result import lora_deltas, write_pipeline
 
 PARTS = ("mllm", "vision_head", "adapter", "decoder")
 SETTINGS = {"r": 2, "lora_alpha": 8, "lora_dropout": 0.1}

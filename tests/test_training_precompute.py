@@ -18,17 +18,17 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from typer.testing import CliRunner
 
-from omni_video_hf.cli import app
-from omni_video_hf.media_omni_video import load_video
-from omni_video_hf.training.bad_data import BadDataError
-from omni_video_hf.training.cache_files import WRITTEN_BY
-from omni_video_hf.training.data import OmniVideoDataCollator
-from omni_video_hf.training.encoding import FeatureEncoder, PrecomputeSettings, load_encoders
-from omni_video_hf.training.features import FeatureCache, read_records
-from omni_video_hf.training.framing import FramingRules
-from omni_video_hf.training.precompute import precompute
-from omni_video_hf.training.sampling import OmniVideoBatchSampler
-from omni_video_hf.training.tables import load_media_table
+from omni_video_hf.cli.main import app
+from omni_video_hf.media.media import load_video
+from omni_video_hf.training.data.bad_data import BadDataError
+from omni_video_hf.training.features.cache_files import WRITTEN_BY
+from omni_video_hf.training.data.collator import OmniVideoDataCollator
+from omni_video_hf.training.features.encoder import FeatureEncoder, PrecomputeSettings, load_encoders
+from omni_video_hf.training.features.cache import FeatureCache, read_records
+from omni_video_hf.training.data.framing import FramingRules
+from omni_video_hf.training.features.precompute import precompute
+from omni_video_hf.training.data.batch_sampler import OmniVideoBatchSampler
+from omni_video_hf.training.data.media_table import load_media_table
 
 CLIP = DATA / "bigbuckbunny.mp4"
 SOURCES = Path(__file__).parents[1] / "src"
@@ -333,7 +333,7 @@ def test_sizes_off_the_grid_are_refused(pipeline):
 
 def command(data, repository, cache, *extra, launcher=("-m",)):
     arguments = ["precompute", data, "-m", repository, "-o", cache, "--size", "64x32", "--frames", 5, *extra]
-    return [sys.executable, *launcher, "omni_video_hf.cli", *map(str, arguments)]
+    return [sys.executable, *launcher, "omni_video_hf.cli.main", *map(str, arguments)]
 
 
 ENVIRONMENT = {"PYTHONPATH": str(SOURCES), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

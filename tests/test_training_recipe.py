@@ -10,9 +10,9 @@ from transformers.integrations import is_wandb_available
 from typer.testing import CliRunner
 
 from omni_video_hf import OmniVideoPipeline
-from omni_video_hf.cli import app
-from omni_video_hf.model_card_omni_video import TrainingSummary
-from omni_video_hf.training.features import ShardWriter, commit, read_records
+from omni_video_hf.cli.main import app
+from omni_video_hf.hub.model_card import TrainingSummary
+from omni_video_hf.training.features.cache import ShardWriter, commit, read_records
 from omni_video_hf.training.recipe import RECIPES, read_recipe, shipped_recipes
 from omni_video_hf.training.stages import STAGES
 

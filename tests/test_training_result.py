@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from test_training_recipe import command, write_samples
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline
-from omni_video_hf.repository_omni_video import finalize_repository
+from omni_video_hf.hub.repository import finalize_repository
 from omni_video_hf.training.lora import add_lora
-from omni_video_hf.training.result import lora_deltas, tied_names, write_pipeline
+from omni_video_hf.training.checkpointing.result import lora_deltas, tied_names, write_pipeline
 
 COMPONENTS = ("mllm", "adapter", "transformer", "vae", "text_encoder")
 

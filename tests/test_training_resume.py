@@ -10,8 +10,8 @@ import torch
 import training
 from safetensors.torch import load_file
 
-from omni_video_hf.training import checkpoints
-from omni_video_hf.training.run_lock import LOCK_NAME
+from omni_video_hf.training.checkpointing import checkpoints
+from omni_video_hf.training.checkpointing.run_lock import LOCK_NAME
 
 TESTS = Path(__file__).parent
 LAST = "checkpoint-10"

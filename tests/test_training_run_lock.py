@@ -9,8 +9,8 @@ import pytest
 import training
 from test_training_recipe import base, command, data  # noqa: F401 - fixtures
 
-from omni_video_hf.training import checkpoints
-from omni_video_hf.training.run_lock import LOCK_NAME, only_training
+from omni_video_hf.training.checkpointing import checkpoints
+from omni_video_hf.training.checkpointing.run_lock import LOCK_NAME, only_training
 
 MESSAGE = "another training works in this folder"
 

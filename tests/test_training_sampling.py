@@ -8,7 +8,7 @@ import pytest
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
 
-from omni_video_hf.training.sampling import Bucket, OmniVideoBatchSampler
+from omni_video_hf.training.data.batch_sampler import Bucket, OmniVideoBatchSampler
 
 
 def bucket(task, frames=1):

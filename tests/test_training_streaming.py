@@ -9,8 +9,8 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from omni_video_hf.training import OmniVideoTrainer
-from omni_video_hf.training.data import OmniVideoDataCollator
-from omni_video_hf.training.streaming import StreamOfBatches
+from omni_video_hf.training.data.collator import OmniVideoDataCollator
+from omni_video_hf.training.data.streaming import StreamOfBatches
 
 
 class Stream(IterableDataset):

@@ -12,10 +12,10 @@ from golden import DATA
 from raw_data import datasets_cache, make_clip, make_image, write_jsonl  # noqa: F401 - a fixture
 from rich.console import Console
 
-from omni_video_hf.media_omni_video import load_video
-from omni_video_hf.training.bad_data import SHOWN, BadDataError, Offender, offenders_table, stop_or_count
-from omni_video_hf.training.framing import FramingRules, centre_crop
-from omni_video_hf.training.tables import MediaTable, check_row, load_media_table, probe
+from omni_video_hf.media.media import load_video
+from omni_video_hf.training.data.bad_data import SHOWN, BadDataError, Offender, offenders_table, stop_or_count
+from omni_video_hf.training.data.framing import FramingRules, centre_crop
+from omni_video_hf.training.data.media_table import MediaTable, check_row, load_media_table, probe
 
 CLIP = DATA / "bigbuckbunny.mp4"
 PRESET = {"width": 64, "height": 32, "num_frames": 5, "fps": 8}

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from omni_video_hf import OmniVideoForConditionalGeneration
-from omni_video_hf.training.randomness import derive_seed, draw_dropouts, sample_generators
+from omni_video_hf.training.checkpointing.randomness import derive_seed, draw_dropouts, sample_generators
 
 TASKS = ("t2i", "t2v", "i2i", "v2v", "i2v")
 

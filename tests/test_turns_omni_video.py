@@ -11,8 +11,8 @@ from diffusers import FirstBlockCacheConfig
 from PIL import Image
 
 from omni_video_hf import OmniVideoPipeline
-from omni_video_hf.attention_omni_video import ConstantContextAttnProcessor, SharedSelfAttnProcessor, constant_context
-from omni_video_hf.turns_omni_video import _OWNERS, _WAITING, OwnRandomNumbers, turn
+from omni_video_hf.models.context_attention import ConstantContextAttnProcessor, SharedSelfAttnProcessor, constant_context
+from omni_video_hf.utils.turns import _OWNERS, _WAITING, OwnRandomNumbers, turn
 
 SMALL = {"height": 16, "width": 16, "num_inference_steps": 2, "task": "t2i", "output_type": "latent"}
 WAIT = 60  # seconds after which a test that hangs fails

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from test_training_recipe import write_samples
 
 from omni_video_hf.training.recipe import read_recipe
-from omni_video_hf.training.run import train
+from omni_video_hf.training.train import train
 
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate")
 SETTINGS = "--use_cpu --bf16 false --report_to none --warmup_steps 0 --learning_rate 1e-2 --disable_tqdm --resume"

@@ -5,41 +5,41 @@ Importing the package registers its classes with transformers' Auto classes. The
 later, when it loads a model: `--help`, completion and a wrong flag need neither torch nor transformers.
 """
 
-from .command_start import is_command  # first: it takes care of Ctrl-C
+from .utils.command_start import is_command  # first: it takes care of Ctrl-C
 
 # isort: split
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .remote_code_omni_video import __version__
+from .hub.remote_code import __version__
 
 if TYPE_CHECKING:
-    from .configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig, OmniVideoVisionHeadConfig
-    from .configuration_vila import VilaConfig
-    from .lora_omni_video import collect_lora_layers
-    from .losses_omni_video import OmniVideoLossConfig
-    from .modeling_omni_video import OmniVideoForConditionalGeneration
-    from .modeling_omni_video_connectors import OmniVideoAdapter, OmniVideoVisionHead
-    from .modeling_vila import VilaForConditionalGeneration
-    from .pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
-    from .processing_omni_video import OmniVideoProcessor
-    from .repository_omni_video import complete_repository
+    from .models.configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig, OmniVideoVisionHeadConfig
+    from .models.configuration_vila import VilaConfig
+    from .pipelines.lora.loader import collect_lora_layers
+    from .diffusion.losses import OmniVideoLossConfig
+    from .models.modeling_omni_video import OmniVideoForConditionalGeneration
+    from .models.connectors import OmniVideoAdapter, OmniVideoVisionHead
+    from .models.modeling_vila import VilaForConditionalGeneration
+    from .pipelines.pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
+    from .processing.processing_omni_video import OmniVideoProcessor
+    from .hub.repository import complete_repository
 
 _HOMES = {
-    "OmniVideoAdapter": "modeling_omni_video_connectors",
-    "OmniVideoAdapterConfig": "configuration_omni_video",
-    "OmniVideoConfig": "configuration_omni_video",
-    "OmniVideoForConditionalGeneration": "modeling_omni_video",
-    "OmniVideoLossConfig": "losses_omni_video",
-    "OmniVideoPipeline": "pipeline_omni_video",
-    "OmniVideoPipelineOutput": "pipeline_omni_video",
-    "OmniVideoProcessor": "processing_omni_video",
-    "OmniVideoVisionHead": "modeling_omni_video_connectors",
-    "OmniVideoVisionHeadConfig": "configuration_omni_video",
-    "VilaConfig": "configuration_vila",
-    "VilaForConditionalGeneration": "modeling_vila",
-    "collect_lora_layers": "lora_omni_video",
-    "complete_repository": "repository_omni_video",
+    "OmniVideoAdapter": "models.connectors",
+    "OmniVideoAdapterConfig": "models.configuration_omni_video",
+    "OmniVideoConfig": "models.configuration_omni_video",
+    "OmniVideoForConditionalGeneration": "models.modeling_omni_video",
+    "OmniVideoLossConfig": "diffusion.losses",
+    "OmniVideoPipeline": "pipelines.pipeline_omni_video",
+    "OmniVideoPipelineOutput": "pipelines.pipeline_omni_video",
+    "OmniVideoProcessor": "processing.processing_omni_video",
+    "OmniVideoVisionHead": "models.connectors",
+    "OmniVideoVisionHeadConfig": "models.configuration_omni_video",
+    "VilaConfig": "models.configuration_vila",
+    "VilaForConditionalGeneration": "models.modeling_vila",
+    "collect_lora_layers": "pipelines.lora.loader",
+    "complete_repository": "hub.repository",
 }
 
 
@@ -47,7 +47,7 @@ def __getattr__(name: str) -> object:
     """A class or function of the package, from the module that defines it; all classes are registered then."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import_module(".registration", __name__).register_auto_classes()
+    import_module(".processing.registration", __name__).register_auto_classes()
     value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
     globals()[name] = value  # the next access does not come here
     return value
@@ -58,7 +58,7 @@ def __dir__() -> list[str]:
 
 
 if not is_command():
-    import_module(".registration", __name__).register_auto_classes()
+    import_module(".processing.registration", __name__).register_auto_classes()
 
 __all__ = [
     "OmniVideoAdapter",

@@ -10,7 +10,7 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
-from .command_start import interruption, leave
+from .utils.command_start import interruption, leave
 
 INTERRUPTED = 130
 

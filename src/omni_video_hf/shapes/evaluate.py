@@ -11,12 +11,12 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from ..pipeline_omni_video import OmniVideoPipeline
-from ..source_omni_video import Source
-from ..writing_omni_video import complete_or_absent
+from ..pipelines.pipeline_omni_video import OmniVideoPipeline
+from ..media.sources import Source
+from ..utils.files import complete_or_absent
 from .dataset import ShapesDataset
 from .pictures import Shown, results_sheet
-from .runs import write_json
+from examples.shapes.training.runs import write_json
 from .scene import FPS
 from .scores import (
     LINES,

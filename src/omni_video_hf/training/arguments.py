@@ -8,8 +8,8 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import HubStrategy
 
-from ..losses_omni_video import OmniVideoLossConfig
-from .names import check_known
+from ..diffusion.losses import OmniVideoLossConfig
+from ..utils.names import check_known
 from .stages import PARTS, Stage, get_stage
 
 LORA_PARTS = ("mllm", "vision_head", "adapter", "decoder")

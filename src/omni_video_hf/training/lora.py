@@ -6,12 +6,12 @@ from typing import Any
 
 from peft import LoraConfig
 
-from ..lora_files_omni_video import METADATA_KEY
-from ..lora_omni_video import collect_lora_layers
-from ..modeling_omni_video import OmniVideoForConditionalGeneration
-from ..pipeline_omni_video import OmniVideoPipeline
+from ..pipelines.lora.files import METADATA_KEY
+from ..pipelines.lora.loader import collect_lora_layers
+from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
+from ..pipelines.pipeline_omni_video import OmniVideoPipeline
 from .arguments import LORA_PARTS, LORA_SETTINGS
-from .names import check_known
+from ..utils.names import check_known
 
 ADAPTER_NAME = "default"
 # Projections of attention and feed-forward layers, part by part; not the MLLM's vision tower.

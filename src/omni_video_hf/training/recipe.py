@@ -7,11 +7,11 @@ from typing import Any
 
 import yaml
 
-from ..processing_omni_video import TASKS
+from ..processing.processing_omni_video import TASKS
 from .arguments import OmniVideoTrainingArguments
-from .bad_data import ON_BAD_DATA
-from .names import check_known
-from .sampling import STOPPING_STRATEGIES
+from .data.bad_data import ON_BAD_DATA
+from ..utils.names import check_known
+from .data.batch_sampler import STOPPING_STRATEGIES
 from .setting_types import check_setting
 
 RECIPES = Path(__file__).parent / "recipes"

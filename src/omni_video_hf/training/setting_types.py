@@ -5,8 +5,8 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..losses_omni_video import OmniVideoLossConfig
-from .names import check_known
+from ..diffusion.losses import OmniVideoLossConfig
+from ..utils.names import check_known
 
 # Settings that are mappings, and the types of what they hold.
 NESTED: dict[str, dict[str, Any]] = {

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..configuration_omni_video import OmniVideoConfig
-from ..losses_omni_video import LOSS_NAMES, OmniVideoLossConfig
-from ..modeling_omni_video import OmniVideoForConditionalGeneration
-from .names import check_known
+from ..models.configuration_omni_video import OmniVideoConfig
+from ..diffusion.losses import LOSS_NAMES, OmniVideoLossConfig
+from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
+from ..utils.names import check_known
 
 # What can train, in the order of the figure.
 PARTS = ("text_head", "vision_head", "adapter", "visual_context_adapter", "decoder")

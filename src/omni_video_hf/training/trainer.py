@@ -24,21 +24,22 @@ from transformers.trainer_utils import (
     TrainOutput,
 )
 
-from ..modeling_omni_video import OmniVideoForConditionalGeneration, OmniVideoOutput
-from ..pipeline_omni_video import OmniVideoPipeline
-from . import checkpoints, publishing
+from ..models.modeling_omni_video import OmniVideoForConditionalGeneration, OmniVideoOutput
+from ..pipelines.pipeline_omni_video import OmniVideoPipeline
+from .checkpointing import checkpoints
+from .reporting import publishing
 from .arguments import OmniVideoTrainingArguments
-from .callbacks import CloseLogAtCheckpoint, EpochOfSampler, MovingAverage, Previews, RunClock
+from .reporting.callbacks import CloseLogAtCheckpoint, EpochOfSampler, MovingAverage, Previews, RunClock
 from .lora import checkpoint_metadata, save_lora
-from .meter import TASKS, LossMeter
-from .names import check_known
-from .predictions import check_metrics, check_predictable
-from .previews import bind_pipeline, check_previews, draw_previews, log_previews
-from .randomness import derive_seed, draw_dropouts, kept_chance, sample_generators
-from .result import tied_names
-from .run_lock import only_training
+from .reporting.meter import TASKS, LossMeter
+from ..utils.names import check_known
+from .reporting.predictions import check_metrics, check_predictable
+from .reporting.previews import bind_pipeline, check_previews, draw_previews, log_previews
+from .checkpointing.randomness import derive_seed, draw_dropouts, kept_chance, sample_generators
+from .checkpointing.result import tied_names
+from .checkpointing.run_lock import only_training
 from .stages import cast_frozen, freeze_all_but, part_of
-from .streaming import stream_loader
+from .data.streaming import stream_loader
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,133 @@
+"""What the commands print: notes, one-line errors, exit codes; nothing heavy is imported here."""
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from importlib import import_module
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+
+from ..utils.command_start import interruption
+from ..utils.masking import mask_logging, mask_tokens
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FAILURE, USAGE, INTERRUPTED = 1, 2, 130  # exit codes
+
+
+class UsageProblem(ValueError):  # noqa: N818 - what it is to the user
+    """An argument of the command line that cannot be used; exit code 2 instead of 1."""
+
+
+def console() -> "Console":
+    """The terminal for everything but results: stderr as it is now."""
+    return import_module("rich.console").Console(stderr=True)
+
+
+def note(text: str) -> None:
+    """Tell the user something that is no error, on stderr; `text` is printed as it is, markup included."""
+    escape = import_module("rich.markup").escape
+    console().print(f"[yellow]note:[/] {escape(mask_tokens(text))}", highlight=False, soft_wrap=True)
+
+
+def result(text: str) -> None:
+    """Print a result, which goes to stdout alone."""
+    print(mask_tokens(text), flush=True)  # noqa: T201
+
+
+def start_libraries(verbose: bool, quiet: bool = False) -> None:
+    """Import transformers and diffusers, register the package's classes, and set how much all of them say."""
+    logging.getLogger(__package__).setLevel(logging.INFO if verbose else logging.ERROR)
+    import_module("..processing.registration", __package__).register_auto_classes()
+    libraries = [import_module("transformers").logging, import_module("diffusers").logging]
+    libraries[0].disable_progress_bar()  # diffusers' own shows the components
+    for library in libraries:
+        library.set_verbosity_info() if verbose else library.set_verbosity_error()
+    if quiet:
+        libraries[1].disable_progress_bar()
+        import_module("huggingface_hub.utils").disable_progress_bars()
+    mask_logging()
+
+
+class one_line_errors:  # noqa: N801 - used as a function
+    """
+    Turn every error into one line on stderr and an exit code; `verbose` shows the traceback too.
+
+    The code is 2 for a [`UsageProblem`], 130 for an interruption (Ctrl-C), else 1.
+
+    Args:
+        verbose: show tracebacks and the libraries' messages.
+        light: do not import the libraries: for what runs without a model. See [`start_libraries`].
+    """
+
+    def __init__(self, verbose: bool, light: bool = False) -> None:
+        self.verbose, self.light = verbose, light
+
+    def __enter__(self) -> None:
+        if not self.light:
+            start_libraries(self.verbose)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, (typer.Exit, typer.Abort, SystemExit, BrokenPipeError)):
+            return
+        if isinstance(error, KeyboardInterrupt) or interruption.happened:
+            return  # `__main__` says so: it may come at any other moment, too
+        if hasattr(error, "format_message"):  # typer's own: it says what is wrong with an option
+            return
+        if self.verbose:
+            sys.stderr.write(mask_tokens("".join(traceback.format_exception(error))))
+        fail(one_line(error), USAGE if isinstance(error, UsageProblem) else FAILURE)
+
+
+@contextlib.contextmanager
+def as_usage() -> Iterator[None]:
+    """Report a `ValueError` of the block, in which arguments alone are checked, as wrong usage."""
+    try:
+        yield
+    except UsageProblem:
+        raise
+    except ValueError as error:
+        raise UsageProblem(str(error)) from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line, without access tokens."""
+    words = getattr(error, "for_command_line", error.__str__)()  # a `SizeError` names flags instead of arguments
+    text = mask_tokens(" ".join(words.split())) or type(error).__name__
+    return text if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: {text}"
+
+
+def fail(message: str, code: int = FAILURE) -> NoReturn:
+    """Print one line and end the command."""
+    print_error(message)
+    raise typer.Exit(code)
+
+
+def print_error(message: str) -> None:
+    """`error: message` on stderr, in red where that is a terminal; plain text, so that it needs no import."""
+    is_plain = os.environ.get("NO_COLOR") or not sys.stderr.isatty()
+    start, end = ("", "") if is_plain else ("\x1b[1;31m", "\x1b[0m")
+    sys.stderr.write(f"{start}error:{end} {mask_tokens(message)}\n")
+    sys.stderr.flush()
+
+
+__all__ = [
+    "FAILURE",
+    "INTERRUPTED",
+    "USAGE",
+    "UsageProblem",
+    "as_usage",
+    "console",
+    "fail",
+    "note",
+    "one_line",
+    "one_line_errors",
+    "print_error",
+    "result",
+    "start_libraries",
+]

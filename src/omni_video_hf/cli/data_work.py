@@ -1,0 +1,142 @@
+"""What the commands that make feature caches do, and how they report it."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..training.data.bad_data import SHOWN, BadDataError, count_problems, offenders_table
+from ..training.features.cache_builder import BuildReport
+from ..training.features.cache_files import check_output
+from ..training.features.encoder import FeatureEncoder, PrecomputeSettings, load_encoders
+from ..training.features.cache import FeatureCache
+from ..training.data.framing import FramingRules
+from ..training.features.import_features import import_features
+from ..training.features.precompute import precompute
+from ..training.data.media_table import MediaTable, load_media_table
+
+console = Console(stderr=True)
+
+LONGEST_WAIT = timedelta(days=7)  # for the others at the end: one process may have had the long clips
+
+
+def compute(
+    table: MediaTable,
+    model: str,
+    settings: PrecomputeSettings,
+    output: Path,
+    *,
+    target_encoder: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    on_bad_data: str = "stop",
+    shard_entries: int = 64,
+) -> Path:
+    """Load what encodes, bring the cache up to date and say what was done; see [`precompute`]."""
+    start_processes()
+    weights = None if dtype is None else getattr(torch, dtype)
+    pipeline = load_encoders(model, weights, revision=revision, token=token)
+    encoder = FeatureEncoder(pipeline, settings, target_encoder)
+    return _reported(
+        lambda: precompute(table, encoder, output, on_bad_data=on_bad_data, shard_entries=shard_entries), output
+    )
+
+
+def bring_in(sources: Sequence[Path], output: Path, task: str | None, on_bad_data: str) -> Path:
+    """Import feature files and say what was done; see [`import_features`]."""
+    return _reported(lambda: import_features(sources, output, task=task, on_bad_data=on_bad_data), output)
+
+
+def read_settings(
+    sizes: Sequence[str], frames: Sequence[int], fps: str | None, instruction: str, mllm_frames: str | None
+) -> PrecomputeSettings:
+    """The settings behind the command's words."""
+    rules = FramingRules([_size(text) for text in sizes], tuple(frames), _fps(fps))
+    return PrecomputeSettings(rules, instruction, mllm_frames)
+
+
+def check_cache(output: Path) -> None:
+    """Refuse an output folder that holds anything but a cache, before anything is read; see [`check_output`]."""
+    check_output(output)
+
+
+def read_table(data: str | Path, data_format: str | None, task: str | None, columns: Sequence[str]) -> MediaTable:
+    """The data, `columns` as NAME=YOURS."""
+    for pair in columns:
+        if "=" not in pair:
+            raise ValueError(f"`--column {pair}` must be NAME=YOURS, such as prompt=caption.")
+    names = dict(pair.split("=", 1) for pair in columns)
+    return load_media_table(data, data_format=data_format, task=task, columns=names)
+
+
+def start_processes() -> PartialState:
+    """Join the processes that a launcher has started, on CPUs too, which accelerate wants to be told."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu, timeout=LONGEST_WAIT)
+
+
+def _reported(work: Callable[[], BuildReport], output: Path) -> Path:
+    """Do the work; show all bad samples as a table, so that what is left to say fits one line."""
+    state = start_processes()
+    try:
+        report = work()
+    except BadDataError as error:
+        if state.is_main_process:
+            console.print(offenders_table(error.offenders, error.total))
+        raise ValueError(
+            f"{count_problems(error.offenders, error.total)}: repair or remove them, or pass `--on-bad-data skip`."
+        ) from error
+    finally:
+        state.destroy_process_group()  # a process that leaves its group open can die at its exit
+    if state.is_main_process:
+        _show(report, output)
+    return output
+
+
+def _show(report: BuildReport, output: Path) -> None:
+    """What had changed, what was left out, and what there is now."""
+    if report.changed:
+        title = f"Changed and computed again: {len(report.changed)}"
+        table = Table("sample", "what differs", title=title, title_justify="left")
+        for key, names in list(report.changed.items())[:SHOWN]:
+            table.add_row(escape(key), ", ".join(names))
+        if len(report.changed) > SHOWN:
+            table.add_row("...", f"and {len(report.changed) - SHOWN} more")
+        console.print(table)
+    if report.skipped:
+        console.print(offenders_table(report.skipped, report.total))
+    buckets = FeatureCache(output).buckets
+    table = Table("bucket", "samples", title=str(output), title_justify="left")
+    for bucket, number in sorted(Counter(buckets).items(), key=lambda entry: (-entry[1], str(entry[0]))):
+        table.add_row(escape(str(bucket)), str(number))
+    console.print(table)
+    skipped = len({offender.sample for offender in report.skipped})
+    console.print(
+        f"{len(report.computed)} computed, {len(report.changed)} computed again, {report.kept} kept, "
+        f"{skipped} skipped",
+        highlight=False,
+    )
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise ValueError(f"`--size {text}` must be WIDTHxHEIGHT in pixels, such as 832x480.")
+    return int(width), int(height)
+
+
+def _fps(text: str | None) -> float | str | None:
+    if text in (None, "source"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"`--fps {text}` must be a number or `source`.") from None

@@ -1,0 +1,259 @@
+"""What `generate`, `edit` and `ask` do, once their flags are read; imports the pipeline."""
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from .checks import SHAPES, Drawing, Loading
+from .console import UsageProblem, as_usage, console, note, result
+from .output import OutputFile
+from .preflight import Outline
+from ..utils.masking import mask_tokens
+from ..media.media import open_media, save_image, save_video
+from ..media.video_reader import check_pyav
+from ..pipelines.pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
+from ..hub.remote_code import __version__
+from ..shapes import CHECKPOINT
+
+SEEDS = 2**32  # a seed that is drawn lies below: short enough to be typed again
+
+
+@dataclass(frozen=True)
+class Printing:
+    """How results are told: `quiet` leaves out notes, settings and progress; `as_json` prints an object a line."""
+
+    quiet: bool = False
+    as_json: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of the pipeline, and the file that it fills."""
+
+    prompt: str
+    seed: int
+    output: OutputFile
+    media: dict[str, Any]
+    source: str | None = None
+
+
+def generate(
+    prompts: Sequence[str], outputs: Sequence[OutputFile], task: str | None, loading: Loading, drawing: Drawing,
+    printing: Printing,
+) -> None:  # fmt: skip
+    """Generate one file for every prompt and seed."""
+    outline = Outline.of(loading)
+    negative = [] if drawing.negative_prompt is None else [drawing.negative_prompt]
+    outline.check(task, [*prompts, *negative], drawing, {})
+    seeds = _seeds(drawing)
+    jobs = [
+        Job(prompt, seed, output, {})
+        for (prompt, seed), output in zip(((p, s) for p in prompts for s in seeds), outputs, strict=True)
+    ]
+    _run(jobs, task, outline, loading, drawing, printing)
+
+
+def edit(
+    sources: Sequence[str], instruction: str, outputs: Sequence[OutputFile], output_kind: str | None,
+    loading: Loading, drawing: Drawing, printing: Printing,
+) -> None:  # fmt: skip
+    """Edit every source, with every seed."""
+    outline = Outline.of(loading)
+    texts = [instruction, *([] if drawing.negative_prompt is None else [drawing.negative_prompt])]
+    opened = [dict([open_media(source)]) for source in sources]
+    for source, media in zip(sources, opened, strict=True):
+        kind = next(iter(media))
+        if output_kind not in (None, kind):
+            raise UsageProblem(
+                f"`--output` names {output_kind} files: that does not fit an edit of the {kind} {source}."
+            )
+        outline.check(_edit_task(media), texts, drawing, media)
+    seeds = _seeds(drawing)
+    jobs = [
+        Job(instruction, seed, output, media, source)
+        for (source, media, seed), output in zip(
+            ((source, media, s) for source, media in zip(sources, opened, strict=True) for s in seeds),
+            outputs,
+            strict=True,
+        )
+    ]
+    _run(jobs, None, outline, loading, drawing, printing)
+
+
+def ask(
+    sources: Sequence[str], question: str, max_new_tokens: int, seed: int | None, loading: Loading, printing: Printing
+) -> None:
+    """Answer one question about every source."""
+    check_device(loading)
+    opened = [dict([open_media(source)]) for source in sources]
+    (seed,) = _seeds(Drawing(seed=seed))
+    pipe = load(loading, printing)
+    for source, media in zip(sources, opened, strict=True):
+        options = {"task": "understand", "max_new_tokens": max_new_tokens, "generator": _generator(seed)}
+        text = pipe(question, **media, **options).text[0]
+        if not text and not printing.quiet:
+            note("the model ended its answer before the first word.")
+        if printing.as_json:
+            result(json.dumps({"source": source, "question": question, "text": text, "seed": seed}))
+        else:
+            result(text if len(sources) == 1 else f"{source}: {text}")
+
+
+def load(loading: Loading, printing: Printing | None = None) -> OmniVideoPipeline:
+    """The pipeline, on its device and set up as asked."""
+    printing = printing or Printing()
+    if loading.place == SHAPES and not printing.quiet:
+        note(
+            f"without --model, {CHECKPOINT.name} draws and knows one shape, such as"
+            ' "a large red circle moving left on a black background".'
+        )
+    device = loading.device or _best_device()
+    check_device(loading)
+    arguments: dict[str, Any] = {} if loading.dtype is None else {"dtype": getattr(torch, loading.dtype)}
+    if loading.memory is not None:
+        arguments |= {"memory": loading.memory, "memory_device": device}
+    pipe = OmniVideoPipeline.from_pretrained(
+        loading.place, revision=loading.revision, token=loading.token, **arguments
+    )
+    pipe.set_progress_bar_config(disable=printing.quiet)
+    lora = loading.lora_arguments()
+    if lora is not None:
+        pipe.load_lora_weights(lora.pop("pretrained_model_name_or_path_or_dict"), **lora)
+    if loading.attention_backend is not None:
+        pipe.transformer.set_attention_backend(loading.attention_backend)
+    if loading.memory is not None:
+        return pipe
+    if loading.cpu_offload is None:
+        return pipe.to(device)
+    if loading.cpu_offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif loading.cpu_offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level")
+    return pipe
+
+
+def check_device(loading: Loading) -> None:
+    """Refuse what the device cannot do, before anything is loaded."""
+    device = loading.device or _best_device()
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UsageProblem(f"`--device {device}` must be cuda, cuda:1, mps, cpu ...") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageProblem(f"`--device {device}`: this machine, or this build of torch, has no CUDA device.")
+    for flag, choice in (("--cpu-offload", loading.cpu_offload), ("--memory", loading.memory)):
+        if choice is not None and kind == "cpu":
+            raise UsageProblem(f"`{flag} {choice}` needs an accelerator; the device is the CPU.")
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _edit_task(media: dict[str, Any]) -> str:
+    return "i2i" if "image" in media else "v2v"
+
+
+def _seeds(drawing: Drawing) -> list[int]:
+    """One seed for each result of a prompt: the given one and those after it, or after one that is drawn."""
+    first = secrets.randbelow(SEEDS) if drawing.seed is None else drawing.seed
+    return [first + number for number in range(drawing.count)]
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def _run(
+    jobs: Sequence[Job], task: str | None, outline: Outline, loading: Loading, drawing: Drawing, printing: Printing
+) -> None:
+    """Load the model, and do one job after the other; what is written stays, whatever comes after it."""
+    check_device(loading)
+    if loading.attention_backend is not None:
+        with as_usage():
+            outline.pipe.transformer.set_attention_backend(loading.attention_backend)
+    if any(job.output.kind != "image" for job in jobs):
+        check_pyav()
+    pipe = load(loading, printing)
+    settings = drawing.settings()
+    if drawing.max_context_length is not None:
+        settings["max_context_length"] = drawing.max_context_length
+    for job in jobs:
+        with job.output:
+            job_task = _edit_task(job.media) if job.media else task
+            output = pipe(job.prompt, **job.media, task=job_task, generator=_generator(job.seed), **settings)
+            if output.text is not None:
+                _tell_answer(job, output.text[0], printing)
+            else:
+                _write(job, output, _record(job, output, loading, outline), printing)
+
+
+def _record(job: Job, output: OmniVideoPipelineOutput, loading: Loading, outline: Outline) -> dict[str, Any]:
+    """What a file says about how it was made: plain values, without access tokens."""
+    settings = {name: value for name, value in output.settings.items() if value is not None}
+    record = {
+        "prompt": job.prompt,
+        "seed": job.seed,
+        "model": CHECKPOINT.name if loading.place == SHAPES else loading.model,
+        "revision": outline.revision or loading.revision,
+        "lora": loading.lora,
+        "source": job.source and (job.source if "://" in job.source else Path(job.source).name),
+        "settings": settings | {"seed": job.seed},
+        "version": __version__,
+    }
+    record = {name: value for name, value in record.items() if value is not None}
+    return json.loads(mask_tokens(json.dumps(record, default=str)))
+
+
+def _write(job: Job, output: OmniVideoPipelineOutput, record: dict[str, Any], printing: Printing) -> None:
+    """Write the file and say what was done."""
+    frames = output.frames[0]
+
+    def write(path: Path) -> None:
+        if output.fps is None:
+            save_image(frames[0], path, metadata=record)
+        else:
+            save_video(frames, path, fps=output.fps, metadata=record)
+
+    path = job.output.write(write, "image" if output.fps is None else "video")
+    notes = list(output.notes)
+    if job.output.path is not None and path != job.output.path:
+        notes.append(f"{job.output.path} was made by somebody else meanwhile and stays; the result is in {path}.")
+    if printing.as_json:
+        result(json.dumps({"file": str(path), "task": output.task, "fps": output.fps, "notes": notes} | record))
+        return
+    if not printing.quiet:
+        for text in notes:
+            note(text)
+        _print_settings(record["settings"])
+    result(str(path))
+
+
+def _tell_answer(job: Job, text: str, printing: Printing) -> None:
+    """An answer in the place of a picture goes to stdout."""
+    if not text and not printing.quiet:
+        note("the model ended its answer before the first word.")
+    result(json.dumps({"prompt": job.prompt, "text": text, "seed": job.seed}) if printing.as_json else text)
+
+
+def _print_settings(settings: dict[str, Any]) -> None:
+    """Every setting but the prompt as a table on stderr; values are shown as they are, markup included."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in settings.items():
+        if value is not None and name != "prompt":
+            table.add_row(name, escape(str(value)))
+    console().print(table, highlight=False)
+
+
+__all__ = ["Printing", "ask", "check_device", "edit", "generate", "load"]

@@ -1,0 +1,82 @@
+"""What `omni-video train` takes and does."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from textwrap import fill
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from .checks import check_repository, place_of
+from .console import as_usage
+
+CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Config = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="Recipe: a YAML file, or a shipped one: align, connect_text, connect, joint, decoder, understand, lora.",
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint, if there is one.")]
+
+
+EXPORT = "--export"
+
+
+class TrainCommand(TyperCommand):
+    """A command whose help goes on with every setting that a recipe or the command line may give."""
+
+    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
+        """Options as usual, then the settings; they are read off the sources, and nothing heavy is imported."""
+        super().format_help(ctx, formatter)
+        typer.echo(f"\nInstead of training, {EXPORT} RUN/checkpoint-N DIR writes the pipeline of a checkpoint.")
+        for title, settings in import_module(".train_help", __package__).settings_of_runs().items():
+            typer.echo(f"\n{title}, as `--name value` or in a recipe:\n")
+            for setting in settings:
+                typer.echo(f"  --{setting.name}  {setting.type} = {setting.default}")
+                if setting.help:
+                    typer.echo(fill(setting.help, 116, initial_indent="      ", subsequent_indent="      "))
+
+
+def train(config: str | None, overrides: Sequence[str]) -> Path | None:
+    """
+    Run a recipe (see `recipe.read_recipe` and `run.train`), importing the trainer only now.
+
+    With `--export CHECKPOINT DIR` among the words nothing is trained: see `export.export_checkpoint`.
+
+    Returns:
+        The folder with the outcome on the main process, `None` on the others.
+    """
+    with as_usage():
+        if EXPORT in overrides:
+            return _export(config, list(overrides))
+        if config is None:
+            raise ValueError(
+                "`--config` is missing: pass a recipe, such as `--config lora`; see `omni-video train --help`."
+            )
+        run, arguments = import_module("..training.recipe", __package__).read_recipe(config, overrides)
+        check_repository(run.model)
+    run.model = place_of(run.model)
+    folder = import_module("..training.train", __package__).train(run, arguments)
+    return folder if arguments.process_index == 0 else None
+
+
+def _export(config: str | None, words: list[str]) -> Path:
+    place = words.index(EXPORT)
+    given = words[place + 1 : place + 3]
+    settings = import_module("..training.recipe", __package__).overridden({}, words[:place] + words[place + 3 :])
+    unknown = sorted(set(settings) - {"model", "revision", "result_dtype"} | ({"config"} if config else set()))
+    if len(given) < 2 or any(word.startswith("--") for word in given) or unknown:
+        problem = f" It takes no {', '.join(f'--{name}' for name in unknown)}." if unknown else ""
+        raise ValueError(
+            "`--export` is used as `omni-video train --export RUN/checkpoint-N DIR`, with `--model`, `--revision` and "
+            f"`--result_dtype` where need be.{problem}"
+        )
+    export = import_module("..training.checkpointing.export", __package__).export_checkpoint
+    dtype = settings.get("result_dtype", "float32")
+    return export(*given, base=settings.get("model"), revision=settings.get("revision"), dtype=dtype)

@@ -1,0 +1,169 @@
+"""
+The losses Omni-Video trains with, as pure functions of what its parts give, and the options they have.
+
+The sum that is minimised is `answer + alignment + text alignment + flow matching`, each with a weight; which of them a
+batch allows, [`OmniVideoForConditionalGeneration.forward`] finds from its inputs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from torch import nn
+
+from .flow_matching import NUM_TRAIN_TIMESTEPS, training_sigmas, training_weights
+
+LOSS_NAMES = ("answer", "alignment", "text_alignment", "flow_matching")
+
+Alignment = Literal["cosine", "squared_l2"]
+TimestepSampling = Literal["uniform", "logit_normal", "mode"]
+TimestepWeighting = Literal["bell", "none", "sigma_sqrt", "cosmap"]
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+@dataclass(frozen=True)
+class OmniVideoLossConfig:
+    """
+    What is minimised. The defaults are upstream's code.
+
+    Args:
+        answer_weight: of the cross-entropy of `labels`. A weight of 0 leaves a loss out: it is not computed, and
+            inputs that only it needs are ignored.
+        alignment_weight: of the distance of the visual tokens from features of the target.
+        text_alignment_weight: of the distance of the adapter's output from the embeddings of the prompt, or of a text
+            on the target, which the paper's stage 2 begins with. Off by default, as upstream's code does not have it.
+        flow_matching_weight: of the decoder's velocity.
+        alignment: `"cosine"`, `1 - cos` as upstream's code, or `"squared_l2"`, `|a - b|^2` as the paper.
+        timestep_sampling: `"uniform"` over the table of timesteps, or `"logit_normal"` or `"mode"` of diffusers.
+        logit_mean, logit_std: of `"logit_normal"`.
+        mode_scale: of `"mode"`.
+        timestep_shift: of the table's sigmas towards noise.
+        timestep_weighting: `"bell"`, upstream's weight around timestep 500, or `"none"`, `"sigma_sqrt"` or `"cosmap"`
+            of diffusers.
+
+    Raises:
+        ValueError: for a name that is unknown, or a number out of range.
+    """
+
+    answer_weight: float = 1.0
+    alignment_weight: float = 1.0
+    text_alignment_weight: float = 0.0
+    flow_matching_weight: float = 1.0
+    alignment: Alignment = "cosine"
+    timestep_sampling: TimestepSampling = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    timestep_shift: float = 3.0
+    timestep_weighting: TimestepWeighting = "bell"
+
+    def __post_init__(self) -> None:
+        choices = {
+            "alignment": Alignment,
+            "timestep_sampling": TimestepSampling,
+            "timestep_weighting": TimestepWeighting,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}."
+                )
+        for name in LOSS_NAMES:
+            if self.weight(name) < 0:
+                raise ValueError(f"`{name}_weight` must be 0 (the loss is left out) or more, got {self.weight(name)}.")
+        for name in ("timestep_shift", "logit_std"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be more than 0, got {getattr(self, name)}.")
+
+    def weight(self, name: str) -> float:
+        """Weight of one of `LOSS_NAMES`."""
+        return getattr(self, f"{name}_weight")
+
+
+def alignment_loss(features: torch.Tensor, target: torch.Tensor, kind: Alignment = "cosine") -> torch.Tensor:
+    """
+    Distance of `features` `[batch, width]` from `target` `[batch, width]`, the mean over samples, in float32.
+
+    `"cosine"` is `1 - cos` as upstream's code, `"squared_l2"` the sum of squared differences as the paper.
+    """
+    if features.shape != target.shape:
+        raise ValueError(f"The target of an alignment must be {tuple(features.shape)}, got {tuple(target.shape)}.")
+    features, target = features.float(), target.float()
+    if kind == "cosine":
+        return 1 - nn.functional.cosine_similarity(features, target).mean()
+    return (features - target).square().sum(dim=-1).mean()
+
+
+def mean_token(embeddings: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """`[batch, length, width]` -> `[batch, width]` in float32, over the positions where `mask` is 1."""
+    if mask is None:
+        return embeddings.float().mean(dim=1)
+    mask = mask.to(embeddings.device, torch.float32)[..., None]
+    return (embeddings.float() * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+def without_directions(features: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """
+    What is left of `features` `[batch, width]` across `directions` `[batch, number, width]`, in float32.
+
+    Raises:
+        ValueError: when the two do not fit each other. Rows are not checked: orthonormal, or zeros.
+    """
+    if directions.ndim != 3 or (len(directions), directions.shape[-1]) != tuple(features.shape):
+        batch, width = features.shape
+        raise ValueError(f"Directions to leave out must be [{batch}, number, {width}], got {tuple(directions.shape)}.")
+    directions, features = directions.to(features.device, torch.float32), features.float()
+    # No products of matrices: under autocast those would be half as precise.
+    shares = (directions * features[:, None]).sum(dim=-1, keepdim=True)
+    return features - (shares * directions).sum(dim=1)
+
+
+def timestep_tables(config: OmniVideoLossConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """The 1000 timesteps training draws from, from 1000 downwards, and the loss weight of each."""
+    sigmas = training_sigmas(config.timestep_shift)
+    timesteps = sigmas * NUM_TRAIN_TIMESTEPS
+    if config.timestep_weighting == "bell":
+        return timesteps, training_weights(timesteps)
+    return timesteps, compute_loss_weighting_for_sd3(config.timestep_weighting, sigmas)
+
+
+def draw_timestep_indices(
+    batch_size: int, config: OmniVideoLossConfig, generator: Generators | None = None
+) -> torch.Tensor:
+    """
+    Draw entries of the table of timesteps.
+
+    Args:
+        generator: one for the batch, or one per sample, so that a sample's draw does not depend on its batch.
+
+    Returns:
+        `[batch_size]`, 0..999, on the CPU.
+    """
+    settings = {"logit_mean": config.logit_mean, "logit_std": config.logit_std, "mode_scale": config.mode_scale}
+    if isinstance(generator, Sequence):
+        rows = [
+            compute_density_for_timestep_sampling(
+                config.timestep_sampling, 1, generator=g, **settings, device=g.device
+            )
+            for g in generator
+        ]
+        uniform = torch.cat([row.cpu() for row in rows])
+    else:
+        device = "cpu" if generator is None else generator.device
+        uniform = compute_density_for_timestep_sampling(
+            config.timestep_sampling, batch_size, generator=generator, **settings, device=device
+        )
+    return (uniform.cpu() * NUM_TRAIN_TIMESTEPS).long().clamp(0, NUM_TRAIN_TIMESTEPS - 1)
+
+
+__all__ = [
+    "LOSS_NAMES",
+    "OmniVideoLossConfig",
+    "alignment_loss",
+    "draw_timestep_indices",
+    "mean_token",
+    "timestep_tables",
+    "without_directions",
+]

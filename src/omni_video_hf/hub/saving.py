@@ -1,0 +1,168 @@
+"""Saving and pushing of the whole model: as a repository that transformers and diffusers open."""
+
+import copy
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils.modeling import get_state_dict_offloaded_model
+from diffusers import ModelMixin
+from torch import nn
+
+from ..models.configuration_omni_video import state_dtype
+from ..pipelines.lora.loader import has_lora
+from .push import push_completed, push_repository
+from .repository import MODEL_FOLDERS, check_finished, check_indices, finalize_repository, staged
+
+
+class OmniVideoSavingMixin:
+    """What [`OmniVideoForConditionalGeneration`] does differently from other transformers models when it is saved."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:
+        """
+        Load a model, as in transformers.
+
+        Raises:
+            ValueError: for a folder into which a save did not finish, or whose index names files outside of it.
+        """
+        if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
+            check_finished(pretrained_model_name_or_path)
+            check_indices(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def pipeline_components(self) -> dict[str, nn.Module]:
+        """
+        The parts that a pipeline takes, sharing their weights with this model.
+
+        `OmniVideoPipeline.from_pretrained(base, **model.pipeline_components())` is the pipeline of a fine-tune.
+
+        Returns:
+            `mllm` (MLLM and vision head), and `adapter` and `transformer` as far as this model has them.
+        """
+        if self.adapter is None and self.decoder is None:
+            return {"mllm": self}
+        config = copy.deepcopy(self.config)
+        config.adapter_config = config.decoder_config = None
+        with init_empty_weights():
+            half = type(self)(config)
+        half.mllm, half.vision_head = self.mllm, self.vision_head
+        half.generation_config = self.generation_config
+        parts = {"mllm": half.train(self.training), "adapter": self.adapter, "transformer": self.decoder}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        variant: str | None = None,
+        safe_serialization: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Write the repository of the whole model: component folders, the index over them, and the code to load it.
+
+        A model without adapter and decoder is written as any transformers model, for it is a component itself. What a
+        pipeline needs besides (VAE, text encoder, scheduler, processor) is not known here:
+        `OmniVideoPipeline.save_pretrained` writes all of it, [`push_to_hub`] completes it.
+
+        Args:
+            save_directory: made if need be; weights of an earlier save are replaced when the new ones are complete.
+            is_main_process: other processes only take part in gathering.
+            state_dict: weights to write instead of the model's own, by their names in it.
+            push_to_hub: push afterwards, with the arguments of [`push_to_hub`] in `kwargs`.
+            max_shard_size: largest file.
+            variant: as in `model.fp16.safetensors`.
+            safe_serialization: must stay `True`; pickles are not written.
+
+        Raises:
+            ValueError: for a model that carries LoRA layers or is quantised.
+        """
+        self._check_saveable(safe_serialization)
+        if self.adapter is None and self.decoder is None:
+            state_dtype(self.config, self.dtype)
+            arguments = {"state_dict": state_dict, "max_shard_size": max_shard_size, "variant": variant}
+            if is_main_process:
+                with staged(save_directory, variant, [""]) as folder:
+                    super().save_pretrained(folder, **arguments)
+            if push_to_hub or not is_main_process:
+                with tempfile.TemporaryDirectory() as folder:
+                    kwargs.setdefault("repo_id", Path(save_directory).name)
+                    super().save_pretrained(folder, is_main_process, push_to_hub=push_to_hub, **arguments, **kwargs)
+            return
+        if state_dict is None and any(tensor.is_meta for tensor in self.state_dict().values()):
+            state_dict = get_state_dict_offloaded_model(self)
+        if is_main_process:
+            with staged(save_directory, variant, ["", *MODEL_FOLDERS]) as folder:
+                for name, part in self.pipeline_components().items():
+                    weights = None if state_dict is None else _weights_of(name, state_dict)
+                    _save_part(part, folder / name, weights, max_shard_size, variant)
+                finalize_repository(folder, variant)
+        if push_to_hub and is_main_process:
+            push_repository(save_directory, kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def push_to_hub(self, repo_id: str, *, base: str | Path | None = None, **kwargs: Any) -> Any:
+        """
+        Push a complete repository, which loads as a model and as a pipeline.
+
+        Args:
+            repo_id: `owner/name`.
+            base: folder or Hub repository to take VAE, text encoder, scheduler and processor from; by default the one
+                this model was loaded from.
+            kwargs: `private`, `revision`, `create_pr`, `commit_message` and `token`, and those of [`save_pretrained`].
+
+        Returns:
+            The commit, as huggingface_hub describes it.
+        """
+        base = base or self.config._name_or_path
+        saving = {name: kwargs.pop(name) for name in ("max_shard_size", "variant", "state_dict") if name in kwargs}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **saving)
+            return push_completed(folder, repo_id, base, **kwargs)
+
+    def _check_saveable(self, safe_serialization: bool) -> None:
+        if not safe_serialization:
+            raise ValueError("`safe_serialization=False` would write pickles, which can run code: leave it `True`.")
+        if has_lora(self):
+            raise ValueError(
+                "The model carries LoRA layers. Save them with `OmniVideoPipeline.save_lora_weights(folder, "
+                "**collect_lora_layers(model))`, or merge them into the weights first."
+            )
+        if getattr(self, "hf_quantizer", None) is not None and self.decoder is not None:
+            raise ValueError("A quantised model is not saved whole: save the model it was made from, or its LoRA.")
+
+
+def _weights_of(component: str, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of one of the pipeline's components among those of the whole model."""
+    if component == "mllm":
+        return {name: value for name, value in state_dict.items() if name.startswith(("mllm.", "vision_head."))}
+    prefix = {"adapter": "adapter.", "transformer": "decoder."}[component]
+    return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+
+
+def _save_part(
+    part: nn.Module,
+    folder: Path,
+    state_dict: dict[str, torch.Tensor] | None,
+    max_shard_size: int | str,
+    variant: str | None,
+) -> None:
+    """Write one component with its library's own method."""
+    arguments = {"max_shard_size": max_shard_size, "variant": variant}
+    if isinstance(part, ModelMixin):
+        if state_dict is not None:  # diffusers takes no weights from outside
+            with init_empty_weights():
+                part = type(part).from_config(part.config)
+            part.load_state_dict(state_dict, assign=True)
+        part.save_pretrained(folder, **arguments)
+    else:
+        part.save_pretrained(folder, state_dict=state_dict, **arguments)
+
+
+__all__ = ["OmniVideoSavingMixin"]

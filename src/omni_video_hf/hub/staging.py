@@ -1,0 +1,325 @@
+"""
+Saving over a repository so that it is the old one, the new one, or refused as unfinished; never a mixture.
+
+A save is written to a workspace first. A folder that is not there yet is made by one rename. In one that is there, the
+workspace lies inside it and keeps the list of what is to happen: index files (`model_index.json`, `config.json`,
+`*.index.json`) leave first, then weights and code come in and outdated ones go, and index files come last. While the
+list is there, loading refuses the folder. A save that was killed is finished from its list by the next one.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .remote_code import CODE_FILE, PIPELINE_CLASS, is_written_code
+from ..utils.files import (
+    empty,
+    read_mark,
+    remove_abandoned,
+    remove_empty,
+    unlocked,
+    workspace,
+    workspaces,
+    write_mark,
+)
+
+MODEL_TYPE, PIPELINE_INDEX_NAME = "omni_video", "model_index.json"
+_WEIGHTS = re.compile(
+    r"(model|diffusion_pytorch_model)(?:\.(?P<variant>[^.]+?))??(?P<shard>-\d{5}-of-\d{5})?\.safetensors"
+    r"|(model|diffusion_pytorch_model)\.safetensors\.index(?:\.(?P<index_variant>[^.]+))?\.json"
+)
+# `finalize_repository`, which cannot be imported here: its module imports this one.
+_finalizers: list[Callable[[Path], None]] = []
+_NEW, _KEPT = "new", "kept"  # folders of a workspace: what comes in, and index files that come back
+
+
+def finalize_with(function: Callable[[Path], None]) -> None:
+    """Say what finalizes a repository that [`commit`] completed."""
+    _finalizers.append(function)
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file is called as libraries call weights or an index of them."""
+    return _WEIGHTS.fullmatch(name) is not None
+
+
+def variant_of(name: str) -> str | None:
+    """The variant in the name of a weight file, as in `model.fp16.safetensors`; `None` stands for none."""
+    match = _WEIGHTS.fullmatch(name)
+    return (match["variant"] or match["index_variant"]) if match else None
+
+
+def is_index(name: str) -> bool:
+    """Whether a file, called by its path in a repository, says which files make up a model or pipeline."""
+    base = PurePosixPath(name).name
+    return base in ("config.json", PIPELINE_INDEX_NAME) or (base.endswith(".json") and is_weight_file(base))
+
+
+@contextmanager
+def staged(directory: str | Path, variant: str | None = None, folders: Iterable[str] = ()) -> Iterator[Path]:
+    """
+    A folder to write a repository to, whose files move to `directory` when all of them are complete.
+
+    Weights and code that an earlier save left in `directory` and that this one did not write anew are removed; other
+    files stay.
+
+    Args:
+        directory: made if need be. A save into it that was killed is finished first.
+        variant: of the weights that are written; those of other variants stay.
+        folders: names of the folders that are to hold weights, `""` for `directory` itself.
+
+    Raises:
+        ValueError: before anything is written, when `directory` is a file, when one of `folders` in it is a link, or
+            when weights or index files lie there that no save of this project wrote.
+    """
+    directory = Path(directory).absolute()
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file: choose a folder to save to.")
+    finish_saving(directory)
+    folders = set(folders)
+    _check_folders(directory, folders)
+    if folders:
+        _check_ours(directory, folders, variant)
+    with staging(directory) as work:
+        yield work / _NEW
+        commit(work, directory, variant)
+
+
+@contextmanager
+def staging(directory: Path, is_inside: bool = False) -> Iterator[Path]:
+    """
+    A workspace with a folder `new` for what [`commit`] is to move to `directory`.
+
+    It lies inside the folder, so that moving is renaming; by default beside one that is not there, or empty, which is
+    then replaced as a whole.
+    """
+    directory = directory.absolute()
+    is_inside = is_inside or (
+        directory.is_dir()
+        and (
+            any(directory.iterdir())
+            or directory.is_symlink()
+            or directory.is_mount()
+            or not os.access(directory.parent, os.W_OK)
+        )
+    )
+    if is_inside:
+        remove_abandoned(directory, directory.parent)  # of a save from before the folder was there
+    with workspace(directory, directory if is_inside else None) as work:
+        (work / _NEW).mkdir()
+        yield work
+
+
+def commit(
+    work: Path, directory: Path, variant: str | None = None, removed: Iterable[str] = (), finalize: bool = False
+) -> None:
+    """
+    Move what lies in a workspace to its folder.
+
+    Args:
+        work: the workspace, with the files in its folder `new`.
+        directory: where they go.
+        variant: of the weights among them.
+        removed: names of further files in `directory` that go.
+        finalize: whether `finalize_repository` is to run over `directory` before it counts as finished.
+    """
+    directory, new = directory.absolute(), work / _NEW
+    if work.parent != directory:
+        if directory.exists():
+            directory.rmdir()  # it was empty
+        new.rename(directory)
+        return
+    files = sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())
+    _check_folders(directory, {PurePosixPath(name).parent.as_posix() for name in files})
+    if len(files) == 1 and not finalize and not is_weight_file(PurePosixPath(files[0]).name):
+        (directory / files[0]).parent.mkdir(parents=True, exist_ok=True)
+        (new / files[0]).replace(directory / files[0])
+        return
+    removed = sorted({*removed, *_outdated(directory, files, variant)} - set(files))
+    write_mark(work, {"target": directory.name, "files": files, "removed": removed, "finalize": finalize})
+    _apply(work, directory)
+
+
+def finish_saving(directory: str | Path) -> bool:
+    """
+    Finish a save that was killed when its new files were complete and some of them had moved to `directory`.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        ValueError: when another process is saving to `directory` now.
+    """
+    directory, found = Path(directory).absolute(), False
+    for folder in workspaces(directory, directory):
+        if "files" in (read_mark(folder) or ()):
+            with unlocked(folder) as is_free:
+                if not is_free:
+                    raise ValueError(f"{directory}: another process is saving there: wait for it.")
+                _apply(folder, directory)
+                empty(folder)
+            remove_empty(folder)
+            found = True
+    return found
+
+
+def check_finished(directory: str | Path) -> None:
+    """
+    Refuse a folder that holds a part of a save.
+
+    Raises:
+        ValueError: when a save to `directory` was killed, or goes on, and files of it are still to come.
+    """
+    directory = Path(directory).absolute()
+    for folder in workspaces(directory, directory):
+        if "files" in (read_mark(folder) or ()):
+            raise ValueError(
+                f"{directory}: is unfinished: a save to it was interrupted when some of its files had moved there; "
+                f"the others lie in {folder.name}. Save to it again, or finish it: "
+                "`from omni_video_hf.hub.repository import finish_saving; finish_saving(folder)`."
+            )
+
+
+def _apply(work: Path, directory: Path) -> None:
+    """Do what a workspace lists. Killed anywhere and done again, the outcome is the same."""
+    mark = read_mark(work)
+    new, kept, files = work / _NEW, work / _KEPT, mark["files"]
+    folders = {PurePosixPath(name).parent.as_posix() for name in files}
+    for folder in sorted(folders):
+        for path in sorted((directory / folder).glob("*.json")):
+            name = path.relative_to(directory).as_posix()
+            if is_index(name) and name not in mark["removed"]:
+                if name not in files:
+                    (kept / folder).mkdir(parents=True, exist_ok=True)
+                    path.replace(kept / name)
+                elif (new / name).exists():
+                    path.unlink()
+    for name in mark["removed"]:
+        if is_index(name):
+            (directory / name).unlink(missing_ok=True)
+    for name in files:
+        if not is_index(name):
+            _move(new / name, directory / name)
+    for name in mark["removed"]:
+        (directory / name).unlink(missing_ok=True)
+    back = [path.relative_to(kept).as_posix() for path in kept.rglob("*.json")]
+    names = sorted([*filter(is_index, files), *back], key=lambda name: (-name.count("/"), name))
+    for name in names:  # those at the root last, of these `model_index.json`
+        _move((kept if name in back else new) / name, directory / name)
+    if mark["finalize"]:
+        _finalizers[-1](directory)
+    write_mark(work, {"target": directory.name})
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move a file, unless it was moved before."""
+    if source.is_symlink() or source.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.replace(target)
+
+
+# --- what is ours ---------------------------------------------------------------------------------------------------
+
+
+def _check_folders(directory: Path, folders: Iterable[str]) -> None:
+    """Refuse to write through a link."""
+    for folder in sorted(set(folders) - {"", "."}):
+        path = directory
+        for part in PurePosixPath(folder).parts:
+            path /= part
+            if path.is_symlink():
+                raise ValueError(
+                    f"{path}: is a link to {path.resolve()}, whose files saving would replace: remove the link, or "
+                    "choose another folder."
+                )
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"{path}: is a file, where a folder is to be saved: move it away.")
+
+
+def _check_ours(directory: Path, folders: Iterable[str], variant: str | None) -> None:
+    """Refuse a folder with files of another model's, which saving would replace, or which would be loaded with it."""
+    names = {"": (PIPELINE_INDEX_NAME, "config.json")}
+    if is_repository(directory):
+        return
+    for folder in sorted(folders):
+        for path in sorted((directory / folder).iterdir()) if (directory / folder).is_dir() else []:
+            is_weights = is_weight_file(path.name) and variant_of(path.name) == variant
+            if is_weights or path.name in names.get(folder, ()):
+                raise ValueError(
+                    f"{path}: no save of an Omni-Video model wrote it, and saving would replace it: choose another "
+                    "folder, or move it away."
+                )
+
+
+def is_repository(directory: Path) -> bool:
+    """Whether the index files at the root of a folder, as far as there are any, are those of an Omni-Video model."""
+    index, config = (_json_of(directory / name) for name in (PIPELINE_INDEX_NAME, "config.json"))
+    found = []
+    if index is not None:
+        name = index.get("_class_name")
+        found.append((name[-1] if isinstance(name, list) and name else name) == PIPELINE_CLASS)
+    if config is not None:
+        found.append(config.get("model_type") == MODEL_TYPE)
+    return bool(found) and all(found)
+
+
+def _outdated(directory: Path, files: Iterable[str], variant: str | None) -> list[str]:
+    """Names of the weights of one variant, and of code, that `files` replace and that an earlier save wrote."""
+    groups: dict[str, set[str]] = {}
+    for name in map(PurePosixPath, files):
+        groups.setdefault(name.parent.as_posix(), set()).add(name.name)
+    ours, named = is_repository(directory), _named_by_index(directory)
+    outdated = []
+    for folder, new in groups.items():
+        has_weights, has_code = any(map(is_weight_file, new)), any(map(CODE_FILE.fullmatch, new))
+        for path in (directory / folder).iterdir() if (directory / folder).is_dir() else []:
+            name = path.relative_to(directory).as_posix()
+            if path.name in new or not (path.is_file() or path.is_symlink()):
+                continue
+            is_old = has_weights and is_weight_file(path.name) and variant_of(path.name) == variant
+            is_shard = "-of-" in path.name
+            if is_old and ours and (not is_shard or name in named):
+                outdated.append(name)
+            if has_code and CODE_FILE.fullmatch(path.name) and is_written_code(path):
+                outdated.append(name)
+    return outdated
+
+
+def _named_by_index(directory: Path) -> set[str]:
+    """Names of the weights that the index files in a repository list."""
+    named = set()
+    for path in (*directory.glob("*.json"), *directory.glob("*/*.json")):
+        if is_index(path.name) and is_weight_file(path.name):
+            weight_map = (_json_of(path) or {}).get("weight_map")
+            for file in weight_map.values() if isinstance(weight_map, dict) else ():
+                named.add((path.parent.relative_to(directory) / str(file)).as_posix())
+    return named
+
+
+def _json_of(path: Path) -> dict[str, Any] | None:
+    """The contents of a JSON file; an empty dict when they are not those of an object, `None` without a file."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+__all__ = [
+    "check_finished",
+    "commit",
+    "finalize_with",
+    "finish_saving",
+    "is_index",
+    "is_repository",
+    "is_weight_file",
+    "staged",
+    "staging",
+    "variant_of",
+]

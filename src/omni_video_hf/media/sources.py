@@ -1,0 +1,113 @@
+"""What the pipeline edits or is asked about: videos and images in any form, one per prompt."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .media import VideoClip, load_image, load_video
+
+
+@dataclass
+class Source:
+    """What is edited or asked about: one video or image per prompt."""
+
+    videos: list[Any] | None = (
+        None  # files or clips as the caller gave them; `VideoClip`s once they are read for drawing
+    )
+    images: list[Image.Image] | None = None
+
+    @classmethod
+    def of(cls, video: Any, image: Any, batch_size: int) -> "Source":
+        """
+        One entry per prompt, as the caller gave it; a single video or image serves all prompts.
+
+        Raises:
+            ValueError: when there are neither one nor `batch_size` entries.
+        """
+        if video is not None:
+            return cls(videos=_as_batch(video, _is_clip, batch_size, "video"))
+        if image is not None:
+            return cls(images=[load_image(entry) for entry in _as_batch(image, _is_image, batch_size, "image")])
+        return cls()
+
+    def load(self, num_frames: int | None = None, fps: float | None = None) -> "Source":
+        """Read the videos, or the wanted frames of them, see [`load_video`]; images are read already."""
+        if self.videos is None:
+            return self
+        return Source(videos=[_load_clip(video, num_frames, fps) for video in self.videos])
+
+    @property
+    def kind(self) -> Literal["image", "video"] | None:
+        """Whether there are videos, images, or neither."""
+        if self.videos is not None:
+            return "video"
+        return "image" if self.images is not None else None
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of every clip or image; videos must be read."""
+        if self.videos is not None:
+            return [clip.frames.shape[1:3] for clip in self.videos]
+        return [image.size[::-1] for image in self.images or ()]
+
+    def check_equal(self, height: int | None, num_frames: int | None, fps: float | None) -> None:
+        """
+        One batch has one size, length and rate: refuse entries that differ in what the caller left to them.
+
+        Raises:
+            ValueError: with the values found, and the argument that settles them.
+        """
+        differing: list[tuple[str, str, set[Any]]] = []
+        if height is None:
+            differing.append(("size", "`height` and `width`", {f"{width}x{height}" for height, width in self.sizes}))
+        if num_frames is None:
+            differing.append(("number of frames", "`num_frames`", {len(clip.frames) for clip in self.videos or ()}))
+        if fps is None or num_frames is None:
+            differing.append(("frame rate", "`fps`", {clip.fps for clip in self.videos or ()}))
+        for what, argument, values in differing:
+            if len(values) > 1:
+                raise ValueError(
+                    f"The sources of one call must have one {what}, got {sorted(map(str, values))}: pass {argument}, "
+                    "or call once for each."
+                )
+
+
+def _load_clip(clip: Any, num_frames: int | None, fps: float | None) -> VideoClip:
+    """One clip of any kind; for bare frames, which have no rate, `fps` states it."""
+    if isinstance(clip, (str, Path, VideoClip)):
+        return load_video(clip, num_frames=num_frames, fps=fps)
+    return load_video(clip, num_frames=num_frames, source_fps=fps)
+
+
+def _is_clip(value: Any) -> bool:
+    """Whether `value` is one clip rather than a list of clips."""
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return value.ndim == 4
+    if isinstance(value, (list, tuple)) and value:
+        return isinstance(value[0], Image.Image) or (
+            isinstance(value[0], (np.ndarray, torch.Tensor)) and value[0].ndim == 3
+        )
+    return True
+
+
+def _is_image(value: Any) -> bool:
+    """Whether `value` is one image rather than a list of images."""
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return value.ndim <= 3
+    return not isinstance(value, (list, tuple))
+
+
+def _as_batch(value: Any, is_single: Callable[[Any], bool], batch_size: int, name: str) -> list[Any]:
+    """One entry per prompt."""
+    entries = [value] * batch_size if is_single(value) else list(value)
+    if len(entries) != batch_size:
+        raise ValueError(f"`{name}` has {len(entries)} entries for {batch_size} prompts: pass one, or one per prompt.")
+    return entries
+
+
+__all__ = ["Source"]

@@ -1,0 +1,380 @@
+"""
+Cross-attention to a context that does not change between denoising steps: same numbers, less work.
+
+Three facts about this model are used. The decoder attends without a mask to a context that is zero-padded to a fixed
+length, so all padding keys are equal, and N equal keys act exactly as one whose logit is raised by ln N. The context
+is the same in every step, so its keys and values need to be projected only once per call and branch. And the decoder
+meets the context after the first block's self-attention, which is thus the same for all branches of a step.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import chain
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
+from diffusers.utils.torch_utils import is_compiled_module
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+
+from ..utils.turns import turn
+
+# Backends that take a mask of floats, which carries ln N. On the others the context stays padded.
+BACKENDS_WITH_BIAS = {
+    AttentionBackendName.NATIVE,
+    AttentionBackendName._NATIVE_MATH,
+    AttentionBackendName._NATIVE_EFFICIENT,
+}
+
+_STANCE = threading.RLock()
+
+
+def fold_padding(context: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Replace the padding of a context by as few keys as carry its weight.
+
+    Args:
+        context: `[batch, tokens, width]`, not padded.
+        length: tokens it is to act like.
+
+    Returns:
+        `[batch, tokens + k, width]`, and the logits to add to its keys, `[1, 1, 1, tokens + k]`, or `None` when there
+        is nothing to add.
+    """
+    missing = length - context.shape[1]
+    if missing <= 0:
+        return context, None
+    biases = _biases(missing, _attention_dtype(context))
+    folded = torch.nn.functional.pad(context, (0, 0, 0, len(biases)))
+    logits = folded.new_zeros(folded.shape[1])
+    for place, bias in enumerate(reversed(biases), start=1):
+        logits[-place] = bias
+    return folded, logits[None, None, None]
+
+
+def _attention_dtype(context: torch.Tensor) -> torch.dtype:
+    """The number format that attention to a context runs in, which autocast may change."""
+    kind = context.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if casts else context.dtype
+
+
+def _biases(count: int, dtype: torch.dtype) -> list[float]:
+    """
+    Logits whose exponentials sum to `count`, each exact in `dtype`.
+
+    One number of bfloat16 is off by up to 1.6 %; a second one, for the rest, brings that below 1e-4.
+    """
+    step = torch.finfo(dtype).eps
+    first = math.log(count)
+    if step < 1e-6 or count == 1:
+        return [first]
+    first = float(torch.tensor(first, dtype=dtype))
+    while math.exp(first) >= count:  # the next number below
+        first = float(torch.nextafter(torch.tensor(first, dtype=dtype), torch.tensor(0.0, dtype=dtype)))
+    return [first, float(torch.tensor(math.log(count - math.exp(first)), dtype=dtype))]
+
+
+class ConstantContextAttnProcessor:
+    """
+    Attention processor of a block's cross-attention while a [`ConstantContext`] is in force.
+
+    What a pass reads are plain attributes, equal in kind for all blocks: one compiled graph serves them all.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self) -> None:
+        self.projected: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values of the current branch
+        self.bias: torch.Tensor | None = None
+        self.keeps = False  # outside of a branch's pass, as in a callback, a context is one like any other
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """As `WanAttnProcessor`; `attention_mask` and `rotary_emb` are `None` in cross-attention."""
+        del attention_mask, rotary_emb
+        projected = self.projected
+        if projected is None:
+            projected = _project(attn, encoder_hidden_states)
+            if self.keeps:
+                self.projected = projected
+        key, value = projected
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        if len(key) == 2 * len(query):  # FasterCache runs the conditional half of a batch alone, the second one
+            key, value = key[len(query) :], value[len(query) :]
+        output = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=None if self.bias is None else self.bias.to(query.device),  # blocks may lie on several
+            dropout_p=0.0,
+            is_causal=False,
+            backend=self._attention_backend,
+        )
+        output = output.flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](output))
+
+
+class SharedSelfAttnProcessor:
+    """
+    Attention processor of the first block's self-attention: it has not seen the context yet, so branches share it.
+
+    Args:
+        own: the processor that computes it.
+    """
+
+    def __init__(self, own: Callable[..., torch.Tensor]) -> None:
+        self.own = own
+        self.passes = 0  # that are still to come in this step
+        self.output: torch.Tensor | None = None
+
+    def __call__(self, attn: torch.nn.Module, *args: object, **kwargs: object) -> torch.Tensor:
+        """As `own`, once per step; the output is dropped with the step's last pass."""
+        output = self.own(attn, *args, **kwargs) if self.output is None else self.output
+        self.passes -= 1
+        self.output = output if self.passes > 0 else None
+        return output
+
+
+class ConstantContext:
+    """
+    Contexts of the branches of guidance, and what the decoder's blocks make of them.
+
+    Args:
+        processors: those of the blocks' cross-attention.
+        first: that of the first block's self-attention, `None` where it is not shared.
+        length: tokens a context acts like.
+        can_fold: whether padding may become a key with a bias.
+        compiled: blocks are compiled; see [`enter`].
+    """
+
+    def __init__(
+        self,
+        processors: list[ConstantContextAttnProcessor],
+        first: SharedSelfAttnProcessor | None,
+        length: int,
+        can_fold: bool,
+        compiled: bool = False,
+    ) -> None:
+        self.processors, self.first = processors, first
+        self.length, self.can_fold, self.compiled = length, can_fold, compiled
+        self.contexts: dict[str, torch.Tensor] = {}
+        self.biases: dict[str, torch.Tensor | None] = {}
+        self.projected: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def set(self, branch: str, context: torch.Tensor) -> None:
+        """Give a branch its context, `[batch, tokens, width]`, not padded; what was made of an earlier one goes."""
+        if self.can_fold:
+            self.contexts[branch], self.biases[branch] = fold_padding(context, self.length)
+        else:
+            missing = max(0, self.length - context.shape[1])
+            self.contexts[branch], self.biases[branch] = torch.nn.functional.pad(context, (0, 0, 0, missing)), None
+        self.projected.pop(branch, None)
+
+    def begin_step(self, passes: int) -> None:
+        """
+        Say that the next `passes` passes of the decoder, one per branch, get the same latents and timestep.
+
+        The self-attention of the first block then runs once for all of them.
+        """
+        if self.first is not None:
+            self.first.passes, self.first.output = passes, None
+
+    @contextmanager
+    def enter(self, branch: str) -> Iterator[torch.Tensor]:
+        """
+        Make a branch the current one, for one pass of the decoder.
+
+        The first pass makes the keys and values. Compiled blocks run uncompiled in it, so that they are compiled once,
+        for all the passes that follow.
+
+        Yields:
+            What to pass to the decoder: the context, or, once every block has its keys and values, a single token of
+            it, since nobody looks at it any more.
+        """
+        known = self.projected.get(branch, [None] * len(self.processors))
+        is_first = branch not in self.projected
+        for processor, projected in zip(self.processors, known, strict=True):
+            processor.projected, processor.bias, processor.keeps = projected, self.biases[branch], True
+        try:
+            with _uncompiled() if is_first and self.compiled else nullcontext():
+                yield self.contexts[branch] if is_first else self.contexts[branch][:, :1]
+            if is_first and all(processor.projected is not None for processor in self.processors):
+                self.projected[branch] = [processor.projected for processor in self.processors]
+                if self.compiled:
+                    self._let_lengths_vary(branch)
+        finally:
+            for processor in self.processors:
+                processor.projected = processor.bias = None
+                processor.keeps = False
+
+    def _let_lengths_vary(self, branch: str) -> None:
+        """Branches and prompts differ in length: compile for all lengths from the start."""
+        for tensor in chain.from_iterable(self.projected[branch]):
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        if self.biases[branch] is not None:
+            torch._dynamo.maybe_mark_dynamic(self.biases[branch], 3)
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Run compiled modules as they were written; how torch runs them is a setting of the whole process."""
+    with _STANCE, torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _project(attn: torch.nn.Module, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values `[batch, tokens, heads, width]` of the context."""
+    if getattr(attn, "fused_projections", False):
+        key, value = attn.to_kv(states).chunk(2, dim=-1)
+    else:
+        key, value = attn.to_k(states), attn.to_v(states)
+    return attn.norm_k(key).unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1))
+
+
+@contextmanager
+def constant_context(
+    transformer: WanTransformer3DModel, contexts: Mapping[str, torch.Tensor], length: int
+) -> Iterator[ConstantContext]:
+    """
+    Let a decoder's cross-attention keep what it makes of each branch's context.
+
+    The blocks get processors of their own for as long as the block of code runs, and the ones they had back
+    afterwards, whatever happens. Other threads wait for their turn on the decoder.
+
+    Args:
+        transformer: the decoder.
+        contexts: name of the branch -> `[batch, tokens, width]`, not padded.
+        length: tokens a context acts like.
+
+    Raises:
+        RuntimeError: when the decoder is in such a block already, e.g. in a callback of a call.
+    """
+    with turn(transformer), _replaced_processors(transformer, contexts, length) as constant:
+        yield constant
+
+
+def check_not_denoising(transformer: WanTransformer3DModel) -> None:
+    """Refuse to denoise with a decoder in the middle of doing so, from a callback or between two steps."""
+    if any(isinstance(block.attn2.processor, ConstantContextAttnProcessor) for block in transformer.blocks):
+        raise RuntimeError(
+            "The decoder is denoising already: a callback, or code between two steps, began to denoise with it again. "
+            "Do that after the call, or with a decoder of its own."
+        )
+
+
+@contextmanager
+def _replaced_processors(
+    transformer: WanTransformer3DModel, contexts: Mapping[str, torch.Tensor], length: int
+) -> Iterator[ConstantContext]:
+    """[`constant_context`], for the thread whose turn it is."""
+    check_not_denoising(transformer)
+    own = {block.attn2: block.attn2.processor for block in transformer.blocks}
+    can_fold = _backends(transformer) <= BACKENDS_WITH_BIAS
+    replacements = {attn: ConstantContextAttnProcessor() for attn in own}
+    for attn, replacement in replacements.items():
+        replacement._attention_backend = getattr(own[attn], "_attention_backend", None)
+    constant = ConstantContext(list(replacements.values()), None, length, can_fold, is_compiled(transformer))
+    if not constant.compiled:  # a second graph of one block would cost more than its self-attention
+        attn = transformer.blocks[0].attn1
+        own[attn] = attn.processor
+        replacements[attn] = constant.first = SharedSelfAttnProcessor(attn.processor)
+    for branch, context in contexts.items():
+        constant.set(branch, context)
+    try:
+        for attn, replacement in replacements.items():
+            attn.set_processor(replacement)
+        yield constant
+    finally:
+        for attn, processor in own.items():
+            attn.set_processor(processor)
+
+
+@contextmanager
+def folded_context(transformer: WanTransformer3DModel, context: torch.Tensor, length: int) -> Iterator[torch.Tensor]:
+    """
+    Fold the padding of a context for one pass of the decoder, backward included: for training, where keys and values
+    change with every step and nothing is kept.
+
+    With gradient checkpointing each block gets its processor anew whenever it runs, in the backward pass as well.
+    Where a wrapper of torch's runs blocks again, as accelerate puts around them, or blocks are compiled, the context
+    is padded.
+
+    Args:
+        transformer: the decoder.
+        context: `[batch, tokens, width]`, not padded.
+        length: tokens it is to act like.
+
+    Yields:
+        What to pass to the decoder.
+    """
+    wrapped = torch.is_grad_enabled() and any(isinstance(part, CheckpointWrapper) for part in transformer.modules())
+    if wrapped or is_compiled(transformer) or not _backends(transformer) <= BACKENDS_WITH_BIAS:
+        yield torch.nn.functional.pad(context, (0, 0, 0, max(0, length - context.shape[1])))
+    elif torch.is_grad_enabled() and transformer.gradient_checkpointing:
+        folded, bias = fold_padding(context, length)
+        with _checkpointed_with_bias(transformer, bias):
+            yield folded
+    else:
+        with constant_context(transformer, {"only": context}, length) as constant, constant.enter("only") as folded:
+            yield folded
+
+
+@contextmanager
+def _checkpointed_with_bias(transformer: WanTransformer3DModel, bias: torch.Tensor | None) -> Iterator[None]:
+    """Let checkpointed blocks add `bias` to the logits of the context, in this pass and when they run again for it."""
+    own = transformer._gradient_checkpointing_func
+
+    def run(block: torch.nn.Module, *args: torch.Tensor) -> torch.Tensor:
+        processor = block.attn2.processor
+        replacement = ConstantContextAttnProcessor()
+        replacement._attention_backend, replacement.bias = getattr(processor, "_attention_backend", None), bias
+        block.attn2.set_processor(replacement)
+        try:
+            return block(*args)
+        finally:
+            block.attn2.set_processor(processor)
+
+    transformer.enable_gradient_checkpointing(lambda block, *args: own(partial(run, block), *args))
+    try:
+        yield
+    finally:
+        transformer.enable_gradient_checkpointing(own)
+
+
+def _backends(transformer: WanTransformer3DModel) -> set[AttentionBackendName]:
+    """Attention backends of the decoder's cross-attention."""
+    default, _ = _AttentionBackendRegistry.get_active_backend()
+    return {getattr(block.attn2.processor, "_attention_backend", None) or default for block in transformer.blocks}
+
+
+def is_compiled(transformer: WanTransformer3DModel) -> bool:
+    """Whether the decoder, or its blocks, are compiled."""
+    modules = [transformer, *transformer.blocks]
+    return is_compiled_module(transformer) or any(module._compiled_call_impl is not None for module in modules)
+
+
+__all__ = [
+    "ConstantContext",
+    "ConstantContextAttnProcessor",
+    "SharedSelfAttnProcessor",
+    "check_not_denoising",
+    "constant_context",
+    "fold_padding",
+    "folded_context",
+    "is_compiled",
+]

@@ -1,0 +1,81 @@
+"""Questions with answers straight from raw data: decoded and tokenised when they are asked for."""
+
+from typing import Any
+
+from accelerate.utils import tqdm
+from torch.utils.data import Dataset
+
+from ...media.video_reader import MediaError
+from ...processing.processing_omni_video import OmniVideoProcessor
+from .bad_data import Offender, stop_or_count
+from .collator import encode_conversation
+from .batch_sampler import Bucket
+from .media_table import MediaTable, Row, check_row, probe
+
+
+class ConversationDataset(Dataset):
+    """
+    The questions of a table, for training beside a feature cache (see [`MixedDataset`]).
+
+    A question needs no features, so nothing is gained by computing them; what its image or video costs to decode is
+    paid in the workers of the DataLoader. Rows of other tasks are left to `precompute`.
+
+    Args:
+        table: the data.
+        processor: makes ids, images and labels.
+        on_bad_data: `"stop"` or `"skip"`, see [`stop_or_count`].
+        progress: whether to show a bar while the rows are checked.
+
+    `buckets` has the bucket of every sample, for [`OmniVideoBatchSampler`].
+
+    Raises:
+        BadDataError: with all rows that cannot be used.
+        ValueError: when there are no questions.
+    """
+
+    def __init__(
+        self, table: MediaTable, processor: OmniVideoProcessor, on_bad_data: str = "stop", progress: bool = True
+    ) -> None:
+        self.table, self.processor = table, processor
+        self.numbers: list[int] = []
+        self.buckets: list[Bucket] = []
+        offenders: list[Offender] = []
+        asked = 0
+        for number in tqdm(range(len(table)), desc="Checking questions", disable=not progress):
+            row = table[number]
+            if row.task != "understand":
+                continue
+            asked += 1
+            problems = list(check_row(row, processor))
+            offenders += problems
+            if not problems:
+                self.numbers.append(number)
+                self.buckets.append(_bucket(row))
+        if not asked:
+            raise ValueError("The table has no row of the task 'understand'.")
+        stop_or_count(offenders, asked, on_bad_data)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.table[self.numbers[index]]
+        if row.media is None:
+            return {"task": row.task} | encode_conversation(self.processor, row.task, row.text, row.answer)
+        kind = probe(row.media).kind
+        try:
+            with row.media.open() as path:  # of a video, only the frames that are shown are decoded
+                shown = {kind: path}
+                sample = encode_conversation(self.processor, row.task, row.text, row.answer, **shown)
+        except MediaError as error:
+            raise MediaError(f"{row.id}: {error}") from error
+        return {"task": row.task} | sample
+
+
+def _bucket(row: Row) -> Bucket:
+    """Questions with pictures and without run different parts of the model; of their length they are padded."""
+    names = ("input_ids", "attention_mask", "labels") + (("pixel_values",) if row.media is not None else ())
+    return Bucket("understand", tuple((name, ()) for name in names))
+
+
+__all__ = ["ConversationDataset"]

@@ -1,0 +1,361 @@
+"""Rows of raw training data, read with `datasets`: what the columns mean, which files they name, what is refused."""
+
+import hashlib
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset, Image, Video, load_dataset
+
+from ...media.media import load_image, probe_video
+from ...media.video_reader import MediaError, VideoInfo, check_file, picture_format
+from ...processing.processing_omni_video import TASKS, OmniVideoProcessor, get_task
+from .bad_data import Offender
+from ...utils.names import check_known
+from .table_files import check_one_split, has_captions, no_such_data, read_captions, read_csv
+
+COLUMNS = {
+    "id": "name of the sample, unique; by default its task and media",
+    "task": "t2i, t2v, i2i, v2v, i2v or understand",
+    "prompt": "what to draw, or how to edit; not for understand",
+    "media": "the target image or video; for understand, what the question is about, if anything",
+    "source": "the image or video to edit or animate (i2i, v2v, i2v)",
+    "question": "for understand",
+    "answer": "for understand",
+}
+FORMATS = ("videofolder", "imagefolder", "captions", "json", "csv", "parquet", "webdataset")
+SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".tar": "webdataset"}
+# What `datasets` calls the column of a folder's files, and the usual extensions in a tar, which become columns.
+VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov", "avi", "gif")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+MEDIA_COLUMNS = ("video", "image", *VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
+PROMPT_COLUMNS = ("txt",)
+
+
+@dataclass(frozen=True)
+class Media:
+    """
+    One file of a row: a path, or bytes out of a parquet file or tar.
+
+    Args:
+        name: what to call it in errors.
+        path: where it is; `None` for bytes.
+        data: its bytes; `None` for a path.
+    """
+
+    name: str
+    path: Path | None = None
+    data: bytes | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[Path]:
+        """A path to read from; bytes lie in a temporary file as long. Errors name the file as the row does."""
+        if self.data is None:
+            yield self.path
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "media"
+            path.write_bytes(self.data)
+            try:
+                yield path
+            except MediaError as error:
+                raise MediaError(str(error).replace(str(path), self.name)) from error
+
+    def sha256(self) -> str:
+        """Hash of the content."""
+        if self.data is not None:
+            return hashlib.sha256(self.data).hexdigest()
+        check_file(self.path)
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What an image or video holds, without its pixels."""
+
+    kind: Literal["image", "video"]
+    width: int  # pixels
+    height: int  # pixels
+    video: VideoInfo | None = None
+
+
+def probe(media: Media) -> MediaInfo:
+    """
+    What a file holds: an image is read whole, of a video all packets and one frame.
+
+    Raises:
+        MediaError: missing, empty, cut short, damaged, or neither image nor video.
+    """
+    with media.open() as path:
+        check_file(path)
+        found = picture_format(path)
+        if found is not None and found[1] == 1:
+            width, height = load_image(path).size
+            return MediaInfo("image", width, height)
+        info = probe_video(path)
+        return MediaInfo("video", info.width, info.height, info)
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    One sample, as its columns say.
+
+    Args:
+        id: its name.
+        task: not checked yet, like everything here.
+        text: prompt or question.
+        answer: for `understand`.
+        media: target, or what the question is about.
+        source: what is edited or animated.
+    """
+
+    id: str
+    task: Any
+    text: Any
+    answer: Any = None
+    media: Media | None = None
+    source: Media | None = None
+    misplaced: tuple[str, ...] = ()  # columns with a value that the task does not read
+
+
+class MediaTable:
+    """
+    Rows of raw data by number.
+
+    Args:
+        rows: a dataset with the columns of `COLUMNS`, those that are always empty left out. Media are paths, or
+            `Image(decode=False)` and `Video(decode=False)`: `datasets` decodes videos with torchcodec only, this
+            package with PyAV.
+        folder: where relative paths begin.
+        task: for rows without the column `task`.
+        columns: the user's names of columns, e.g. `{"prompt": "caption"}`.
+
+    `ids` has the name of every row.
+
+    Raises:
+        ValueError: for names of columns that are not there, or `id`s that come twice.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset,
+        folder: str | Path = ".",
+        task: str | None = None,
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
+        check_known("columns", columns or {}, COLUMNS)
+        self.folder, self.task = Path(folder), task
+        # A tar holds the other columns as the fields of its .json.
+        if "json" in rows.column_names and isinstance(rows.features["json"], dict):
+            rows = rows.flatten().rename_columns({f"json.{name}": name for name in rows.features["json"]})
+        check_known("columns", (columns or {}).values(), rows.column_names)
+        for name, feature in rows.features.items():
+            if isinstance(feature, (Image, Video)):
+                rows = rows.cast_column(name, type(feature)(decode=False))
+        self.rows = rows
+        self.columns = {name: (columns or {}).get(name) or self._find(name) for name in COLUMNS}
+        if self.columns["task"] is None and task is None:
+            raise ValueError(f"The data have no column `task` (columns: {', '.join(rows.column_names)}): pass `task`.")
+        self.ids = self._name_rows()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Row:
+        values = self.rows[number]
+        row = {name: values[column] if column else None for name, column in self.columns.items()}
+        task = row["task"] if row["task"] is not None else self.task
+        reads = {"question", "answer", "media"} if task == "understand" else {"prompt", "media"}
+        if task not in TASKS or TASKS[task].source is not None:
+            reads.add("source")
+        misplaced = tuple(name for name in COLUMNS if name not in {"id", "task"} | reads and row[name] is not None)
+        return Row(
+            id=self.ids[number],
+            task=task,
+            text=row["question" if task == "understand" else "prompt"],
+            answer=row["answer"],
+            media=self._media(row["media"]),
+            source=self._media(row["source"]),
+            misplaced=misplaced,
+        )
+
+    def _find(self, name: str) -> str | None:
+        """The column for `name`: the one called so, or what `datasets` makes of folders and tars."""
+        usual = {"media": MEDIA_COLUMNS, "prompt": PROMPT_COLUMNS, "id": ("__key__",)}
+        return next((column for column in (name, *usual.get(name, ())) if column in self.rows.column_names), None)
+
+    def _media(self, value: Any) -> Media | None:
+        if value is None or (isinstance(value, Mapping) and not (value.get("path") or value.get("bytes"))):
+            return None
+        if isinstance(value, Mapping) and value.get("bytes") is not None:
+            return Media(str(value.get("path") or "bytes"), data=value["bytes"])
+        path = value["path"] if isinstance(value, Mapping) else value
+        return Media(str(path), path=self.folder / str(path))
+
+    def _name_rows(self) -> list[str]:
+        """A name for every row that stays when others come and go, so that a cache finds its entry again."""
+        if self.columns["id"]:
+            names = [str(value) for value in self.rows[self.columns["id"]]]
+            twice = (
+                sorted({name for name in names if names.count(name) > 1})[:8] if len(set(names)) < len(names) else []
+            )
+            if twice:
+                raise ValueError(f"`{self.columns['id']}` must be unique, but these come twice: {', '.join(twice)}.")
+            return names
+        chosen = [column for column in (self.columns["task"], self.columns["media"]) if column]
+        counts: Counter[str] = Counter()
+        names = []
+        for values in self.rows.select_columns(chosen) if chosen else [{}] * len(self.rows):
+            task = (values.get(self.columns["task"]) if self.columns["task"] else None) or self.task
+            media = self._media(values.get(self.columns["media"]))
+            name = f"{task}:{self._relative(media.name) if media else '-'}"
+            counts[name] += 1
+            names.append(name if counts[name] == 1 else f"{name}#{counts[name]}")
+        return names
+
+    def _relative(self, name: str) -> str:
+        path = Path(name)
+        root = self.folder.resolve()
+        return path.resolve().relative_to(root).as_posix() if path.resolve().is_relative_to(root) else name
+
+
+def load_media_table(
+    source: str | Path,
+    *,
+    data_format: str | None = None,
+    task: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> MediaTable:
+    """
+    Read raw data: one row a sample, the media left closed.
+
+    Args:
+        source: a JSONL, CSV or parquet file, a folder of videos or images with `metadata.jsonl` (`videofolder`,
+            `imagefolder`) or with a caption beside each, `1.txt` beside `1.mp4` (`captions`), a folder of parquet
+            files, a `.tar` or a folder of them (`webdataset`).
+        data_format: one of `FORMATS`; by default what `source` looks like.
+        task: for rows without the column `task`.
+        columns: the user's names of columns, e.g. `{"prompt": "caption"}`.
+
+    Raises:
+        ValueError: when there is nothing, or it cannot be read.
+    """
+    if not Path(source).exists():
+        raise no_such_data(str(source))
+    source = Path(source)
+    data_format = data_format or _guess_format(source)
+    check_known("data_format", [data_format], FORMATS)
+    folder = source if source.is_dir() else source.parent
+    if data_format == "csv":
+        files = sorted(source.glob("*.csv")) if source.is_dir() else [source]
+        if len(files) != 1:
+            raise ValueError(f"{source}: holds {len(files)} .csv files: pass one of them.")
+        return MediaTable(read_csv(files[0]), folder, task, columns)
+    if data_format == "captions":
+        return MediaTable(read_captions(folder, _media_files(folder)), folder, task, columns)
+    if data_format in ("videofolder", "imagefolder"):
+        arguments = {"data_dir": str(source)}
+    elif source.is_dir():
+        pattern = {"webdataset": "*.tar", "json": "*.json*"}.get(data_format, "**/*.parquet")
+        files = sorted(map(str, source.glob(pattern)))
+        check_one_split(source, files)
+        arguments = {"data_files": files}
+    else:
+        arguments = {"data_files": str(source)}
+    try:
+        rows = load_dataset(data_format, split="train", **arguments)
+    except Exception as error:  # pyarrow's, pandas' and datasets' own, whichever it is
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{source}: cannot be read as {data_format} ({reason}).") from error
+    return MediaTable(rows, folder, task, columns)
+
+
+def _guess_format(source: Path) -> str:
+    if source.is_file():
+        if source.suffix not in SUFFIXES:
+            raise ValueError(f"{source}: the suffix must be one of {', '.join(SUFFIXES)}, or pass `data_format`.")
+        return SUFFIXES[source.suffix]
+    found = {path.suffix.lower().lstrip(".") for path in source.rglob("*") if path.is_file()}
+    if "tar" in found:
+        return "webdataset"
+    if not any(source.rglob("metadata.*")) and has_captions(_media_files(source)):
+        return "captions"
+    videos, images = found & set(VIDEO_SUFFIXES), found & set(IMAGE_SUFFIXES)
+    if not videos and not images and "parquet" in found:
+        return "parquet"
+    if videos and images:
+        raise ValueError(
+            f"{source}: holds both videos and images, of which `datasets` reads one kind: list them in a JSONL file "
+            "with the columns `task` and `media`."
+        )
+    if not videos and not images:
+        raise ValueError(f"{source}: holds no videos, images or .tar or .parquet files.")
+    return "videofolder" if videos else "imagefolder"
+
+
+def _media_files(folder: Path) -> list[Path]:
+    """Images and videos of a folder and those in it."""
+    suffixes = {f".{suffix}" for suffix in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)}
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+
+
+def check_row(row: Row, processor: OmniVideoProcessor | None = None) -> Iterator[Offender]:
+    """
+    What is wrong with a row, everything at once: unknown task, empty text, missing, damaged or wrong media.
+
+    Args:
+        row: the row.
+        processor: finds control tokens in texts; without it they are not looked for.
+    """
+    if row.task not in TASKS:
+        yield Offender(row.id, f"unknown task {row.task!r}; known: {', '.join(TASKS)}")
+        return
+    spec, asks = get_task(row.task), row.task == "understand"
+    for name in row.misplaced:
+        yield Offender(row.id, f"`{name}` has a value, which the task {row.task!r} does not read; leave it empty")
+    texts = {"question" if asks else "prompt": row.text} | ({"answer": row.answer} if asks else {})
+    for name, text in texts.items():
+        yield from (Offender(row.id, f"`{name}` {problem}") for problem in _text_problems(text, processor))
+    if row.source is None and spec.source is not None:
+        yield Offender(row.id, f"`source` is empty; the task {row.task!r} needs a {spec.source}")
+    elif row.source is not None and spec.source is not None:
+        yield from _media_problems(row, "source", row.source, spec.source)
+    if row.media is not None:
+        yield from _media_problems(row, "media", row.media, None if asks else spec.output)
+    elif not asks:
+        yield Offender(row.id, f"`media` is empty; the task {row.task!r} needs the target {spec.output}")
+
+
+def _text_problems(text: Any, processor: OmniVideoProcessor | None) -> Iterator[str]:
+    if not isinstance(text, str) or not text.strip():
+        yield f"is empty ({text!r})"
+    elif processor is not None:
+        for token in processor.tokenizer.added_tokens_decoder.values():
+            if token.special and token.content in text:
+                yield f"contains {token.content!r}, which is a control token"
+
+
+def _media_problems(row: Row, column: str, media: Media, wanted: str | None) -> Iterator[Offender]:
+    if media.data is None and "://" in media.name:
+        yield Offender(row.id, f"`{column}` {media.name}: is a URL; download the file and write its path there")
+        return
+    try:
+        kind = probe(media).kind
+    except MediaError as error:
+        yield Offender(row.id, f"`{column}` {error}")
+        return
+    if wanted is not None and kind != wanted:
+        yield Offender(row.id, f"`{column}` {media.name}: is {_a(kind)}; the task {row.task!r} needs {_a(wanted)}")
+
+
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind == "image" else f"a {kind}"
+
+
+__all__ = ["COLUMNS", "FORMATS", "Media", "MediaInfo", "MediaTable", "Row", "check_row", "load_media_table", "probe"]

@@ -1,0 +1,82 @@
+"""The data of a run: feature caches and questions, checked before anything is trained, as batches of every task."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ...processing.processing_omni_video import OmniVideoProcessor
+from .bad_data import BadDataError, count_problems, offenders_table
+from .conversations import ConversationDataset
+from .collator import MixedDataset
+from ..features.cache import FeatureCache
+from ..recipe import RunArguments
+from .batch_sampler import OmniVideoBatchSampler
+from .media_table import load_media_table
+
+
+def load_training_data(run: RunArguments, processor: OmniVideoProcessor, console: Console) -> MixedDataset:
+    """
+    The caches and questions of a run as one dataset.
+
+    Args:
+        processor: makes ids of the questions.
+        console: gets the list of samples that cannot be used.
+
+    Raises:
+        ValueError: when samples cannot be used and are not to be skipped.
+    """
+    return _load(run.data or [], run.questions, run, processor, console)
+
+
+def load_evaluation_data(run: RunArguments, processor: OmniVideoProcessor, console: Console) -> MixedDataset | None:
+    """Likewise what a run is evaluated on, `None` without any."""
+    return _load(run.eval_data, None, run, processor, console) if run.eval_data else None
+
+
+def _load(
+    caches: str | Sequence[str], questions: str | None, run: RunArguments, processor: OmniVideoProcessor, out: Console
+) -> MixedDataset:
+    folders = [caches] if isinstance(caches, str) else caches
+    try:
+        datasets = [FeatureCache(folder) for folder in folders]
+        if run.check_data:
+            datasets = [cache.check(run.on_bad_data) for cache in datasets]
+        if questions is not None:
+            datasets.append(ConversationDataset(load_media_table(questions), processor, run.on_bad_data))
+    except BadDataError as error:
+        out.print(offenders_table(error.offenders, error.total))
+        raise ValueError(
+            f"{count_problems(error.offenders, error.total)}: repair or remove them, or pass `--on_bad_data skip`."
+        ) from error
+    return MixedDataset(datasets)
+
+
+def is_precomputed(data: MixedDataset) -> bool:
+    """Whether all that is drawn brings the MLLM's states, so that the MLLM is needed for answers only."""
+    return all(dataset.is_precomputed for dataset in data.datasets if isinstance(dataset, FeatureCache))
+
+
+def make_sampler(
+    data: MixedDataset, run: RunArguments, batch_size: int, num_processes: int, seed: int
+) -> OmniVideoBatchSampler:
+    """
+    Batches of one task and shape, the tasks mixed by `run.task_weights`.
+
+    Raises:
+        ValueError: for weights that do not fit the data.
+    """
+    return OmniVideoBatchSampler(
+        data.buckets,
+        batch_size,
+        num_processes,
+        weights=run.task_weights,
+        stopping_strategy=run.stopping_strategy,
+        seed=seed,
+    )
+
+
+def names_of_data(run: RunArguments) -> list[str]:
+    """What the card calls the data."""
+    folders = [run.data] if isinstance(run.data, str) else list(run.data or [])
+    return [Path(folder).name for folder in [*folders, *([run.questions] if run.questions else [])]]

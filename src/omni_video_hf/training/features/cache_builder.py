@@ -1,0 +1,192 @@
+"""Fills a feature cache from any kind of samples: resumable, by several processes, recomputing only what changed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, tqdm
+
+from ..data.bad_data import BadDataError, Offender, stop_or_count
+from .cache_files import begin, check_output, only_run
+from .cache import (
+    PROVENANCE,
+    Record,
+    ShardWriter,
+    commit,
+    next_shard,
+    read_records,
+    tensor_problems,
+    unequal_widths,
+)
+
+
+class Sample(Protocol):
+    """Something whose features are wanted."""
+
+    key: str  # its name, unique
+
+    def provenance(self) -> dict[str, Any]:
+        """Fields of `PROVENANCE`: everything the features depend on. Cheap next to [`compute`]."""
+        ...
+
+    def compute(self) -> dict[str, torch.Tensor]:
+        """The features, by name of `TENSORS`."""
+        ...
+
+
+@dataclass
+class BuildReport:
+    """
+    What a run did.
+
+    Args:
+        total: samples that were asked for.
+        computed: keys that were not in the cache.
+        changed: keys that were there with other provenance, and the fields that differ.
+        kept: number of entries that were there already.
+        skipped: samples that were left out.
+    """
+
+    total: int
+    computed: list[str] = field(default_factory=list)
+    changed: dict[str, list[str]] = field(default_factory=dict)
+    kept: int = 0
+    skipped: list[Offender] = field(default_factory=list)
+
+
+@dataclass
+class _Share:
+    """What one process found and did."""
+
+    report: BuildReport
+    offenders: list[Offender]
+
+
+def build_cache(
+    folder: str | Path,
+    samples: Sequence[Sample],
+    *,
+    on_bad_data: str = "stop",
+    about: Mapping[str, Any] | None = None,
+    shard_entries: int = 64,
+    description: str = "Computing features",
+) -> BuildReport:
+    """
+    Bring a cache up to date with `samples`: compute what is missing or stale, drop what is not asked for any more.
+
+    Run it under `accelerate launch` and the processes share the work. A killed run goes on from its last shards.
+
+    Args:
+        folder: the cache; made if need be. A folder with anything else in it is refused.
+        samples: all that it is to hold.
+        on_bad_data: `"stop"` or `"skip"`, see [`stop_or_count`]. Samples that fail while they are computed do not stop
+            the others: what was computed is kept for the next run.
+        about: what the manifest is to say besides.
+        shard_entries: most entries of a shard; what a kill costs at most, per process.
+        description: of the progress bar.
+
+    Raises:
+        BadDataError: with all samples that cannot be used.
+        ValueError: when another run works on this cache, or `folder` is none.
+    """
+    state, folder = PartialState(), Path(folder)
+    with _only_run(folder, state):
+        known = read_records(folder)
+        writer = ShardWriter(folder, state.process_index, next_shard(folder), shard_entries=shard_entries)
+        state.wait_for_everyone()  # all have seen the same shards before the first one is added
+        share = _compute_share(samples, known, writer, state, description)
+        shares = gather_object([share])
+        report = _joined(shares, len(samples))
+        offenders = [offender for other in shares for offender in other.offenders]
+        records: list[Record] = []
+        if state.is_main_process:
+            computed = read_records(folder)
+            bad = {offender.sample for offender in offenders}
+            records = [computed[sample.key] for sample in samples if sample.key not in bad]
+            offenders += unequal_widths(records)
+        offenders = gather_object(offenders if state.is_main_process else [])
+        left_out = stop_or_count(offenders, len(samples), on_bad_data)
+        report.skipped = offenders
+        if state.is_main_process:
+            commit(folder, [record for record in records if record["key"] not in left_out], about or {})
+        state.wait_for_everyone()
+    return report
+
+
+def _compute_share(
+    samples: Sequence[Sample], known: Mapping[str, Record], writer: ShardWriter, state: PartialState, description: str
+) -> _Share:
+    """Every `num_processes`-th sample, so that neighbours of one size spread over the processes."""
+    share = _Share(BuildReport(0), [])
+    mine = range(state.process_index, len(samples), state.num_processes)
+    for number in tqdm(mine, desc=description, unit="sample"):
+        sample = samples[number]
+        try:
+            provenance = sample.provenance()
+            record = known.get(sample.key)
+            changed = [] if record is None else changed_fields(record, provenance)
+            if record is not None and not changed:
+                share.report.kept += 1
+                continue
+            tensors = sample.compute()
+        except ValueError as error:  # of the data; anything else is a fault and stops the run
+            share.offenders += _offenders_of(sample.key, error)
+            continue
+        problems = list(tensor_problems(provenance["task"], tensors))
+        if problems:
+            share.offenders += [Offender(sample.key, problem) for problem in problems]
+            continue
+        writer.add(sample.key, provenance, tensors)
+        if record is None:
+            share.report.computed.append(sample.key)
+        else:
+            share.report.changed[sample.key] = changed
+    writer.flush()
+    return share
+
+
+def changed_fields(record: Record, provenance: Mapping[str, Any]) -> list[str]:
+    """Names of the fields by which an entry differs from what is asked for now."""
+    return [name for name in PROVENANCE if record[name] != provenance.get(name)]
+
+
+def _offenders_of(key: str, error: ValueError) -> list[Offender]:
+    if isinstance(error, BadDataError):
+        return error.offenders
+    return [Offender(key, " ".join(str(error).split()))]
+
+
+def _joined(shares: Sequence[_Share], total: int) -> BuildReport:
+    report = BuildReport(total)
+    for share in shares:
+        report.computed += share.report.computed
+        report.changed |= share.report.changed
+        report.kept += share.report.kept
+    return report
+
+
+@contextmanager
+def _only_run(folder: Path, state: PartialState) -> Iterator[None]:
+    """Refuse to work on a cache that another run works on; the lock goes with the process that holds it."""
+    with ExitStack() as stack:
+        problem = []
+        if state.is_main_process:
+            try:
+                check_output(folder)
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(only_run(folder))
+                check_output(folder)  # once more: another run may just have ended
+                begin(folder)
+            except (ValueError, OSError) as error:
+                problem = [str(error)]
+        problem = gather_object(problem)
+        if problem:
+            raise ValueError(problem[0])
+        yield
+
+
+__all__ = ["BuildReport", "Sample", "build_cache", "changed_fields"]

@@ -1,0 +1,260 @@
+"""Features of images, videos and texts, by the parts of a pipeline that do not train, and what they depend on."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from diffusers import WanTransformer3DModel
+from PIL import Image
+from torch import nn
+from transformers import AutoImageProcessor, AutoModel
+
+from ...media.media import VideoClip, sample_frames
+from ...models.connectors import OmniVideoAdapter
+from ...pipelines.pipeline_omni_video import OmniVideoPipeline
+from ...processing.processing_omni_video import TASKS
+from ...pipelines.presets import GenerationSettings
+from ...media.sources import Source
+from ..data.collator import encode_conversation
+from ..data.framing import Framing, FramingRules
+from ...utils.names import check_known
+from ..data.media_table import Row, probe
+
+CODE_VERSION = 1  # raised when this package computes other features than before from the same inputs
+INSTRUCTIONS = ("states", "tokens")
+TARGET_FRAMES = 8  # of a video, whose features are averaged
+
+
+@dataclass(frozen=True)
+class PrecomputeSettings:
+    """
+    What is computed.
+
+    Args:
+        framing: sizes, frames and rate.
+        instruction: `"states"` stores the MLLM's hidden states, for stages that leave the MLLM as it is; `"tokens"`
+            the ids, images and labels from which a stage that trains the MLLM computes them.
+        mllm_frames: for v2v, the MLLM sees the `"first"` frame as upstream's does, or `"all"`; by default what the
+            model's processor says.
+    """
+
+    framing: FramingRules = field(default_factory=FramingRules)
+    instruction: Literal["states", "tokens"] = "states"
+    mllm_frames: Literal["first", "all"] | None = None
+
+    def __post_init__(self) -> None:
+        check_known("instruction", [self.instruction], INSTRUCTIONS)
+        if self.mllm_frames is not None:
+            check_known("mllm_frames", [self.mllm_frames], ("first", "all"))
+
+
+class FeatureEncoder:
+    """
+    Computes features with a pipeline's VAE, text encoder and MLLM.
+
+    Args:
+        pipeline: its transformer and adapter may be empty, see [`load_encoders`].
+        settings: what is computed.
+        target_encoder: name or folder of a SigLIP model whose pooled output of the target becomes `target_features`,
+            which the visual tokens are aligned with (paper, stage 1); the mean over 8 frames of a video.
+
+    Raises:
+        ValueError: for sizes that the latents do not fit.
+    """
+
+    def __init__(
+        self,
+        pipeline: OmniVideoPipeline,
+        settings: PrecomputeSettings = PrecomputeSettings(),
+        target_encoder: str | Path | None = None,
+    ) -> None:
+        settings.framing.check(pipeline.grid)
+        self.pipeline, self.settings = pipeline, settings
+        self.target_model = self.target_processor = None
+        if target_encoder is not None:
+            model = AutoModel.from_pretrained(target_encoder)
+            self.target_model = getattr(model, "vision_model", model).eval().to(pipeline.vae.device)
+            self.target_processor = AutoImageProcessor.from_pretrained(target_encoder, backend="pil")
+        self.provenance = _from_main_process(self._component_provenance)
+
+    def _component_provenance(self) -> dict[str, Any]:
+        parts = {
+            "vae": self.pipeline.vae,
+            "text_encoder": self.pipeline.text_encoder,
+            "mllm": self.pipeline.mllm.mllm,  # without the vision head, on which no feature depends
+            "target_encoder": self.target_model,
+        }
+        found = {name: weights_hash(module) for name, module in parts.items() if module is not None}
+        dtypes = {f"{name}_dtype": _dtype(module) for name, module in parts.items() if module is not None}
+        return found | dtypes
+
+    def provenance_of(self, task: str) -> dict[str, Any]:
+        """Everything of the encoder's that features of a task depend on."""
+        asks, tokens = task == "understand", task == "understand" or self.settings.instruction == "tokens"
+        unused = set() if not asks else {"vae", "text_encoder", "target_encoder"}
+        unused |= {"mllm"} if tokens else set()
+        fields = {name: value for name, value in self.provenance.items() if name.removesuffix("_dtype") not in unused}
+        return fields | {
+            "template": self._template(task),
+            "instruction": "tokens" if tokens else "states",
+            "mllm_frames": self._mllm_frames if task == "v2v" else None,
+            "code_version": CODE_VERSION,
+        }
+
+    @property
+    def _mllm_frames(self) -> str:
+        return self.settings.mllm_frames or self.pipeline.processor.mllm_frames
+
+    def _template(self, task: str) -> str:
+        """Hash of all that makes ids and pixels out of a prompt and its pictures, and of the text encoder's ids."""
+        processor = self.pipeline.processor
+        tokenizers = [processor.tokenizer] + ([self.pipeline.tokenizer] if task != "understand" else [])
+        parts = [repr(TASKS[task]), processor.chat_template]
+        parts += [f"{processor.num_image_tokens} {processor.image_aspect_ratio} {processor.num_frames}"]
+        targets = [self.target_processor] if self.target_processor is not None and task != "understand" else []
+        for image_processor in (processor.image_processor, *targets):
+            parts.append(json.dumps(image_processor.to_dict(), sort_keys=True, default=str))
+        for tokenizer in tokenizers:
+            # Padding and truncation are settings of the last call.
+            backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+            parts.append(json.dumps(backend, sort_keys=True))
+        return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+
+    @torch.no_grad()
+    def encode(
+        self, row: Row, framing: Framing | None = None, source_framing: Framing | None = None
+    ) -> dict[str, torch.Tensor]:
+        """
+        Decode the files of one sample and compute its features.
+
+        Args:
+            row: its texts, task and files.
+            framing: what to take of the target; `None` for a question.
+            source_framing: likewise of the source.
+
+        Returns:
+            Tensors by name, on the CPU, in the components' formats; latents in float32.
+        """
+        if row.task == "understand":
+            return self._question(row)
+        target = framing.load(row.media)
+        source = source_framing.load(row.source) if source_framing is not None else None
+        shown = {}
+        if source is not None:
+            is_image = source_framing.fps is None
+            shown = {"image": Image.fromarray(source.frames[0])} if is_image else {"video": source}
+        features = self._instruction(row, shown)
+        features["prompt_embeds"] = self.pipeline.encode_prompt(row.text)[0]
+        features["latents"] = self._latents(row.task, target, framing)
+        if source is not None:
+            name = "reference_latents" if row.task == "i2v" else "source_latents"
+            features[name] = self._latents(row.task, source, framing)
+        if self.target_model is not None:
+            features["target_features"] = self._target_features(target)
+        return {name: tensor.cpu() for name, tensor in features.items()}
+
+    def _question(self, row: Row) -> dict[str, torch.Tensor]:
+        if row.media is None:
+            return encode_conversation(self.pipeline.processor, row.task, row.text, row.answer)
+        with row.media.open() as path:  # of a video, only the frames that are shown are decoded
+            shown = {probe(row.media).kind: path}
+            return encode_conversation(self.pipeline.processor, row.task, row.text, row.answer, **shown)
+
+    def _instruction(self, row: Row, shown: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        processor, mllm_frames = self.pipeline.processor, self._mllm_frames
+        if self.settings.instruction == "tokens":
+            return encode_conversation(processor, row.task, row.text, mllm_frames=mllm_frames, **shown)
+        media = {f"{kind}s": [value] for kind, value in shown.items()}
+        inputs = processor.apply_task_template(
+            row.task, row.text, mllm_frames=mllm_frames, return_tensors="pt", **media
+        )
+        states = self.pipeline.mllm.get_mllm_hidden_states(**inputs.to(self.pipeline.mllm.device))
+        return {"mllm_hidden_states": states[0]}
+
+    def _latents(self, task: str, clip: VideoClip, framing: Framing) -> torch.Tensor:
+        """Normalised latents `[channels, frames, height, width]`, resized and encoded by the pipeline itself."""
+        settings = GenerationSettings(
+            task=task,
+            height=framing.height,
+            width=framing.width,
+            num_frames=len(clip.frames),
+            fps=framing.fps,
+            num_inference_steps=1,  # nothing is drawn: the pipeline reads the size
+            guidance_scale=1.0,
+            flow_shift=1.0,
+        )
+        return self.pipeline.encode_source(Source(videos=[clip]), settings)[0]
+
+    def _target_features(self, clip: VideoClip) -> torch.Tensor:
+        """`[width]`: the mean over frames, as upstream's `siglip2_img_pooled_output_tgt` of one image."""
+        frames = sample_frames(clip.frames, "uniform", min(TARGET_FRAMES, len(clip.frames)))
+        pixels = self.target_processor([Image.fromarray(frame) for frame in frames], return_tensors="pt")
+        pixels = pixels["pixel_values"].to(self.target_model.device, self.target_model.dtype)
+        return self.target_model(pixel_values=pixels).pooler_output.float().mean(dim=0)
+
+
+def load_encoders(
+    model: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> OmniVideoPipeline:
+    """
+    A pipeline that encodes: its decoder and adapter have no layers, and their weights are not loaded.
+
+    Args:
+        model: folder or Hub repository.
+        dtype: of MLLM and text encoder; as stored by default. The VAE stays in float32: its errors would be learned.
+        device: this process's own by default.
+        revision: branch, tag or commit.
+        token: for the Hub.
+    """
+    origin = {"revision": revision, "token": token}
+    # The pipeline reads patch sizes and widths off their configurations.
+    transformer = WanTransformer3DModel.load_config(model, subfolder="transformer", **origin)
+    adapter = OmniVideoAdapter.load_config(model, subfolder="adapter", **origin)
+    pipeline = OmniVideoPipeline.from_pretrained(
+        model,
+        transformer=WanTransformer3DModel.from_config(transformer, num_layers=0),
+        adapter=OmniVideoAdapter.from_config(adapter, num_encoder_layers=0, num_decoder_layers=0),
+        **origin,
+        **({} if dtype is None else {"dtype": {"default": dtype, "vae": torch.float32}}),
+    )
+    return pipeline.to(device or PartialState().device)
+
+
+# --- provenance -----------------------------------------------------------------------------------------------------
+
+
+def weights_hash(module: nn.Module) -> str:
+    """
+    Hash of a module's tensors and configuration: says what it is, wherever it was loaded from.
+
+    A commit of the Hub would change with its README, and a folder has none.
+    """
+    config = module.config if isinstance(module.config, Mapping) else module.config.to_dict()
+    known = {name: value for name, value in config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _dtype(module: nn.Module) -> str:
+    return str(next(module.parameters()).dtype).removeprefix("torch.")
+
+
+def _from_main_process(compute: Callable[[], Any]) -> Any:
+    """What `compute` gives on the main process, which alone runs it."""
+    return broadcast_object_list([compute() if PartialState().is_main_process else None])[0]
+
+
+__all__ = ["FeatureEncoder", "PrecomputeSettings", "load_encoders", "weights_hash"]

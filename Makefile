@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test style quality shapes clean
+.PHONY: help install demo test test-all style quality shapes clean
 
 help: ## show what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## set up .venv with pinned versions
 
@@ -21,8 +21,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## draw, edit and ask with the model that comes along
 	$(BIN)/python demo.py
 
-test: $(INSTALLED) quality ## lint and run all tests
-	$(BIN)/python -m pytest --numprocesses 2
+test: $(INSTALLED) quality ## check style, and run the tests of the package
+	$(BIN)/python -m pytest --numprocesses 2 --durations 10 -m 'not slow'
+
+test-all: $(INSTALLED) quality ## the same, with the tests of documents, examples and everything slow
+	$(BIN)/python -m pytest --numprocesses 2 --durations 10
 
 style: $(INSTALLED) ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
@@ -35,7 +38,7 @@ quality: $(INSTALLED) ## what CI checks besides tests
 # Omni-Video Shapes from nothing: every file below is written last by what makes it, so that `make shapes` goes on where
 # it was stopped, and `make -j2 shapes` trains VAE and MLLM side by side. Every seed is a default of its script or recipe.
 SHAPES := build/shapes
-RUN := $(BIN)/python -m omni_video_hf.shapes
+RUN := $(BIN)/python -m examples.shapes
 # Of a stage of the paper's: on CPUs, two processes of one thread train half as many samples more as one with two.
 PROCESSES ?= $(shell nvidia-smi --list-gpus >/dev/null 2>&1 && echo 1 || echo 2)
 STAGE = $(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) --module examples.shapes.training.train_stage $(notdir $(@D)) --data $(SHAPES)/latents --output_dir $(@D) --model
@@ -43,22 +46,22 @@ STAGE = $(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) --module exam
 shapes: $(SHAPES)/omni-video-shapes/README.md ## train Omni-Video Shapes from nothing (hours); run again to go on
 
 $(SHAPES)/vae/vae.json: | $(INSTALLED)
-	$(RUN).train_vae --output $(@D)
+	$(RUN).training.train_vae --output $(@D)
 
 $(SHAPES)/mllm/mllm.json: | $(INSTALLED)
-	$(RUN).train_mllm --output $(@D)
+	$(RUN).training.train_mllm --output $(@D)
 
 $(SHAPES)/latents/latents.json: $(SHAPES)/vae/vae.json
-	$(RUN).latents --vae $(SHAPES)/vae/vae --output $(@D)
+	$(RUN).training.latents --vae $(SHAPES)/vae/vae --output $(@D)
 
 $(SHAPES)/vae_decoder/vae.json: $(SHAPES)/vae/vae.json
-	$(RUN).train_vae_decoder --vae $(SHAPES)/vae/vae --output $(@D)
+	$(RUN).training.train_vae_decoder --vae $(SHAPES)/vae/vae --output $(@D)
 
 $(SHAPES)/text_encoder/text_encoder.json: | $(INSTALLED)
-	$(RUN).train_text_encoder --output $(@D)
+	$(RUN).training.train_text_encoder --output $(@D)
 
 $(SHAPES)/text_to_video/text_to_video.json: $(SHAPES)/latents/latents.json $(SHAPES)/text_encoder/text_encoder.json
-	$(RUN).train_text_to_video --vae $(SHAPES)/vae/vae --text-encoder $(SHAPES)/text_encoder/text_encoder --latents $(SHAPES)/latents --output $(@D)
+	$(RUN).training.train_text_to_video --vae $(SHAPES)/vae/vae --text-encoder $(SHAPES)/text_encoder/text_encoder --latents $(SHAPES)/latents --output $(@D)
 
 $(SHAPES)/given/model_index.json: $(SHAPES)/vae_decoder/vae.json $(SHAPES)/text_to_video/text_to_video.json $(SHAPES)/mllm/mllm.json
 	$(RUN).assemble given --vae $(SHAPES)/vae_decoder/vae --text-encoder $(SHAPES)/text_encoder/text_encoder --transformer $(SHAPES)/text_to_video/transformer --mllm $(SHAPES)/mllm/mllm --output $(@D)

@@ -19,14 +19,14 @@ import torch
 from rich.progress import Progress
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline
-from omni_video_hf.pipelines.memory.profiles import COMPONENTS, DTYPES
 from omni_video_hf.hub.repository import MODEL_FOLDERS, weight_files
+from omni_video_hf.pipelines.memory.profiles import COMPONENTS, DTYPES
 
 from .measure import Timing, in_own_process, peak_resident, resident, spread
 from .synthetic_checkpoint import SMALL, fill, write_checkpoint
 
 REPETITIONS = 6
-CONVERTER = Path(__file__).parents[1] / "conversion" / "convert_omni_video.py"
+ROOT = Path(__file__).parents[1]
 PAGE = 4096
 TITLE = "Loading"
 COLUMNS = {
@@ -45,8 +45,8 @@ def measure(progress: Progress) -> list[dict[str, Any]]:
         original, folder = Path(scratch) / "omni_ckpts", Path(scratch) / "omni-video"
         progress.console.print("loading: writing and converting a checkpoint ...")
         write_checkpoint(original, SMALL)
-        command = [sys.executable, str(CONVERTER), "--original", str(original), "--output", str(folder)]
-        subprocess.run(command, check=True, capture_output=True)  # noqa: S603
+        command = [sys.executable, "-m", "conversion", "--original", str(original), "--output", str(folder)]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)  # noqa: S603
         fill(folder)
         return [_compare(load, folders, folder, progress) for load, folders in WAYS.items()]
 

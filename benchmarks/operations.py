@@ -17,8 +17,8 @@ from rich.progress import Progress
 from torch.utils.flop_counter import FlopCounterMode
 
 from omni_video_hf import OmniVideoAdapter, OmniVideoAdapterConfig, OmniVideoVisionHead, OmniVideoVisionHeadConfig
-from omni_video_hf.models.context_attention import constant_context
 from omni_video_hf.models.configuration_omni_video import WAN_2_1_T2V_1_3B
+from omni_video_hf.models.context_attention import constant_context
 from omni_video_hf.pipelines.presets import PRESETS, LatentGrid
 
 MLLM_TOKENS, IMAGE_TOKENS = 164, 196  # of an instruction with its system prompt; of an image

@@ -15,7 +15,11 @@ from omni_video_hf import (
     OmniVideoForConditionalGeneration,
     OmniVideoPipeline,
 )
-from omni_video_hf.models.configuration_omni_video import WAN_2_1_T2V_1_3B, OmniVideoAdapterConfig, OmniVideoVisionHeadConfig
+from omni_video_hf.models.configuration_omni_video import (
+    WAN_2_1_T2V_1_3B,
+    OmniVideoAdapterConfig,
+    OmniVideoVisionHeadConfig,
+)
 
 # An MLLM of almost nothing: its states are handed to the pipeline, as it runs once per call in every path.
 MLLM = {

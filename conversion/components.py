@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from original_checkpoint import TEXT_ENCODER, WAN_CONFIG, WAN_VAE, OriginalCheckpoint, Part
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
-from vila_settings import generation_config, generation_token_id, vila_config
 
 from omni_video_hf import OmniVideoAdapter, OmniVideoConfig, OmniVideoForConditionalGeneration
 from omni_video_hf.hub.inspection import DTYPE_NAMES
-from omni_video_hf.processing.processing_omni_video import IMAGE_GENERATION_TOKEN, VIDEO_GENERATION_TOKEN
 from omni_video_hf.hub.repository import read_header
+from omni_video_hf.tasks import IMAGE_GENERATION_TOKEN, VIDEO_GENERATION_TOKEN
 from omni_video_hf.utils.safe_load import CorruptCheckpointError
+
+from .original_checkpoint import TEXT_ENCODER, WAN_CONFIG, WAN_VAE, OriginalCheckpoint, Part
+from .vila_settings import generation_config, generation_token_id, vila_config
 
 # Not to be read off the weights: fixed in upstream's code.
 BRIDGE_HEADS = 8

@@ -12,7 +12,19 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
-from components import (
+from diffusers import UniPCMultistepScheduler
+from huggingface_hub import split_torch_state_dict_into_shards
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from transformers import AutoTokenizer
+
+from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline, OmniVideoProcessor
+from omni_video_hf.hub.inspection import repository_parts, repository_table
+from omni_video_hf.hub.repository import INDEX_NAME, finalize_repository
+from omni_video_hf.pipelines.presets import PRESETS
+from omni_video_hf.utils.files import write_text
+
+from .components import (
     Component,
     adapter_component,
     check_files,
@@ -25,9 +37,7 @@ from components import (
     transformer_component,
     vae_component,
 )
-from diffusers import UniPCMultistepScheduler
-from huggingface_hub import split_torch_state_dict_into_shards
-from original_checkpoint import (
+from .original_checkpoint import (
     MARKERS,
     TEXT_ENCODER,
     TEXT_TOKENIZER,
@@ -35,18 +45,9 @@ from original_checkpoint import (
     OriginalCheckpoint,
     read_tokenizer,
 )
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from transformers import AutoTokenizer
-from unfinished import Unfinished, alone, check_disk_space, fingerprint, forget
-from vila_settings import generation_token_notes, vila_processor, vila_tokenizer
-from wan_repository import find_wan, load_wan_component, wan_files
-
-from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline, OmniVideoProcessor
-from omni_video_hf.hub.inspection import repository_parts, repository_table
-from omni_video_hf.hub.repository import INDEX_NAME, finalize_repository
-from omni_video_hf.pipelines.presets import PRESETS
-from omni_video_hf.utils.files import write_text
+from .unfinished import Unfinished, alone, check_disk_space, fingerprint, forget
+from .vila_settings import generation_token_notes, vila_processor, vila_tokenizer
+from .wan_repository import find_wan, load_wan_component, wan_files
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Parts that may come from a repository of Wan in diffusers' format: our folder -> upstream's file.
@@ -336,7 +337,3 @@ def main(
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
         print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         raise typer.Exit(2) from None
-
-
-if __name__ == "__main__":
-    app()

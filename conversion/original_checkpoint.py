@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from key_maps import (
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from omni_video_hf.utils.safe_load import CorruptCheckpointError, UnsafeCheckpointError, load_checkpoint
+
+from .key_maps import (
     LANGUAGE_RULES,
     PROJECTOR_RULES,
     VISION_TOWER_RULES,
@@ -19,11 +25,6 @@ from key_maps import (
     convert_wan_vae,
     rename,
 )
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-from omni_video_hf.utils.safe_load import CorruptCheckpointError, UnsafeCheckpointError, load_checkpoint
 
 TRAINED = "transformer/model.pt"  # the whole trained model; wins over every other file
 # Where the same weights may lie, later files winning key by key.

@@ -2,13 +2,15 @@
 
 from typing import Any
 
-from original_checkpoint import VILA, OriginalCheckpoint, read_tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from omni_video_hf import OmniVideoProcessor, VilaConfig
-from omni_video_hf.processing.processing_omni_video import IMAGE_GENERATION_TOKEN, IMAGE_TOKEN, VIDEO_GENERATION_TOKEN
+from omni_video_hf.processing.processing_omni_video import IMAGE_TOKEN
+from omni_video_hf.tasks import IMAGE_GENERATION_TOKEN, VIDEO_GENERATION_TOKEN
 from omni_video_hf.utils.safe_load import CorruptCheckpointError
+
+from .original_checkpoint import VILA, OriginalCheckpoint, read_tokenizer
 
 CONFIG = f"{VILA}/config.json"
 LLM_CONFIG = f"{VILA}/llm/config.json"

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
-from components import check_files, load_component
 from huggingface_hub import snapshot_download
-from original_checkpoint import read_json
+
+from .components import check_files, load_component
+from .original_checkpoint import read_json
 
 PATTERNS = ("*.json", "*.safetensors", "*.model")  # of each folder; no pickles
 

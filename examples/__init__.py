@@ -1,0 +1,1 @@
+"""Programs that use the package. They are not installed with it."""

@@ -7,16 +7,23 @@ import os
 os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import sys
 from pathlib import Path
 
 import pytest
+from golden import CORE
 from transformers import set_seed
 
-sys.path.insert(0, str(Path(__file__).parent))
+from conversion.convert_omni_video import convert
 
-from convert_omni_video import convert
-from golden import CORE
+SLOW = ("documents", "examples", "benchmarks")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests of documents, examples and benchmarks as slow: they are about the package as a whole."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(here).parts[0] in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,0 +1,1 @@
+"""How the default checkpoint, Omni-Video Shapes, is made."""

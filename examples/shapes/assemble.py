@@ -13,6 +13,7 @@ from transformers import UMT5EncoderModel
 
 from omni_video_hf.models.modeling_vila import VilaForConditionalGeneration
 from omni_video_hf.pipelines.pipeline_omni_video import OmniVideoPipeline
+
 from . import configuration
 from .configuration import MAX_BYTES, empty_instruction
 

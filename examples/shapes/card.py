@@ -10,8 +10,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.trainer_utils import get_last_checkpoint
 
 from omni_video_hf.hub.model_card import TAGS
-from omni_video_hf.training.recipe import overridden
 from omni_video_hf.shapes.scores import LINES, SHOWN_SPLITS
+from omni_video_hf.training.recipe import overridden
+
 from .training.train_text_to_video import PHASES
 
 TEMPLATE = "omni-video-shapes.md.jinja"

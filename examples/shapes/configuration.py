@@ -18,15 +18,10 @@ from omni_video_hf.models.configuration_omni_video import OmniVideoConfig
 from omni_video_hf.models.configuration_vila import VilaConfig
 from omni_video_hf.models.modeling_omni_video import OmniVideoForConditionalGeneration
 from omni_video_hf.pipelines.pipeline_omni_video import OmniVideoPipeline
-from omni_video_hf.processing.processing_omni_video import (
-    CHAT_TEMPLATE,
-    IMAGE_GENERATION_TOKEN,
-    SYSTEM_PROMPT,
-    TASKS,
-    VIDEO_GENERATION_TOKEN,
-    OmniVideoProcessor,
-)
+from omni_video_hf.processing.processing_omni_video import CHAT_TEMPLATE, SYSTEM_PROMPT, OmniVideoProcessor
 from omni_video_hf.shapes.scene import FPS, NUM_FRAMES, SIDE
+from omni_video_hf.tasks import IMAGE_GENERATION_TOKEN, TASKS, VIDEO_GENERATION_TOKEN
+
 from .tokenizers import BOS, EOS, PAD, TEXT_EOS, TEXT_PAD, VOCABULARY_SIZE, mllm_tokenizer, text_tokenizer
 
 MAX_BYTES = 25_000_000

@@ -5,14 +5,9 @@ from collections.abc import Iterator
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from omni_video_hf.processing.processing_omni_video import (
-    IMAGE_GENERATION_TOKEN,
-    IMAGE_TOKEN,
-    SYSTEM_PROMPT,
-    TASKS,
-    VIDEO_GENERATION_TOKEN,
-)
+from omni_video_hf.processing.processing_omni_video import IMAGE_TOKEN, SYSTEM_PROMPT
 from omni_video_hf.shapes.dataset import ShapesDataset
+from omni_video_hf.tasks import IMAGE_GENERATION_TOKEN, TASKS, VIDEO_GENERATION_TOKEN
 
 VOCABULARY_SIZE = 608  # special tokens, the 256 bytes, and merges: nearly every word of the data set is one token
 EXAMPLES_PER_TASK = 500

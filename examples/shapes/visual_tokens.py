@@ -13,13 +13,14 @@ import torch
 import typer
 from rich.console import Console
 
-from omni_video_hf.pipelines.pipeline_omni_video import OmniVideoPipeline
-from omni_video_hf.processing.processing_omni_video import TASKS
 from omni_video_hf.media.sources import Source
+from omni_video_hf.pipelines.pipeline_omni_video import OmniVideoPipeline
 from omni_video_hf.shapes.dataset import ShapesDataset
 from omni_video_hf.shapes.evaluate import media_of
 from omni_video_hf.shapes.scene import ATTRIBUTES
 from omni_video_hf.shapes.scores import ALL, SHOWN_SPLITS, Score, score_table
+from omni_video_hf.tasks import TASKS
+
 from .training.train_text_encoder import MeaningObjective
 
 DRAWING = ("t2v", "t2i", "v2v", "i2i")

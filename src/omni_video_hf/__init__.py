@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING
 from .hub.remote_code import __version__
 
 if TYPE_CHECKING:
+    from .diffusion.losses import OmniVideoLossConfig
+    from .hub.repository import complete_repository
     from .models.configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig, OmniVideoVisionHeadConfig
     from .models.configuration_vila import VilaConfig
-    from .pipelines.lora.loader import collect_lora_layers
-    from .diffusion.losses import OmniVideoLossConfig
-    from .models.modeling_omni_video import OmniVideoForConditionalGeneration
     from .models.connectors import OmniVideoAdapter, OmniVideoVisionHead
+    from .models.modeling_omni_video import OmniVideoForConditionalGeneration
     from .models.modeling_vila import VilaForConditionalGeneration
-    from .pipelines.pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
+    from .pipelines.lora.loader import collect_lora_layers
+    from .pipelines.output import OmniVideoPipelineOutput
+    from .pipelines.pipeline_omni_video import OmniVideoPipeline
     from .processing.processing_omni_video import OmniVideoProcessor
-    from .hub.repository import complete_repository
 
 _HOMES = {
     "OmniVideoAdapter": "models.connectors",

@@ -18,7 +18,7 @@ INTERRUPTED = 130
 def main() -> NoReturn:
     """Run the command of `sys.argv` and exit: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
     try:
-        cli = import_module(f"{__package__}.cli")
+        cli = import_module(f"{__package__}.cli.main")
         if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, leave):
             signal.signal(signal.SIGINT, interruption)
         code = cli.run()

@@ -1,0 +1,1 @@
+"""Training of every part and stage of Omni-Video Shapes."""

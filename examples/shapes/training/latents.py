@@ -1,5 +1,7 @@
 """
-Latents of the training scenes, computed once: `python -m examples.shapes.training.latents --vae FOLDER --output FOLDER`.
+Latents of the training scenes, computed once.
+
+`python -m examples.shapes.training.latents --vae FOLDER --output FOLDER`.
 
 Before and after of an edit are two training scenes that differ in one attribute, so the pairs of `v2v` and `i2i` serve
 `t2v` and `t2i` too. What is said about them is drawn anew whenever they are trained on; only pixels cost time.
@@ -18,11 +20,12 @@ from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 
-from omni_video_hf.utils.files import complete_or_absent
 from omni_video_hf.shapes.dataset import Example, ShapesDataset
+from omni_video_hf.shapes.scene import BACKGROUNDS, render
+from omni_video_hf.utils.files import complete_or_absent
+
 from ..recolor import MIN_CONTRAST, any_colors
 from .runs import check_settings, write_json
-from omni_video_hf.shapes.scene import BACKGROUNDS, render
 from .train_vae import to_pixels
 
 EDITS = {"video": "v2v", "image": "i2i"}

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from omni_video_hf.utils.files import workspace, write_text
+
 from .muon import MuonFactory
 
 WRITTEN_MARK = ".written_by_omni_video_hf"  # in every folder of `save_folder`

@@ -14,16 +14,18 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from omni_video_hf.models.modeling_vila import VilaForConditionalGeneration
-from omni_video_hf.processing.processing_omni_video import TASKS, OmniVideoProcessor
-from omni_video_hf.training.data.collator import IGNORED_LABEL, OmniVideoDataCollator, encode_conversation
-from omni_video_hf.training.data.batch_sampler import Bucket
+from omni_video_hf.processing.processing_omni_video import OmniVideoProcessor
 from omni_video_hf.shapes.dataset import ShapesDataset, as_media
+from omni_video_hf.shapes.prompts import edit_prompt, generation_prompt
+from omni_video_hf.shapes.scene import BACKGROUNDS, SIDE, render
+from omni_video_hf.tasks import TASKS
+from omni_video_hf.training.data.batch_sampler import Bucket
+from omni_video_hf.training.data.collator import IGNORED_LABEL, OmniVideoDataCollator, encode_conversation
+
+from ..outlines import any_outline
+from ..recolor import any_colors
 from .latents import EDITS, Pairs, ScenePairs
 from .noise import uneven_timesteps
-from ..outlines import any_outline
-from omni_video_hf.shapes.prompts import edit_prompt, generation_prompt
-from ..recolor import any_colors
-from omni_video_hf.shapes.scene import BACKGROUNDS, SIDE, render
 from .train_text_encoder import MeaningObjective
 
 KINDS = {task: TASKS[task].output for task in ("t2i", "t2v", "i2i", "v2v")}

@@ -1,7 +1,9 @@
 """
 Trains the VILA of Omni-Video Shapes to understand, which the paper takes as given.
 
-`python -m examples.shapes.training.train_mllm --output FOLDER`, resumable. Its vision tower learns to see, as SigLIP comes
+`python -m examples.shapes.training.train_mllm --output FOLDER`, resumable.
+
+Its vision tower learns to see, as SigLIP comes
 pretrained to a VILA (see vision.py); then all of it learns to answer questions on images and clips. Asked to draw or
 to edit, it says in the data set's plain words what there would be to see: that is as far as a model without a decoder
 goes, and its states then hold what the paper's stages, which leave its body as it is, need.
@@ -20,17 +22,19 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import default_data_collator, set_seed
 
-from omni_video_hf.media.media import load_sampled_video
+from omni_video_hf.media.video_loading import load_sampled_video
 from omni_video_hf.models.modeling_vila import VilaForConditionalGeneration
-from omni_video_hf.processing.processing_omni_video import TASKS, OmniVideoProcessor
-from omni_video_hf.training.data.collator import IGNORED_LABEL, OmniVideoDataCollator, encode_conversation
-from .. import configuration
+from omni_video_hf.processing.processing_omni_video import OmniVideoProcessor
 from omni_video_hf.shapes.dataset import Example, ShapesDataset, as_media
 from omni_video_hf.shapes.prompts import describe
-from ..recolor import any_colors
-from .runs import check_settings, fit, save_folder, the_batch, write_json
 from omni_video_hf.shapes.scene import render
 from omni_video_hf.shapes.scores import SHOWN_SPLITS, Score, check_answer, score_table
+from omni_video_hf.tasks import TASKS
+from omni_video_hf.training.data.collator import IGNORED_LABEL, OmniVideoDataCollator, encode_conversation
+
+from .. import configuration
+from ..recolor import any_colors
+from .runs import check_settings, fit, save_folder, the_batch, write_json
 from .vision import SPEAKING_COLORS, SeeingObjective, SeenImages
 
 # Share of the batches by what they are about. All of a batch show the MLLM as many pictures.

@@ -22,10 +22,11 @@ from transformers.utils import is_torch_tf32_available
 
 from omni_video_hf.processing.processing_omni_video import OmniVideoProcessor
 from omni_video_hf.training.checkpointing.checkpoints import last_checkpoint
+from omni_video_hf.training.data.batch_sampler import OmniVideoBatchSampler
 from omni_video_hf.training.recipe import read_recipe
 from omni_video_hf.training.train import leave_process_group, load_for_stage, parameter_table, save_result
-from omni_video_hf.training.data.batch_sampler import OmniVideoBatchSampler
 from omni_video_hf.training.trainer import OmniVideoTrainer
+
 from .latents import read_pairs
 from .muon import MuonFactory
 from .runs import check_settings, multiplies_bfloat16, plain_attention_on_cpu, write_json

@@ -17,12 +17,13 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import UMT5EncoderModel, set_seed
 
-from .. import configuration
 from omni_video_hf.shapes.dataset import Example, ShapesDataset
-from .runs import check_settings, fit, save_folder, the_batch, write_json
 from omni_video_hf.shapes.scene import ATTRIBUTES
 from omni_video_hf.shapes.scores import SHOWN_SPLITS
+
+from .. import configuration
 from ..tokenizers import text_tokenizer
+from .runs import check_settings, fit, save_folder, the_batch, write_json
 
 TASKS = ("t2v", "t2i", "v2v", "i2i")
 SECOND_NAME = "text_encoder.encoder.embed_tokens.weight"

@@ -19,17 +19,18 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import UMT5EncoderModel, set_seed
 
-from omni_video_hf.models.context_attention import folded_context
 from omni_video_hf.diffusion.flow_matching import NUM_TRAIN_TIMESTEPS, add_noise, token_timesteps, velocity_target
 from omni_video_hf.diffusion.losses import draw_timestep_indices, timestep_tables
-from .. import configuration
+from omni_video_hf.models.context_attention import folded_context
 from omni_video_hf.shapes.dataset import ShapesDataset
+from omni_video_hf.shapes.prompts import generation_prompt
+from omni_video_hf.shapes.scores import SHOWN_SPLITS, Score, check_generation, score_table
+
+from .. import configuration
+from ..tokenizers import text_tokenizer
 from .latents import Pairs, read_pairs
 from .noise import LOSSES, uneven_timesteps
-from omni_video_hf.shapes.prompts import generation_prompt
 from .runs import check_settings, fit, multiplies_bfloat16, save_folder, the_batch, write_json
-from omni_video_hf.shapes.scores import SHOWN_SPLITS, Score, check_generation, score_table
-from ..tokenizers import text_tokenizer
 from .train_text_encoder import SECOND_NAME, drop_second_name
 
 PROMPT_DROPOUT = 0.1

@@ -22,12 +22,13 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import set_seed
 
-from .. import configuration
 from omni_video_hf.shapes.dataset import ShapesDataset
-from ..recolor import any_colors
-from .runs import check_settings, fit, save_folder, write_json
 from omni_video_hf.shapes.scene import NUM_FRAMES, render
 from omni_video_hf.shapes.scores import Score, check_generation, score_table
+
+from .. import configuration
+from ..recolor import any_colors
+from .runs import check_settings, fit, save_folder, write_json
 
 LATENT_STATISTICS_SEED = 2  # training clips that are not the first ones trained on
 NEVER = 10**9

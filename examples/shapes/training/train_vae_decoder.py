@@ -1,9 +1,9 @@
 """
 Sharpens what the VAE draws: its decoder learns on, behind an encoder that stays, so latents stay what they are.
 
-`python -m examples.shapes.training.train_vae_decoder --vae FOLDER --output FOLDER`, resumable, beside whatever is trained
-on the latents meanwhile. What train_vae.py leaves draws small triangles too blunt: they have few of the pixels of
-shapes, so here every clip counts the same.
+`python -m examples.shapes.training.train_vae_decoder --vae FOLDER --output FOLDER`, resumable, beside whatever is
+trained on the latents meanwhile. What train_vae.py leaves draws small triangles too blunt: they have few of the pixels
+of shapes, so here every clip counts the same.
 """
 
 from pathlib import Path
@@ -16,8 +16,9 @@ from rich.console import Console
 from torch import nn
 from transformers import set_seed
 
-from .runs import check_settings, fit, save_folder, write_json
 from omni_video_hf.shapes.scores import SHOWN_SPLITS, score_table
+
+from .runs import check_settings, fit, save_folder, write_json
 from .train_vae import RECOLORED, RECONSTRUCTED, RecoloredClips, collate, evaluate, foreground_mask, to_pixels
 
 # The strongest noise on normalised latents: half of what train_vae.py ends with, for sharper outlines.

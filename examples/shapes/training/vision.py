@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 
 from omni_video_hf.shapes.dataset import ShapesDataset
-from ..recolor import any_colors
 from omni_video_hf.shapes.scene import BACKGROUNDS, COLORS, HELD_OUT, SHAPES, SIDE, SIZES, render
+
+from ..recolor import any_colors
 
 # Colours of the data set that come with two shapes only; in these, no shape is learned.
 SPEAKING_COLORS = frozenset(color for color, _ in HELD_OUT)

@@ -10,9 +10,9 @@ from typing import Any
 
 import typer
 
-from .console import UsageProblem
+from ..shapes import CHECKPOINT, CHECKPOINT_NAME
 from ..utils.masking import clean_token
-from ..shapes import CHECKPOINT
+from .console import UsageProblem
 
 SHAPES = str(CHECKPOINT)  # what there is to try without weights of one's own
 FPS_RANGE = (0.01, 1000.0)  # as in `media_omni_video`
@@ -125,7 +125,7 @@ class Drawing:
 
 def place_of(model: str) -> str:
     """Folder or Hub repository behind the name of a model; the shipped checkpoint goes by its name alone."""
-    return SHAPES if model == CHECKPOINT.name and not Path(model).exists() else model
+    return SHAPES if model == CHECKPOINT_NAME and not Path(model).exists() else model
 
 
 def check_repository(name: str, flag: str = "") -> None:

@@ -46,7 +46,7 @@ class MllmFrames(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Number format of the weights."""
+    """Dtype of the weights."""
 
     float32 = "float32"
     float16 = "float16"
@@ -64,8 +64,10 @@ def precompute_command(
     ],
     model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hub repository.", envvar="OMNI_VIDEO_MODEL")],
     output: Cache,
-    size: Annotated[list[str] | None, typer.Option(metavar="WIDTHxHEIGHT", help="A bucket; may come often.")] = None,
-    frames: Annotated[list[int] | None, typer.Option(min=1, help="A bucket, 4n+1 frames; may come often.")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(metavar="WIDTHxHEIGHT", help="Size of a bucket. Repeatable.")
+    ] = None,
+    frames: Annotated[list[int] | None, typer.Option(min=1, help="Frames of a bucket, 4n+1. Repeatable.")] = None,
     fps: Annotated[str | None, typer.Option(help="Rate to resample to, or `source` to keep each video's own.")] = None,
     task: Annotated[str | None, typer.Option(help="For data without the column `task`.")] = None,
     column: Annotated[
@@ -98,7 +100,7 @@ def precompute_command(
     Compute the features of images, videos and texts once, for training.
 
     Run it again after an interruption or a change: only what is missing or stale is computed. Under `accelerate
-    launch -m omni_video_hf.cli.main precompute ...` several processes or GPUs share the work.
+    launch -m omni_video_hf precompute ...` several processes or GPUs share the work.
     """
     with one_line_errors(verbose):
         check_repository(model)

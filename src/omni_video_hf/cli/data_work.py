@@ -13,14 +13,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..training.data.bad_data import SHOWN, BadDataError, count_problems, offenders_table
+from ..training.data.framing import FramingRules
+from ..training.data.media_table import MediaTable, load_media_table
+from ..training.features.cache import FeatureCache
 from ..training.features.cache_builder import BuildReport
 from ..training.features.cache_files import check_output
 from ..training.features.encoder import FeatureEncoder, PrecomputeSettings, load_encoders
-from ..training.features.cache import FeatureCache
-from ..training.data.framing import FramingRules
 from ..training.features.import_features import import_features
 from ..training.features.precompute import precompute
-from ..training.data.media_table import MediaTable, load_media_table
 
 console = Console(stderr=True)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Count = Annotated[int, typer.Option(min=1, help="Examples of each line and split.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of examples and noise.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples drawn at once.")]
-Lines = Annotated[list[str] | None, typer.Option("--line", help="Only this line of the table; may come often.")]
+Lines = Annotated[list[str] | None, typer.Option("--line", help="Only this line of the table. Repeatable.")]
 Folder = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for JSON and contact sheets.")]
 
 

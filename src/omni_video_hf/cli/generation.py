@@ -11,16 +11,20 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from ..hub.remote_code import __version__
+from ..media.images import save_image
+from ..media.video_loading import open_media
+from ..media.video_reader import check_pyav
+from ..media.video_writer import save_video
+from ..pipelines.output import OmniVideoPipelineOutput
+from ..pipelines.pipeline_omni_video import OmniVideoPipeline
+from ..shapes import CHECKPOINT_NAME
+from ..tasks import find_task
+from ..utils.masking import mask_tokens
 from .checks import SHAPES, Drawing, Loading
 from .console import UsageProblem, as_usage, console, note, result
 from .output import OutputFile
 from .preflight import Outline
-from ..utils.masking import mask_tokens
-from ..media.media import open_media, save_image, save_video
-from ..media.video_reader import check_pyav
-from ..pipelines.pipeline_omni_video import OmniVideoPipeline, OmniVideoPipelineOutput
-from ..hub.remote_code import __version__
-from ..shapes import CHECKPOINT
 
 SEEDS = 2**32  # a seed that is drawn lies below: short enough to be typed again
 
@@ -96,7 +100,7 @@ def ask(
     (seed,) = _seeds(Drawing(seed=seed))
     pipe = load(loading, printing)
     for source, media in zip(sources, opened, strict=True):
-        options = {"task": "understand", "max_new_tokens": max_new_tokens, "generator": _generator(seed)}
+        options = {"task": find_task(None, "text"), "max_new_tokens": max_new_tokens, "generator": _generator(seed)}
         text = pipe(question, **media, **options).text[0]
         if not text and not printing.quiet:
             note("the model ended its answer before the first word.")
@@ -111,7 +115,7 @@ def load(loading: Loading, printing: Printing | None = None) -> OmniVideoPipelin
     printing = printing or Printing()
     if loading.place == SHAPES and not printing.quiet:
         note(
-            f"without --model, {CHECKPOINT.name} draws and knows one shape, such as"
+            f"without --model, {CHECKPOINT_NAME} draws and knows one shape, such as"
             ' "a large red circle moving left on a black background".'
         )
     device = loading.device or _best_device()
@@ -162,7 +166,8 @@ def _best_device() -> str:
 
 
 def _edit_task(media: dict[str, Any]) -> str:
-    return "i2i" if "image" in media else "v2v"
+    kind = "image" if "image" in media else "video"
+    return find_task(kind, kind)
 
 
 def _seeds(drawing: Drawing) -> list[int]:
@@ -205,7 +210,7 @@ def _record(job: Job, output: OmniVideoPipelineOutput, loading: Loading, outline
     record = {
         "prompt": job.prompt,
         "seed": job.seed,
-        "model": CHECKPOINT.name if loading.place == SHAPES else loading.model,
+        "model": CHECKPOINT_NAME if loading.place == SHAPES else loading.model,
         "revision": outline.revision or loading.revision,
         "lora": loading.lora,
         "source": job.source and (job.source if "://" in job.source else Path(job.source).name),

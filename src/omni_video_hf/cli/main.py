@@ -10,6 +10,13 @@ from typing import Annotated
 
 import typer
 
+from ..hub.remote_code import __version__
+from ..shapes import CHECKPOINT_NAME
+from ..tasks import find_task
+from ..utils.masking import MaskedStream, mask_tokens
+from . import data as data_cli
+from . import evaluate as shapes_cli
+from . import train as training_cli
 from .checks import (
     SHAPES,
     Drawing,
@@ -23,12 +30,6 @@ from .checks import (
 )
 from .console import USAGE, UsageProblem, console, one_line_errors, print_error, result, start_libraries
 from .output import output_kind, planned_outputs
-from ..utils.masking import MaskedStream, mask_tokens
-from ..hub.remote_code import __version__
-from ..shapes import CHECKPOINT
-from . import evaluate as shapes_cli
-from . import train as training_cli
-from . import data as data_cli
 
 app = typer.Typer(
     help="Generate, edit and understand videos and images with Omni-Video.",
@@ -50,7 +51,7 @@ class CpuOffload(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Number format of the weights."""
+    """Dtype of the weights."""
 
     float32 = "float32"
     float16 = "float16"
@@ -62,7 +63,7 @@ Memory = StrEnum("Memory", {name: name for name in ("24GB", "16GB", "12GB", "8GB
 Model = Annotated[
     str,
     typer.Option(
-        "--model", "-m", help="Folder or Hub repository.", envvar="OMNI_VIDEO_MODEL", show_default=CHECKPOINT.name
+        "--model", "-m", help="Folder or Hub repository.", envvar="OMNI_VIDEO_MODEL", show_default=CHECKPOINT_NAME
     ),
 ]
 Output = Annotated[
@@ -84,9 +85,7 @@ Size = Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Size in 
 Frames = Annotated[int | None, typer.Option(min=1, help="Number of frames, 4n+1.")]
 Fps = Annotated[float | None, typer.Option(help="Frames per second of the output; a source video is resampled.")]
 NegativePrompt = Annotated[str | None, typer.Option(help="The checkpoint's stored one by default.")]
-MaxContextLength = Annotated[
-    int | None, typer.Option(min=1, help="Let a longer source in than the model was trained with.")
-]
+MaxContextLength = Annotated[int | None, typer.Option(min=1, help="Raise the limit of context tokens.")]
 Offload = Annotated[CpuOffload | None, typer.Option("--cpu-offload", help="Keep idle weights in main memory.")]
 MemoryOption = Annotated[
     Memory | None,
@@ -164,7 +163,7 @@ def generate(
             seed=seed, count=count, negative_prompt=negative_prompt,
         )  # fmt: skip
         drawing.check_format(output)
-        task = None if output is None else {"image": "t2i", "video": "t2v"}[output_kind(output)]
+        task = None if output is None else find_task(None, output_kind(output))
         prompts = read_prompts(prompt, prompts_file)
         outputs = planned_outputs(output, len(prompts) * count, overwrite)
         with outputs[0]:
@@ -256,7 +255,7 @@ def ask(
 def info(
     model: Annotated[
         str, typer.Argument(metavar="REPO_OR_FILE", help="Folder or Hub repository; or a generated video or image.")
-    ] = CHECKPOINT.name,
+    ] = CHECKPOINT_NAME,
     revision: Revision = None,
     token: Token = None,
     memory: Annotated[bool, typer.Option("--memory", help="What every memory profile needs, instead.")] = False,
@@ -278,8 +277,9 @@ def info(
             place = place_of(model)
             if memory:
                 headers = work.repository_headers(place, revision=revision, token=token)
-                content = work.memory_rows(headers)
-                table = None if as_json else work.memory_table(headers, title=model)
+                tables = import_module("..pipelines.memory.table", __package__)
+                content = tables.memory_rows(headers)
+                table = None if as_json else tables.memory_table(headers, title=model)
             else:
                 parts = work.repository_parts(place, revision=revision, token=token)
                 content = [part.to_dict() for part in parts]

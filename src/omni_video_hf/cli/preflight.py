@@ -13,15 +13,15 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
 
+from ..media.sources import Source
+from ..models.configuration_omni_video import OmniVideoConfig
+from ..models.connectors import OmniVideoAdapter
+from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
+from ..pipelines.pipeline_omni_video import OmniVideoPipeline
+from ..pipelines.presets import check_num_frames
+from ..tasks import find_task, get_task
 from .checks import Drawing, Loading
 from .console import UsageProblem, as_usage
-from ..models.configuration_omni_video import OmniVideoConfig
-from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
-from ..models.connectors import OmniVideoAdapter
-from ..pipelines.pipeline_omni_video import OmniVideoPipeline
-from ..processing.processing_omni_video import get_task
-from ..pipelines.presets import check_num_frames
-from ..media.sources import Source
 
 MAX_PROMPT_TOKENS = 512  # of the text encoder, the default of the pipeline's `max_sequence_length`
 _SMALL_FILES = ["model_index.json", "*/*config.json", "tokenizer/*"]
@@ -90,7 +90,7 @@ class Outline:
                 check_num_frames(self.pipe.grid, drawing.frames)
             if task is not None and get_task(task).output == "image" and drawing.frames not in (None, 1):
                 raise UsageProblem(f"`--frames {drawing.frames}`: the output is one image; leave `--frames` out.")
-            for name in [task] if task is not None else ["t2i", "t2v"]:
+            for name in [task] if task is not None else [find_task(None, "image"), find_task(None, "video")]:
                 self._check_settings(name, drawing, media)
 
     def _check_prompts(self, prompts: Sequence[str]) -> None:

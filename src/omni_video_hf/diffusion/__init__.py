@@ -1,0 +1,1 @@
+"""Flow matching and the losses, as pure functions: no model, no files."""

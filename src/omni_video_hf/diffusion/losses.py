@@ -26,20 +26,21 @@ Generators = torch.Generator | Sequence[torch.Generator]
 @dataclass(frozen=True)
 class OmniVideoLossConfig:
     """
-    What is minimised. The defaults are upstream's code.
+    Weights and options of the training losses. The defaults are those of upstream's code.
 
     Args:
-        answer_weight: of the cross-entropy of `labels`. A weight of 0 leaves a loss out: it is not computed, and
-            inputs that only it needs are ignored.
-        alignment_weight: of the distance of the visual tokens from features of the target.
-        text_alignment_weight: of the distance of the adapter's output from the embeddings of the prompt, or of a text
-            on the target, which the paper's stage 2 begins with. Off by default, as upstream's code does not have it.
-        flow_matching_weight: of the decoder's velocity.
+        answer_weight: Weight of the cross-entropy of `labels`. A weight of 0 leaves a loss out: it is not computed,
+            and inputs that only it needs are ignored.
+        alignment_weight: Weight of the alignment loss between visual tokens and target features.
+        text_alignment_weight: Weight of the alignment loss between adapter tokens and embeddings of the prompt or
+            of a text about the target: the first half of the paper's stage 2. Off by default, since upstream's code
+            does not contain it.
+        flow_matching_weight: Weight of the flow matching loss of the decoder's velocity.
         alignment: `"cosine"`, `1 - cos` as upstream's code, or `"squared_l2"`, `|a - b|^2` as the paper.
         timestep_sampling: `"uniform"` over the table of timesteps, or `"logit_normal"` or `"mode"` of diffusers.
-        logit_mean, logit_std: of `"logit_normal"`.
-        mode_scale: of `"mode"`.
-        timestep_shift: of the table's sigmas towards noise.
+        logit_mean, logit_std: Parameters of `"logit_normal"`.
+        mode_scale: Parameter of `"mode"`.
+        timestep_shift: Shift of the table's sigmas towards noise.
         timestep_weighting: `"bell"`, upstream's weight around timestep 500, or `"none"`, `"sigma_sqrt"` or `"cosmap"`
             of diffusers.
 

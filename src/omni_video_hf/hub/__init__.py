@@ -1,0 +1,1 @@
+"""A repository's layout and code; pushing, completing and describing repositories."""

@@ -7,16 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from .staging import check_finished
 from ..utils.files import visible_files
-
-if TYPE_CHECKING:
-    from ..pipelines.memory.profiles import MemoryProfile
+from .staging import check_finished
 
 Header = Mapping[str, tuple[str, tuple[int, ...], int]]  # weight -> format, shape, bytes
 MAX_HEADER_BYTES = 10**8  # as in safetensors
@@ -98,40 +95,6 @@ def record_table(record: Mapping[str, Any], title: str) -> Table:
     return table
 
 
-def memory_table(headers: Mapping[str, Header], title: str) -> Table:
-    """What every memory profile needs, as a table for the terminal."""
-    memory = import_module("..pipelines.memory.profiles", __package__)
-    table = Table(title=escape(title), caption="GB; activations are the released model's for a video of 832x480x81")
-    table.add_column("memory=")
-    table.add_column("switches on")
-    for column in (*memory.COMPONENTS, "peak", "main memory"):
-        table.add_column(column, justify="right")
-    for profile in (None, *memory.PROFILES.values()):
-        estimate = memory.estimate_memory(headers, profile)
-        needs = [f"{estimate.accelerator[name] / 1e9:.1f}" for name in memory.COMPONENTS]
-        peak, main = f"{estimate.peak / 1e9:.1f}", f"{estimate.main / 1e9:.1f}"
-        table.add_row(profile.name if profile else "none", _switches(profile), *needs, peak, main)
-    return table
-
-
-def memory_rows(headers: Mapping[str, Header]) -> list[dict[str, Any]]:
-    """The same as plain values, in bytes."""
-    memory, rows = import_module("..pipelines.memory.profiles", __package__), []
-    for profile in (None, *memory.PROFILES.values()):
-        estimate = memory.estimate_memory(headers, profile)
-        row = {"memory": profile.name if profile else None, "switches_on": _switches(profile), "peak": estimate.peak}
-        rows.append(row | {"main": estimate.main, "accelerator": dict(estimate.accelerator)})
-    return rows
-
-
-def _switches(profile: "MemoryProfile | None") -> str:
-    if profile is None:
-        return "bfloat16, everything on the accelerator"
-    parts = [f"{profile.offload} offload"]
-    parts += [f"8-bit {name}" for name in profile.quantized]
-    return ", ".join(parts + (["VAE tiling"] if profile.tile_vae else []))
-
-
 def repository_headers(
     repository: str | Path, revision: str | None = None, token: str | None = None
 ) -> dict[str, Header]:
@@ -193,8 +156,6 @@ def _hub_headers(repository: str, revision: str | None, token: str | None) -> di
 
 __all__ = [
     "RepositoryPart",
-    "memory_rows",
-    "memory_table",
     "record_table",
     "repository_headers",
     "repository_parts",

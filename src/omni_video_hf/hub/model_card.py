@@ -287,8 +287,8 @@ def _is_inside(directory: Path, sample: dict[str, str]) -> bool:
 
 def _template(name: str) -> Path | None:
     """A template: in the installed package, or at the top of a checkout."""
-    here = Path(__file__).resolve().parent
-    for folder in (here / "model_cards", here.parents[1] / "model_cards"):
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "model_cards", package.parents[1] / "model_cards"):
         if (folder / f"{name}.md.jinja").is_file():
             return folder / f"{name}.md.jinja"
     return None

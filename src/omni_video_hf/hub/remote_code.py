@@ -1,67 +1,54 @@
 """
-The code that travels with a repository, so that transformers and diffusers load it without this package.
+Exports the code that a repository carries, so that transformers and diffusers load it without this package.
 
-Every shipped module is copied flat, under its name and the hash of all of them: diffusers keeps the code of all local
-repositories in one folder, where equal names of unequal code would meet. The same files lie at the root, for
-transformers and for the pipeline, and in the component folders, where diffusers looks.
+The package has folders; a repository's code must be flat, because of how the two libraries copy it (read off
+transformers 5.23, `dynamic_module_utils`, and diffusers 0.42.1, `dynamic_modules_utils`):
 
-    omni_video_<hash>.py            what the doors open: imports every module below, so that each library copies them
-    omni_video_pipeline_<hash>.py   the pipeline's door; also names the files in the component folders, because
-                                    diffusers downloads what it names and no other code beside weights
-    modeling_omni_video_<hash>.py   and so on: the modules of this package
+- Both look for `from .name import` with a regular expression and copy the file `name.py` beside the importing file.
+  `from ..name import` and `from . import name` do not work.
+- transformers follows these imports recursively. diffusers follows those of the entry file only, keeps the code of all
+  local repositories in one folder, and runs the entry file again for every component.
 
-Code that was itself loaded from a repository writes copies of itself: a fine-tune keeps the code it was made with.
+So the modules of each folder are joined into one file, whose name ends in the hash of all code. The entry file names
+every file and defines nothing. The code lies at the root, once:
+
+    omni_video_hf_entry_<hash>.py              what Auto classes and diffusers open
+    omni_video_hf_models_<hash>.py             the modules of `omni_video_hf/models/`, and so on for other folders
+    adapter/omni_video_hf_component_<hash>.py  where diffusers looks for the class of a component: imports the root's
+
+What is exported is the closure of `EXPORTS`: the modules of the exported classes and all that they import relatively.
+What only this package can do (pushing, cards, memory profiles) is imported absolutely and stays out.
+
+Code that was itself loaded from a repository exports itself: a fine-tune keeps the code it was made with.
 """
 
+import ast
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ..utils.files import write_text
 
 __version__ = "0.1.0"
 
-MODULES = (
-    "configuration_vila",
-    "writing_omni_video",
-    "remote_code_omni_video",
-    "staging_omni_video",
-    "read_budget_omni_video",
-    "chat_template_omni_video",
-    "lora_metadata_omni_video",
-    "media_reading_omni_video",
-    "request_checks_omni_video",
-    "settings_omni_video",
-    "turns_omni_video",
-    "flow_matching_omni_video",
-    "losses_omni_video",
-    "attention_omni_video",
-    "guidance_omni_video",
-    "scheduling_omni_video",
-    "denoising_omni_video",
-    "memory_omni_video",
-    "configuration_omni_video",
-    "repository_omni_video",
-    "modeling_vila",
-    "media_omni_video",
-    "source_omni_video",
-    "text_omni_video",
-    "processing_omni_video",
-    "modeling_omni_video_connectors",
-    "lora_files_omni_video",
-    "lora_omni_video",
-    "model_card_omni_video",
-    "publishing_omni_video",
-    "generation_omni_video",
-    "saving_omni_video",
-    "modeling_omni_video",
-    "pipeline_loading_omni_video",
-    "pipeline_omni_video",
-)
-ENTRY, PIPELINE_ENTRY = "omni_video", "omni_video_pipeline"
-# Components of the pipeline that are classes of this project, and the folders where diffusers wants their code.
+PACKAGE = "omni_video_hf"
+ENTRY, COMPONENT_ENTRY = f"{PACKAGE}_entry", f"{PACKAGE}_component"
+# Classes that the entry file offers, and the modules that define them.
+EXPORTS = {
+    "OmniVideoConfig": "models.configuration_omni_video",
+    "OmniVideoForConditionalGeneration": "models.modeling_omni_video",
+    "OmniVideoAdapter": "models.connectors",
+    "OmniVideoProcessor": "processing.processing_omni_video",
+    "OmniVideoPipeline": "pipelines.pipeline_omni_video",
+}
+# Components of the pipeline that are classes of this project.
 COMPONENT_CLASSES = {
     "processor": "OmniVideoProcessor",
     "mllm": "OmniVideoForConditionalGeneration",
@@ -78,85 +65,70 @@ AUTO_MAP = {
 }
 
 SUFFIX = r"_[0-9a-f]{8}"
-_RELATIVE_IMPORT = re.compile(r"^(\s*from \.)(\w+)( import)", flags=re.MULTILINE)
-CODE_FILE = re.compile(rf"({'|'.join((*MODULES, ENTRY, PIPELINE_ENTRY))}){SUFFIX}\.py")
+# Files that version 0.1.0 wrote, in which each module had its own name and lay in every component's folder.
+_MODULES_0_1_0 = (
+    r"(?:attention|flow_matching|guidance|lora|losses|media|media_reading|memory|model_card|pipeline_loading|publishing"
+    r"|remote_code|repository|saving|settings|source|configuration|modeling|pipeline|processing)_omni_video"
+    r"|configuration_vila|modeling_vila|modeling_omni_video_connectors|omni_video|omni_video_pipeline"
+)
+CODE_FILE = re.compile(rf"(?:{PACKAGE}_\w+|{_MODULES_0_1_0}){SUFFIX}\.py")
 
 
 def code_files() -> dict[str, str]:
     """
-    Name and text of every file of code that a repository gets, the same in each folder.
+    Name and text of every file of code at a repository's root; the entry file comes last.
 
     Raises:
+        ValueError: when an exported module imports a name from a package instead of a module, or two modules of one
+            folder give a name two meanings.
         FileNotFoundError: when this code lies in a repository from which a file is missing.
     """
-    folder = Path(__file__).parent
-    own_suffix = __name__.rpartition(".")[2].removeprefix("remote_code_omni_video")
-    if own_suffix:
-        names = [f"{module}{own_suffix}.py" for module in (*MODULES, ENTRY)]
-        return {name: (folder / name).read_text(encoding="utf-8") for name in names}
-    sources = {module: (folder / f"{module}.py").read_text(encoding="utf-8") for module in (*MODULES, ENTRY)}
-    digest = hashlib.sha256(json.dumps([__version__, sources], sort_keys=True).encode()).hexdigest()
+    here = Path(__file__)
+    if own := re.fullmatch(rf"{PACKAGE}_\w+({SUFFIX})\.py", here.name):  # this code was loaded from a repository
+        entry = here.with_name(f"{ENTRY}{own[1]}.py").read_text(encoding="utf-8")
+        names = re.findall(r"^from \.(\w+) import __name__", entry, flags=re.MULTILINE)
+        files = {f"{name}.py": here.with_name(f"{name}.py").read_text(encoding="utf-8") for name in names}
+        return files | {f"{ENTRY}{own[1]}.py": entry}
+    package = here.parents[1]
+    modules = _closure(package, EXPORTS.values())
+    sources = {module.name: module.source for module in modules}
+    digest = hashlib.sha256(json.dumps([__version__, EXPORTS, sources], sort_keys=True).encode()).hexdigest()
     suffix = f"_{digest[:8]}"
-    return {f"{module}{suffix}.py": _stamped(module, source, suffix) for module, source in sources.items()}
-
-
-def _stamped(module: str, source: str, suffix: str) -> str:
-    """The source of a module as it is shipped: siblings by their new names, its origin in the first line."""
-    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
-    origin = f"# omni_video_hf {__version__}, {module}.py, sha256 {digest}. Written when saving; edits get lost.\n"
-    return origin + _RELATIVE_IMPORT.sub(rf"\g<1>\g<2>{suffix}\g<3>", source)
-
-
-def _pipeline_entry(files: dict[str, str], suffix: str, folders: list[str]) -> str:
-    """The text of the pipeline's door."""
-    modules = [name.removesuffix(".py") for name in files]
-    lines = [
-        f"# omni_video_hf {__version__}, written when saving; edits get lost.",
-        '"""The code of this repository as diffusers opens it."""',
-        "",
-        "from typing import TYPE_CHECKING",
-        "",
-        *(f"from .{name} import __name__ as _  # noqa: F401" for name in modules),
-        f"from .{ENTRY}{suffix} import {PIPELINE_CLASS}",
-        "",
-        "if TYPE_CHECKING:  # never run: diffusers reads these lines and downloads the files that they name",
-        *(f"    from .{folder}.{name} import __name__ as _" for folder in folders for name in modules),
-        "",
-        f'__all__ = ["{PIPELINE_CLASS}"]',
-        "",
-    ]
-    return "\n".join(lines)
+    files = {}
+    for bundle in sorted({module.bundle for module in modules}):
+        together = [module for module in modules if module.bundle == bundle]
+        files[f"{_file_name(bundle, suffix)}.py"] = _bundle_text(together, suffix)
+    names = [name.removesuffix(".py") for name in files]
+    return files | {f"{ENTRY}{suffix}.py": _entry_text(names, suffix)}
 
 
 def write_remote_code(directory: Path) -> None:
     """
     Put the code into a repository and have its index and configurations refer to it.
 
-    Writes the code files at the root and into the component folders there are, the pairs of `model_index.json`, and
-    `auto_map`. Code of another version that an earlier save left is removed. Written twice, nothing changes.
+    Writes the code files at the root, one file into each component folder that needs it, the pairs of
+    `model_index.json`, and `auto_map`. Code of another version that an earlier save left is removed. Written twice,
+    nothing changes.
 
     Args:
         directory: a repository whose components are in place.
     """
     files = code_files()
     suffix = re.fullmatch(rf"{ENTRY}({SUFFIX})\.py", list(files)[-1]).group(1)
-    folders = [name for name in COMPONENT_CLASSES if (directory / name).is_dir()]
+    component = {f"{COMPONENT_ENTRY}{suffix}.py": _component_text(suffix)}
+    folders = [directory / name for name in COMPONENT_CLASSES if (directory / name).is_dir()]
     outdated: list[Path] = []
-    for folder in (directory, *(directory / name for name in folders)):
-        wanted = dict(files)
-        if folder == directory and (directory / "model_index.json").is_file():
-            with_weights = [name for name in folders if any((directory / name).glob("*.safetensors"))]
-            wanted[f"{PIPELINE_ENTRY}{suffix}.py"] = _pipeline_entry(files, suffix, with_weights)
+    for folder, wanted in ((directory, files), *((folder, component) for folder in folders)):
         outdated += [path for path in folder.glob("*.py") if path.name not in wanted and is_written_code(path)]
         for name, text in wanted.items():
             write_text(folder / name, text)
     _write_model_index(directory, suffix)
-    processors = [directory / name / "processor_config.json" for name in ("", "processor")]
-    for path in (directory / "config.json", directory / "mllm" / "config.json"):
-        auto_map = {name: entry for name, entry in AUTO_MAP.items() if name != "AutoProcessor"}
-        _update_json(path, auto_map={name: f"{ENTRY}{suffix}.{entry}" for name, entry in auto_map.items()})
-    for path in processors:
-        _update_json(path, auto_map={"AutoProcessor": f"{ENTRY}{suffix}.{AUTO_MAP['AutoProcessor']}"})
+    models = {name: f"{ENTRY}{suffix}.{cls}" for name, cls in AUTO_MAP.items() if name != "AutoProcessor"}
+    for folder in (directory, directory / "mllm"):
+        _update_json(folder / "config.json", auto_map=models)
+    for folder in (directory, directory / "processor"):
+        processor = {"AutoProcessor": f"{ENTRY}{suffix}.{AUTO_MAP['AutoProcessor']}"}
+        _update_json(folder / "processor_config.json", auto_map=processor)
     for path in outdated:  # last: until then something refers to them
         path.unlink(missing_ok=True)
 
@@ -166,7 +138,191 @@ def is_written_code(path: Path) -> bool:
     if CODE_FILE.fullmatch(path.name) is None or not path.is_file():
         return False
     with path.open("rb") as file:
-        return file.readline(200).startswith(b"# omni_video_hf ")
+        return file.readline(200).startswith(f"# {PACKAGE} ".encode())
+
+
+def import_from_package(module: str) -> ModuleType:
+    """
+    Import a module that repositories do not carry, such as `"hub.push"`, from the installed package.
+
+    Raises:
+        ImportError: when this code was loaded from a repository and the package is not installed.
+    """
+    try:
+        return import_module(f"{PACKAGE}.{module}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != PACKAGE:
+            raise
+        raise ImportError(
+            f"This needs `{PACKAGE}.{module}`, which the code in a repository does not contain: `pip install "
+            "omni-video-hf`."
+        ) from error
+
+
+# --- texts ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A module to export."""
+
+    name: str  # dotted, under the package
+    source: str
+    imports: tuple[tuple[ast.ImportFrom, str], ...]  # statements that import from the package, and the modules named
+
+    @property
+    def bundle(self) -> str:
+        """The folder whose modules share a file."""
+        return self.name.partition(".")[0]
+
+    @property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.source)
+
+
+def _file_name(bundle: str, suffix: str) -> str:
+    """Name of the file, without its ending, that the modules of a folder are exported as."""
+    return f"{PACKAGE}_{bundle}{suffix}"
+
+
+def _entry_text(files: list[str], suffix: str) -> str:
+    lines = [
+        f"# {PACKAGE} {__version__}, written when saving; edits get lost.",
+        '"""What Auto classes and diffusers open. Defines nothing: diffusers runs it again for every component."""',
+        "",
+        *(f"from .{name} import __name__ as _  # noqa: F401" for name in files),
+        *(
+            f"from .{_file_name(module.partition('.')[0], suffix)} import {name}  # noqa: F401"
+            for name, module in EXPORTS.items()
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _component_text(suffix: str) -> str:
+    files = {name: _file_name(EXPORTS[name].partition(".")[0], suffix) for name in sorted(COMPONENT_CLASSES.values())}
+    lines = [
+        f"# {PACKAGE} {__version__}, written when saving; edits get lost.",
+        '"""Where diffusers looks for the class of a component. The code lies at the root, which is loaded before."""',
+        "",
+        "from importlib import import_module  # diffusers would look for the file of a `from .x import y` in here",
+        "",
+        *(f'{name} = import_module(".{file}", __package__).{name}' for name, file in files.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _bundle_text(modules: list[_Module], suffix: str) -> str:
+    """One file of the modules of a folder, in the order in which they import each other."""
+    _check_names(modules)
+    digest = hashlib.sha256("".join(module.source for module in modules).encode()).hexdigest()[:16]
+    names = ", ".join(module.name for module in modules)
+    text = f"# {PACKAGE} {__version__}, sha256 {digest}. Written when saving; edits get lost.\n# Modules: {names}\n"
+    for module in _in_order(modules):
+        text += f"\n# ---- {module.name.replace('.', '/')}.py\n\n{_flattened(module, suffix)}"
+    return text
+
+
+def _flattened(module: _Module, suffix: str) -> str:
+    """The source of a module in its bundle: other bundles by their file names, its own bundle's names as they are."""
+    lines = module.source.splitlines(keepends=True)
+    for node, target in module.imports:
+        indent, bundle = lines[node.lineno - 1][: node.col_offset], target.partition(".")[0]
+        if bundle != module.bundle:
+            imported = lines[node.lineno - 1].split(" import", 1)[1]
+            lines[node.lineno - 1] = f"{indent}from .{_file_name(bundle, suffix)} import{imported}"
+            continue
+        renamed = [f"{indent}{alias.asname} = {alias.name}\n" for alias in node.names if alias.asname]
+        lines[node.lineno - 1] = "".join(renamed) or f"{indent}pass  # defined above: {target}\n"
+        for number in range(node.lineno, node.end_lineno):
+            lines[number] = ""
+    for node in module.tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__":
+            for number in range(node.lineno - 1, node.end_lineno):
+                lines[number] = ""
+    return "".join(lines).rstrip() + "\n\n"
+
+
+# --- the closure ----------------------------------------------------------------------------------------------------
+
+
+def _closure(package: Path, roots: Iterable[str]) -> list[_Module]:
+    """Modules (dotted names under the package) and all that they import relatively, by name."""
+    found: dict[str, _Module] = {}
+    wanted = list(roots)
+    while wanted:
+        name = wanted.pop()
+        if name not in found:
+            source = _path(package, name).read_text(encoding="utf-8")
+            found[name] = _Module(name, source, tuple(_relative_imports(package, name, source)))
+            wanted += [target for _, target in found[name].imports]
+    return [found[name] for name in sorted(found)]
+
+
+def _relative_imports(package: Path, name: str, source: str) -> Iterator[tuple[ast.ImportFrom, str]]:
+    """Statements that import from this package, in any function too, and the modules they name."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            module = ".".join([*name.split(".")[: -node.level], *([node.module] if node.module else [])])
+            if node.module is None or not _path(package, module).is_file():
+                raise ValueError(
+                    f"{name}, line {node.lineno}: exported code must import names from modules, not from packages."
+                )
+            yield node, module
+
+
+def _path(package: Path, name: str) -> Path:
+    return package.joinpath(*name.split(".")).with_suffix(".py")
+
+
+def _in_order(modules: list[_Module]) -> list[_Module]:
+    """Modules of one folder, every one behind those that it imports at its top level."""
+    needs = {module.name: [target for node, target in module.imports if node.col_offset == 0] for module in modules}
+    known = {module.name: module for module in modules}
+    return [known[name] for name in TopologicalSorter(needs).static_order() if name in known]
+
+
+def _check_names(modules: list[_Module]) -> None:
+    """Refuse two meanings of one name at the top level of modules that share a file."""
+    meanings: dict[str, tuple[str, str]] = {}
+    for module in modules:
+        for name, meaning in _top_level_names(module):
+            other, known = meanings.setdefault(name, (module.name, meaning))
+            if known != meaning:
+                raise ValueError(f"{module.name} and {other} are exported in one file and both define {name!r}.")
+
+
+def _top_level_names(module: _Module) -> Iterator[tuple[str, str]]:
+    """Names that a module defines or imports from other packages, with what they stand for."""
+    targets = {(node.lineno, node.col_offset): target for node, target in module.imports}
+    todo = list(module.tree.body)
+    for node in todo:
+        if isinstance(node, (ast.If, ast.Try)):
+            todo += ast.iter_child_nodes(node)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            if targets.get((node.lineno, node.col_offset), "").partition(".")[0] == module.bundle:
+                continue  # the name stands for what another module of this file defines
+            origin = targets.get((node.lineno, node.col_offset), getattr(node, "module", None) or "")
+            separator = ":" if (node.lineno, node.col_offset) in targets else "."
+            yield from ((alias.asname or alias.name, f"{origin}{separator}{alias.name}") for alias in node.names)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name, f"{module.name}:{node.name}"
+        elif isinstance(node, ast.Assign):
+            for target in node.targets:
+                is_pair = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+                pairs = zip(target.elts, node.value.elts, strict=True) if is_pair else [(target, node.value)]
+                yield from (
+                    (part.id, ast.dump(value))
+                    for part, value in pairs
+                    if isinstance(part, ast.Name) and part.id != "__all__"
+                )
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id, "" if node.value is None else ast.dump(node.value)
+
+
+# --- references to the code -----------------------------------------------------------------------------------------
 
 
 def _write_model_index(directory: Path, suffix: str) -> None:
@@ -185,7 +341,7 @@ def _write_model_index(directory: Path, suffix: str) -> None:
                 f"`{name}` is a {found}, which no repository's code knows: only {expected} can be written. Save the "
                 "component by itself, or convert it first."
             )
-        index[name] = [f"{PIPELINE_ENTRY if name == '_class_name' else ENTRY}{suffix}", expected]
+        index[name] = [f"{ENTRY if name == '_class_name' else COMPONENT_ENTRY}{suffix}", expected]
     index.pop("_name_or_path", None)
     write_text(path, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
@@ -202,6 +358,7 @@ __all__ = [
     "PIPELINE_CLASS",
     "__version__",
     "code_files",
+    "import_from_package",
     "is_written_code",
     "write_remote_code",
 ]

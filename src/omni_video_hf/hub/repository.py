@@ -1,10 +1,10 @@
 """
-The layout of a repository: one copy of the weights, two front doors.
+The layout of a repository: one copy of the weights for both libraries.
 
     model_index.json                  for diffusers: the pipeline and its components
     config.json, *.index.json         for transformers: the whole model, over the weights of the component folders
     mllm/ adapter/ transformer/ ...   the components
-    *.py                              the code, see `remote_code_omni_video`
+    *.py                              the code, see `remote_code`
 """
 
 import json
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from ..models.configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig
+from ..utils.files import is_plain_name, visible_files, write_text
 from .remote_code import write_remote_code
 from .staging import (
     check_finished,
@@ -31,12 +31,24 @@ from .staging import (
     staging,
     variant_of,
 )
-from ..utils.files import complete_or_absent, is_plain_name, visible_files, write_text
 
 INDEX_NAME = "model.safetensors.index.json"
 PIPELINE_INDEX_NAME = "model_index.json"
 # Folders whose weights make up the whole model, in the order of the figure.
 MODEL_FOLDERS = ("mllm", "adapter", "transformer")
+# Fields of the component `mllm`'s configuration that the whole model shares.
+_MODEL_FIELDS = (
+    "architectures",
+    "dtype",
+    "enable_mllm",
+    "image_generation_token_id",
+    "mllm_config",
+    "model_type",
+    "tie_word_embeddings",
+    "transformers_version",
+    "video_generation_token_id",
+    "vision_head_config",
+)
 # What libraries write of the machine and the call that something was loaded on and with.
 _LOCAL_ENTRIES = {"_name_or_path", "name_or_path", "is_local", "local_files_only", "cache_dir", "token"}
 
@@ -91,23 +103,17 @@ def write_root_index(directory: str | Path, variant: str | None = None) -> None:
     index_name = INDEX_NAME if variant is None else INDEX_NAME.replace(".json", f".{variant}.json")
     _write_json(directory / index_name, index)
 
-    config = OmniVideoConfig.from_pretrained(directory / "mllm")
-    adapter, decoder = (_read_json(directory / name / "config.json") for name in MODEL_FOLDERS[1:])
-    fields = OmniVideoAdapterConfig.__annotations__
-    whole = OmniVideoConfig(
-        mllm_config=config.mllm_config,
-        vision_head_config=config.vision_head_config,
-        adapter_config=adapter and {key: value for key, value in adapter.items() if key in fields},
-        decoder_config=decoder and {key: value for key, value in decoder.items() if not key.startswith("_")},
-        enable_mllm=config.enable_mllm,
-        image_generation_token_id=config.image_generation_token_id,
-        video_generation_token_id=config.video_generation_token_id,
-        architectures=["OmniVideoForConditionalGeneration"],
-        dtype=config.dtype,
-    )
-    with complete_or_absent(directory / "config.json") as partial:
-        whole.save_pretrained(partial.parent)
+    mllm, adapter, decoder = (_read_json(directory / name / "config.json") for name in MODEL_FOLDERS)
+    whole = {name: mllm[name] for name in _MODEL_FIELDS if name in mllm}
+    whole["adapter_config"] = adapter and _without_private(adapter) | {"model_type": "omni_video_adapter"}
+    whole["decoder_config"] = decoder and _without_private(decoder)
+    _write_json(directory / "config.json", whole, sort_keys=True)
     _write_generation_config(directory)
+
+
+def _without_private(config: dict) -> dict:
+    """A diffusers configuration without the entries that diffusers adds, whose names begin with an underscore."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def _write_generation_config(directory: Path) -> None:

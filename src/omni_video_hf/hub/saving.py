@@ -12,9 +12,8 @@ from accelerate.utils.modeling import get_state_dict_offloaded_model
 from diffusers import ModelMixin
 from torch import nn
 
-from ..models.configuration_omni_video import state_dtype
-from ..pipelines.lora.loader import has_lora
-from .push import push_completed, push_repository
+from ..utils.modules import has_lora, set_dtype
+from .remote_code import import_from_package
 from .repository import MODEL_FOLDERS, check_finished, check_indices, finalize_repository, staged
 
 
@@ -86,7 +85,7 @@ class OmniVideoSavingMixin:
         """
         self._check_saveable(safe_serialization)
         if self.adapter is None and self.decoder is None:
-            state_dtype(self.config, self.dtype)
+            set_dtype(self.config, self.dtype)
             arguments = {"state_dict": state_dict, "max_shard_size": max_shard_size, "variant": variant}
             if is_main_process:
                 with staged(save_directory, variant, [""]) as folder:
@@ -105,7 +104,9 @@ class OmniVideoSavingMixin:
                     _save_part(part, folder / name, weights, max_shard_size, variant)
                 finalize_repository(folder, variant)
         if push_to_hub and is_main_process:
-            push_repository(save_directory, kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+            import_from_package("hub.push").push_repository(
+                save_directory, kwargs.pop("repo_id", Path(save_directory).name), **kwargs
+            )
 
     def push_to_hub(self, repo_id: str, *, base: str | Path | None = None, **kwargs: Any) -> Any:
         """
@@ -124,7 +125,7 @@ class OmniVideoSavingMixin:
         saving = {name: kwargs.pop(name) for name in ("max_shard_size", "variant", "state_dict") if name in kwargs}
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **saving)
-            return push_completed(folder, repo_id, base, **kwargs)
+            return import_from_package("hub.push").push_completed(folder, repo_id, base, **kwargs)
 
     def _check_saveable(self, safe_serialization: bool) -> None:
         if not safe_serialization:

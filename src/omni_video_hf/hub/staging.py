@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .remote_code import CODE_FILE, PIPELINE_CLASS, is_written_code
 from ..utils.files import (
     empty,
     read_mark,
@@ -26,6 +25,7 @@ from ..utils.files import (
     workspaces,
     write_mark,
 )
+from .remote_code import CODE_FILE, PIPELINE_CLASS, is_written_code
 
 MODEL_TYPE, PIPELINE_INDEX_NAME = "omni_video", "model_index.json"
 _WEIGHTS = re.compile(

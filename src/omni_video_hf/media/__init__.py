@@ -1,0 +1,39 @@
+"""
+Reading and writing videos and images. The only users of PyAV.
+
+Inside the package, import from the modules; `from omni_video_hf.media import load_video` is for users.
+"""
+
+from importlib import import_module
+
+_HOMES = {
+    "VideoClip": "clip",
+    "contact_sheet": "images",
+    "load_image": "images",
+    "load_video": "video_loading",
+    "open_media": "video_loading",
+    "probe_video": "video_reader",
+    "read_media_record": "record",
+    "save_image": "images",
+    "save_video": "video_writer",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for: torch and PyAV are not needed to read how a file was made."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+__all__ = [
+    "VideoClip",
+    "contact_sheet",
+    "load_image",
+    "load_video",
+    "open_media",
+    "probe_video",
+    "read_media_record",
+    "save_image",
+    "save_video",
+]

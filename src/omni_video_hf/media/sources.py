@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .media import VideoClip, load_image, load_video
+from .clip import VideoClip
+from .images import load_image
+from .video_loading import load_video
 
 
 @dataclass

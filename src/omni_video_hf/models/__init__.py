@@ -1,0 +1,1 @@
+"""Configurations and models: the MLLM, the connectors, and the whole model."""

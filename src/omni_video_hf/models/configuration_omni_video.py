@@ -2,7 +2,6 @@
 
 from dataclasses import field
 
-import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -243,23 +242,9 @@ class OmniVideoConfig(PreTrainedConfig):
         return self.mllm_config.get_text_config(*args, **kwargs)
 
 
-def state_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
-    """
-    Let every part of a model be made, and be said to be stored, in one format.
-
-    transformers tells the configurations inside ours, but not those inside them, which go on naming the format that
-    their checkpoint was stored in.
-    """
-    config.dtype = dtype
-    for name in config.sub_configs:
-        if getattr(config, name) is not None:
-            state_dtype(getattr(config, name), dtype)
-
-
 __all__ = [
     "WAN_2_1_T2V_1_3B",
     "OmniVideoAdapterConfig",
     "OmniVideoConfig",
     "OmniVideoVisionHeadConfig",
-    "state_dtype",
 ]

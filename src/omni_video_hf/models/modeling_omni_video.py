@@ -11,7 +11,6 @@ The figure of the paper:
 Text encoder and VAE are not trained and belong to the pipeline; their outputs come in as tensors.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,9 +30,6 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple
 
-from .context_attention import folded_context
-from .configuration_omni_video import OmniVideoConfig, state_dtype
-from .configuration_vila import VilaConfig
 from ..diffusion.flow_matching import (
     NUM_TRAIN_TIMESTEPS,
     add_noise,
@@ -41,7 +37,6 @@ from ..diffusion.flow_matching import (
     token_timesteps,
     velocity_target,
 )
-from .text_generation import OmniVideoTextMixin
 from ..diffusion.losses import (
     LOSS_NAMES,
     Generators,
@@ -52,6 +47,10 @@ from ..diffusion.losses import (
     timestep_tables,
     without_directions,
 )
+from ..hub.saving import OmniVideoSavingMixin
+from ..utils.modules import set_dtype
+from .configuration_omni_video import OmniVideoConfig
+from .configuration_vila import VilaConfig
 from .connectors import (
     ContextOverflow,
     Embeddings,
@@ -62,8 +61,10 @@ from .connectors import (
     OutputKind,
     pad_embeddings,
 )
+from .context_attention import folded_context
 from .modeling_vila import VilaForConditionalGeneration
-from ..hub.saving import OmniVideoSavingMixin
+from .outputs import OmniVideoOutput
+from .text_generation import OmniVideoTextMixin
 
 # The component folders of a repository hold bare keys; in the whole model their parts have names.
 register_checkpoint_conversion_mapping(
@@ -79,6 +80,7 @@ register_checkpoint_conversion_mapping(
     overwrite=True,
 )
 
+
 # transformers' names of attention implementations -> diffusers' names of attention backends.
 ATTENTION_BACKENDS = {
     "eager": "native",
@@ -93,43 +95,12 @@ ATTENTION_BACKENDS = {
     "kernels-community/vllm-flash-attn3": "_flash_3_hub",
 }
 
+
 ATTENTION_PACKAGES = {
     "flash_attention_2": "flash-attn",
     "flash_attention_3": "flash-attn-3",
     "flash_attention_4": "flash-attn-4",
 }
-
-
-@dataclass
-class OmniVideoOutput(ModelOutput):
-    """
-    Output of [`OmniVideoForConditionalGeneration`]; what the inputs do not ask for is `None`.
-
-    Args:
-        loss: sum of the losses that the inputs allow, times their weights.
-        logits: `[batch, length, vocabulary]` of the MLLM.
-        past_key_values: cache of the MLLM.
-        hidden_states: of the MLLM, one `[batch, length, width]` per layer, as in every transformers model.
-        attentions: of the MLLM.
-        answer_loss: cross-entropy of `labels`.
-        alignment_loss: distance of the mean visual token from `target_features`.
-        text_alignment_loss: distance of the adapter's mean token from that of the target's text.
-        flow_matching_loss: weighted squared error of the decoder's velocity.
-        vision_tokens: `[batch, num_query_tokens, vision width]`.
-        velocity: `[batch, channels, frames, height, width]`, the decoder's prediction.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    answer_loss: torch.Tensor | None = None
-    alignment_loss: torch.Tensor | None = None
-    text_alignment_loss: torch.Tensor | None = None
-    flow_matching_loss: torch.Tensor | None = None
-    vision_tokens: torch.Tensor | None = None
-    velocity: torch.Tensor | None = None
 
 
 class OmniVideoPreTrainedModel(PreTrainedModel):
@@ -204,7 +175,7 @@ class OmniVideoForConditionalGeneration(
             super().__init__(config)
         except ImportError as error:
             raise _name_the_package(error, config._attn_implementation) from error
-        state_dtype(config.mllm_config, torch.get_default_dtype())
+        set_dtype(config.mllm_config, torch.get_default_dtype())
         if config.tie_word_embeddings:  # said of the whole model, it concerns the MLLM's embedding and head
             config.mllm_config.tie_word_embeddings = True
         if not config.enable_mllm:
@@ -614,4 +585,4 @@ def _name_the_package(error: ImportError, attn_implementation: str | None) -> Im
     )
 
 
-__all__ = ["OmniVideoForConditionalGeneration", "OmniVideoOutput", "OmniVideoPreTrainedModel"]
+__all__ = ["OmniVideoForConditionalGeneration", "OmniVideoPreTrainedModel"]

@@ -1,0 +1,1 @@
+"""The diffusers pipeline and its parts."""

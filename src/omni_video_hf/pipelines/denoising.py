@@ -10,11 +10,11 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from ..models.context_attention import ConstantContext, check_not_denoising, constant_context
 from ..diffusion.flow_matching import UncheckedSolve
+from ..models.context_attention import ConstantContext, check_not_denoising, constant_context
+from ..utils.turns import has_turn, in_turn, turn
 from .guidance import Guidance
 from .request_checks import FiniteSteps
-from ..utils.turns import has_turn, in_turn, turn
 
 
 def whole_call(method: Callable) -> Callable:

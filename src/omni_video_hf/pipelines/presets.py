@@ -7,46 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from ..tasks import TASKS
 from .request_checks import check_number
 
-# Upstream's defaults (guidance in diffusers' convention: upstream's scale plus one). i2v has none there: t2v's.
+# Settings of the released model, for repositories that store none of their own.
 PRESETS: dict[str, dict[str, Any]] = {
-    "t2i": {
-        "height": 480,
-        "width": 480,
-        "num_frames": 1,
-        "fps": None,
-        "num_inference_steps": 50,
-        "guidance_scale": 6.0,
-    },
-    "t2v": {
-        "height": 480,
-        "width": 832,
-        "num_frames": 81,
-        "fps": 16,
-        "num_inference_steps": 50,
-        "guidance_scale": 6.0,
-    },
-    "i2i": {
-        "height": 480,
-        "width": 480,
-        "num_frames": 1,
-        "fps": None,
-        "num_inference_steps": 40,
-        "guidance_scale": 4.0,
-    },
-    "v2v": {"height": 352, "width": 640, "num_frames": 17, "fps": 8, "num_inference_steps": 40, "guidance_scale": 4.0},
-    "i2v": {
-        "height": 480,
-        "width": 832,
-        "num_frames": 81,
-        "fps": 16,
-        "num_inference_steps": 50,
-        "guidance_scale": 6.0,
-    },
+    name: dict(task.preset) for name, task in TASKS.items() if task.preset is not None
 }
-for _preset in PRESETS.values():
-    _preset["flow_shift"] = 5.0
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,12 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo
 
-from .lora.loader import has_lora
-from .memory.profiles import apply_memory_profile, get_memory_profile, loading_arguments
-from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
-from ..models.connectors import OmniVideoAdapter
-from ..processing.processing_omni_video import OmniVideoProcessor
-from ..hub.push import push_repository
-from ..hub.remote_code import COMPONENT_CLASSES, PIPELINE_CLASS
+from ..hub.remote_code import COMPONENT_CLASSES, PIPELINE_CLASS, import_from_package
 from ..hub.repository import check_finished, check_indices, finalize_repository, staged
+from ..models.connectors import OmniVideoAdapter
+from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
+from ..processing.processing_omni_video import OmniVideoProcessor
+from ..utils.modules import has_lora
 
 CLASSES = {cls.__name__: cls for cls in (OmniVideoForConditionalGeneration, OmniVideoAdapter, OmniVideoProcessor)}
 
@@ -56,15 +54,16 @@ class OmniVideoRepositoryMixin:
             if memory_device is not None:
                 raise ValueError(f"`memory_device` is {memory_device!r}, but no `memory` was asked for: pass both.")
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        profile = get_memory_profile(memory)
+        profiles = import_from_package("pipelines.memory.profiles")
+        profile = profiles.get_memory_profile(memory)
         chosen = sorted(kwargs.keys() & {"dtype", "torch_dtype", "quantization_config", "device_map"})
         if chosen:
             raise ValueError(
                 f"`memory={memory!r}` chooses `{'`, `'.join(chosen)}` by itself: leave one of them out, or make the "
                 "profile's settings by hand."
             )
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **loading_arguments(profile), **kwargs)
-        apply_memory_profile(pipe, profile, memory_device)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **profiles.loading_arguments(profile), **kwargs)
+        profiles.apply_memory_profile(pipe, profile, memory_device)
         return pipe
 
     @classmethod
@@ -126,7 +125,9 @@ class OmniVideoRepositoryMixin:
             self.processor.save_pretrained(folder)
             finalize_repository(folder, variant)
         if push_to_hub:
-            push_repository(save_directory, kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+            import_from_package("hub.push").push_repository(
+                save_directory, kwargs.pop("repo_id", Path(save_directory).name), **kwargs
+            )
 
     def push_to_hub(
         self,
@@ -155,7 +156,7 @@ class OmniVideoRepositoryMixin:
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **kwargs)
-            return push_repository(
+            return import_from_package("hub.push").push_repository(
                 folder,
                 repo_id,
                 commit_message=commit_message,

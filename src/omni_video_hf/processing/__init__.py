@@ -1,0 +1,1 @@
+"""The processor: prompts, token ids, images and frames for the MLLM."""

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -10,17 +9,20 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
+from ..media.images import load_image
+from ..media.video_loading import load_sampled_video
+from ..tasks import get_task
 from .chat_template import bounded_rendering, check_chat_template
-from ..media.media import load_image, load_sampled_video
 from .text_arguments import check_call, cut_to_length, pad_rows, split_frame_kwargs
 
 SYSTEM_PROMPT = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
+
+
 IMAGE_TOKEN = "<image>"
-IMAGE_GENERATION_TOKEN = "[GEN_IMG]"
-VIDEO_GENERATION_TOKEN = "[GEN_VID]"
+
 
 # Upstream's `llama_3` conversation. A closing assistant message ends with eos, every other message with `<|eot_id|>`.
 # `generation` marks what the assistant says, for `return_assistant_tokens_mask`; it renders nothing.
@@ -47,38 +49,6 @@ CHAT_TEMPLATE = (
 
 
 _MARKS_THE_ASSISTANT = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one task asks of the MLLM: its user message, its forced answer, its source and its output."""
-
-    user: str  # `{prompt}` is the user's prompt
-    answer: str | None  # None: the MLLM answers by itself
-    source: Literal["image", "video"] | None
-    output: Literal["image", "video", "text"]
-
-
-TASKS: dict[str, Task] = {
-    "t2i": Task("Generate an image about:\n{prompt}", IMAGE_GENERATION_TOKEN, None, "image"),
-    "t2v": Task("Generate a video about:\n{prompt}", VIDEO_GENERATION_TOKEN, None, "video"),
-    "i2i": Task("{prompt}", IMAGE_GENERATION_TOKEN, "image", "image"),
-    "v2v": Task("<video>\n{prompt}", VIDEO_GENERATION_TOKEN, "video", "video"),  # `<video>` is plain text
-    "i2v": Task(
-        "Generate a video from the reference image with the following prompt:\n{prompt}",
-        VIDEO_GENERATION_TOKEN,
-        "image",
-        "video",
-    ),
-    "understand": Task("{prompt}", None, None, "text"),  # with or without images or a video
-}
-
-
-def get_task(task: str) -> Task:
-    """The task of that name; a `ValueError` lists the names there are."""
-    if task not in TASKS:
-        raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}.")
-    return TASKS[task]
 
 
 class OmniVideoProcessor(ProcessorMixin):
@@ -320,8 +290,8 @@ class OmniVideoProcessor(ProcessorMixin):
         if images is not None:
             pictures = [[load_image(image)] for image in images]
         elif videos is not None:
-            sampling = frame_sampling or ("upstream_understand" if task == "understand" else "upstream_edit")
-            only_first = task == "v2v" and mllm_frames == "first"
+            sampling = frame_sampling or ("upstream_understand" if get_task(task).answers_in_text else "upstream_edit")
+            only_first = get_task(task).mllm_sees_first_frame and mllm_frames == "first"
             pictures = [self.sample_frames(video, self.num_frames, sampling, only_first) for video in videos]
         texts = [
             self.build_prompt(task, text, len(frames), allow_empty)
@@ -422,11 +392,12 @@ class OmniVideoProcessor(ProcessorMixin):
         return [Image.fromarray(frame) for frame in frames[: 1 if only_first else None]]
 
     def _check_media(self, task: str, num_prompts: int, images: Any, videos: Any) -> None:
-        source = get_task(task).source
+        spec = get_task(task)
+        source = spec.source
         for name, media, kind in (("images", images, "image"), ("videos", videos, "video")):
             if media is not None and len(media) != num_prompts:
                 raise ValueError(f"`{name}` has {len(media)} entries for {num_prompts} prompts: pass one per prompt.")
-            if task != "understand" and (media is not None) != (source == kind):
+            if not spec.answers_in_text and (media is not None) != (source == kind):
                 wants = f"one of `{source}s` per prompt" if source else "no media"
                 raise ValueError(
                     f"Task {task!r} takes {wants}; `{name}` was {'' if media is not None else 'not '}given."
@@ -462,4 +433,4 @@ def _pad_to_square(image: Image.Image, background: tuple[int, ...]) -> Image.Ima
     return square
 
 
-__all__ = ["TASKS", "OmniVideoProcessor", "Task", "get_task"]
+__all__ = ["OmniVideoProcessor"]

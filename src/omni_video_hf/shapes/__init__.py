@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from .judge import Reading, read_scene
     from .scene import Scene, render
 
-CHECKPOINT = Path(__file__).parent / "omni-video-shapes"  # comes with the package; `make shapes` trains it
+CHECKPOINT = Path(__file__).parents[1] / "default_checkpoint"  # installed with the package; `make shapes` trains it
+CHECKPOINT_NAME = "omni-video-shapes"
 
 _HOMES = {
     "Example": "dataset",
@@ -30,4 +31,4 @@ def __getattr__(name: str) -> object:
     return value
 
 
-__all__ = ["CHECKPOINT", "Example", "Reading", "Scene", "ShapesDataset", "read_scene", "render"]
+__all__ = ["CHECKPOINT", "CHECKPOINT_NAME", "Example", "Reading", "Scene", "ShapesDataset", "read_scene", "render"]

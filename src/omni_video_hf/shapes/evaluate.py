@@ -11,12 +11,11 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from ..pipelines.pipeline_omni_video import OmniVideoPipeline
 from ..media.sources import Source
-from ..utils.files import complete_or_absent
+from ..pipelines.pipeline_omni_video import OmniVideoPipeline
+from ..utils.files import complete_or_absent, write_json
 from .dataset import ShapesDataset
 from .pictures import Shown, results_sheet
-from examples.shapes.training.runs import write_json
 from .scene import FPS
 from .scores import (
     LINES,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..media.media import load_video
+from ..media.video_loading import load_video
 from .scene import ATTRIBUTES, BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIDE, TRAVEL, Scene, depth
 
 # Area of a shape of radius 1, and how far its centre of mass lies below the middle of its box.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..media.media import load_video
+from ..media.video_loading import load_video
 
 FRAMES_PER_CLIP = 5
 SCALE = 1.5  # of the frames, which are small

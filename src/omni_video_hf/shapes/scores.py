@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..media.media import load_video
+from ..media.video_loading import load_video
 from .dataset import Example
 from .judge import read_scene
 

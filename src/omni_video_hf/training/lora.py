@@ -6,12 +6,12 @@ from typing import Any
 
 from peft import LoraConfig
 
+from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
 from ..pipelines.lora.files import METADATA_KEY
 from ..pipelines.lora.loader import collect_lora_layers
-from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
 from ..pipelines.pipeline_omni_video import OmniVideoPipeline
-from .arguments import LORA_PARTS, LORA_SETTINGS
 from ..utils.names import check_known
+from .arguments import LORA_PARTS, LORA_SETTINGS
 
 ADAPTER_NAME = "default"
 # Projections of attention and feed-forward layers, part by part; not the MLLM's vision tower.

@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from ..processing.processing_omni_video import TASKS
+from ..tasks import TASKS
+from ..utils.names import check_known
 from .arguments import OmniVideoTrainingArguments
 from .data.bad_data import ON_BAD_DATA
-from ..utils.names import check_known
 from .data.batch_sampler import STOPPING_STRATEGIES
 from .setting_types import check_setting
 

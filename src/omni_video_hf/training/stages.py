@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.configuration_omni_video import OmniVideoConfig
 from ..diffusion.losses import LOSS_NAMES, OmniVideoLossConfig
+from ..models.configuration_omni_video import OmniVideoConfig
 from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
 from ..utils.names import check_known
 

@@ -9,21 +9,21 @@ from rich.table import Table
 from transformers import set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
+from ..hub.staging import check_finished
 from ..models.configuration_omni_video import OmniVideoConfig
 from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
 from ..processing.processing_omni_video import OmniVideoProcessor
-from ..hub.staging import check_finished
-from .checkpointing import checkpoints
 from .arguments import OmniVideoTrainingArguments
+from .checkpointing import checkpoints
+from .checkpointing.result import lora_deltas, tied_names, write_pipeline
+from .checkpointing.run_lock import only_training
 from .data.collator import OmniVideoDataCollator
-from .lora import ADAPTER_NAME, add_lora, save_lora
 from .data.loss_data import check_losses
+from .data.run_data import is_precomputed, load_evaluation_data, load_training_data, make_sampler, names_of_data
+from .lora import ADAPTER_NAME, add_lora, save_lora
+from .recipe import RunArguments
 from .reporting.previews import check_previews, load_preview_pipeline
 from .reporting.publishing import push, summarize
-from .recipe import RunArguments
-from .checkpointing.result import lora_deltas, tied_names, write_pipeline
-from .data.run_data import is_precomputed, load_evaluation_data, load_training_data, make_sampler, names_of_data
-from .checkpointing.run_lock import only_training
 from .stages import part_of, stage_config
 from .trainer import OmniVideoTrainer
 

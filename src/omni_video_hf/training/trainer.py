@@ -11,7 +11,6 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
-from huggingface_hub import CommitInfo
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -20,28 +19,31 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     EvalLoopOutput,
-    HubStrategy,
     TrainOutput,
 )
 
-from ..models.modeling_omni_video import OmniVideoForConditionalGeneration, OmniVideoOutput
+from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
+from ..models.outputs import OmniVideoOutput
 from ..pipelines.pipeline_omni_video import OmniVideoPipeline
-from .checkpointing import checkpoints
-from .reporting import publishing
-from .arguments import OmniVideoTrainingArguments
-from .reporting.callbacks import CloseLogAtCheckpoint, EpochOfSampler, MovingAverage, Previews, RunClock
-from .lora import checkpoint_metadata, save_lora
-from .reporting.meter import TASKS, LossMeter
+from ..tasks import TASKS
 from ..utils.names import check_known
-from .reporting.predictions import check_metrics, check_predictable
-from .reporting.previews import bind_pipeline, check_previews, draw_previews, log_previews
+from .arguments import OmniVideoTrainingArguments
+from .checkpointing import checkpoints
 from .checkpointing.randomness import derive_seed, draw_dropouts, kept_chance, sample_generators
 from .checkpointing.result import tied_names
 from .checkpointing.run_lock import only_training
-from .stages import cast_frozen, freeze_all_but, part_of
+from .data.rounds import RoundsOfBatches
 from .data.streaming import stream_loader
+from .lora import checkpoint_metadata, save_lora
+from .reporting.callbacks import CloseLogAtCheckpoint, EpochOfSampler, MovingAverage, Previews, RunClock
+from .reporting.meter import LossMeter
+from .reporting.predictions import check_metrics, check_predictable
+from .reporting.previews import bind_pipeline, check_previews, draw_previews, log_previews
+from .reporting.pushing import OmniVideoPushMixin
+from .stages import cast_frozen, freeze_all_but, part_of
 
 logger = logging.getLogger(__name__)
+
 
 # Inputs that decide which parts of the model run.
 ROUTE = (
@@ -54,32 +56,12 @@ ROUTE = (
     "target_prompt_embeds",
     "labels",
 )
+
+
 EVALUATION = 2**31  # stands where training has its step, so that both draw different noise
 
 
-class RoundsOfBatches:
-    """
-    A batch sampler for several processes: whole rounds only, so that none of them waits for a batch that never comes.
-
-    accelerate deals the batches out, one per process and round.
-    """
-
-    batch_size = None
-    drop_last = True
-
-    def __init__(self, batches: Any, num_processes: int) -> None:
-        self.batches = batches
-        self.num_processes = num_processes
-
-    def __len__(self) -> int:
-        return len(self.batches) // self.num_processes * self.num_processes
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for _, batch in zip(range(len(self)), self.batches, strict=False):
-            yield batch
-
-
-class OmniVideoTrainer(Trainer):
+class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
     """
     Trains one stage of Omni-Video.
 
@@ -548,55 +530,6 @@ class OmniVideoTrainer(Trainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     # --- pushing ----------------------------------------------------------------------------------------------------
-
-    def create_model_card(self, dataset: str | list[str] | None = None, **_: Any) -> None:
-        """
-        Write the card of `output_dir` from what the run knows; a card that a person wrote or edited stays.
-
-        transformers' own would replace it, and knows neither `library_name` nor `pipeline_tag` nor `base_model`.
-
-        Args:
-            dataset: names of the data.
-        """
-        if self.is_world_process_zero():
-            publishing.write_card(self, [dataset] if isinstance(dataset, str) else dataset)
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,  # noqa: ARG002 - one commit, which is worth waiting for
-        token: str | None = None,
-        revision: str | None = None,
-        dataset: str | list[str] | None = None,
-        base: str | Path | None = None,
-        **_: Any,
-    ) -> CommitInfo | None:
-        """
-        Push the result with its card, in one commit: a complete repository, or the LoRA of the `lora` stage.
-
-        Args:
-            commit_message: title of the commit.
-            token: `args.hub_token` by default.
-            revision: branch; `args.hub_revision` by default.
-            dataset: names of the data, for the card.
-            base: folder or Hub repository to take from what the model does not have, such as the VAE; by default the
-                one that training began with.
-
-        Returns:
-            The commit on the main process, `None` on the others.
-        """
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(dataset=dataset)
-        settings = {"commit_message": commit_message, "token": token, "revision": revision}
-        return publishing.push(self, Path(self.args.output_dir), base, **settings)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:  # noqa: ARG002 - the model in memory is the same
-        if not self._writing and self.args.hub_strategy != HubStrategy.END:
-            self.push_to_hub(commit_message=f"Training in progress, step {self.state.global_step}")
 
     # --- sharding ---------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ def is_command() -> bool:
     started = zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
     modules = {after for before, after in started if before == "-m"}
     name = os.path.basename(sys.argv[0]) if getattr(sys, "argv", None) else ""  # noqa: PTH119 - likewise
-    return name in ("omni-video", "omni-video.exe") or not modules.isdisjoint({package, f"{package}.cli"})
+    return name in ("omni-video", "omni-video.exe") or not modules.isdisjoint({package, f"{package}.cli.main"})
 
 
 def leave(_signum: int, _frame: object) -> None:

@@ -59,6 +59,11 @@ def write_text(path: str | Path, text: str) -> None:
         partial.write_bytes(text.encode())
 
 
+def write_json(path: str | Path, content: Any) -> None:
+    """Write a JSON file, complete or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
 def is_plain_name(name: str) -> bool:
     """Whether a name in an index leads down from where the index lies: relative, and nowhere up."""
     parts = name.replace("\\", "/").split("/")
@@ -245,6 +250,7 @@ __all__ = [
     "visible_files",
     "workspace",
     "workspaces",
+    "write_json",
     "write_mark",
     "write_text",
 ]

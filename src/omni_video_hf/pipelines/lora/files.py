@@ -9,13 +9,11 @@ LoRA files of every naming that tools for peft and Wan write, checked as a whole
 """
 
 import json
-import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.utils import logging
@@ -25,22 +23,35 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .layers import PEFT_PREFIX, LoraFile, LoraPart, _Layer
+from .matrices import _alpha, _matrices
+
 logger = logging.get_logger(__name__)
+
 
 # Component of the pipeline -> first parts of its keys in the file. Those of `mllm` are the names of its children.
 PREFIXES = {"transformer": ("transformer",), "adapter": ("adapter",), "mllm": ("mllm", "vision_head")}
+
 
 LORA_NAME, PEFT_NAME, PEFT_CONFIG = (
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
     "adapter_config.json",
 )
+
+
 TRAINED_NAME, EMA_NAME = "trained.safetensors", "ema.safetensors"  # of a checkpoint of the trainer
+
+
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the arguments of `LoraConfig`
 
-PEFT_PREFIX = "base_model.model."
+
 WAN_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "pipe.dit.", "dit.")
+
+
 KOHYA_PREFIXES = ("lora_unet_", "lora_transformer_")
+
+
 # Parts of the decoder's names in diffusers and in Wan's own code, in the order of replacement.
 WAN_NAMES = (
     (".attn1.", ".self_attn."),
@@ -62,52 +73,19 @@ WAN_NAMES = (
     ("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
     ("proj_out", "head.head"),
 )
+
+
 # First parts of the decoder's names, in diffusers and in Wan's own code.
 DECODER_CHILDREN = (
     "blocks", "condition_embedder", "patch_embedding", "proj_out", "head",
     "time_embedding", "time_projection", "text_embedding", "img_emb",
 )  # fmt: skip
+
+
 KNOWN_NAMINGS = (
     "diffusers' (`transformer.`, `adapter.`, `mllm.`, `vision_head.`), PEFT's (`base_model.model.`), those of Wan "
     "(`blocks.0.self_attn.q`, also after `diffusion_model.`) and kohya's (`lora_unet_blocks_0_self_attn_q`)"
 )
-# Values of `init_lora_weights` that also change the weights of the model, so that the LoRA alone is not enough.
-CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
-MAX_PATTERNS, MAX_PATTERN_LENGTH = 16, 200  # of patterns that are not plain names
-
-
-@dataclass
-class LoraFile:
-    """Weights as a file names them, and what the file says about them."""
-
-    tensors: dict[str, torch.Tensor]
-    source: str  # for messages
-    settings: dict[str, Any] | None = None  # arguments of `LoraConfig`, each after `component.`, as diffusers writes
-    peft_config: dict[str, Any] | None = None  # of `adapter_config.json`, for all layers
-
-
-@dataclass
-class LoraPart:
-    """The LoRA of one component: weights by peft's names in it, arguments of `LoraConfig`, rank and alpha by layer."""
-
-    tensors: dict[str, torch.Tensor]
-    settings: dict[str, Any]
-    scales: dict[str, tuple[int, float]]
-
-
-@dataclass
-class _Layer:
-    """What a file holds for one layer."""
-
-    key: str  # as the file names the layer
-    weights: list[str] = field(default_factory=list)  # its keys in the file
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # by kind: A, B, bias, alpha, diff, diff_b
-    component: str = ""
-    name: str = ""
-    module: nn.Module | None = None
-
-
-# --- finding and reading ------------------------------------------------------------------------------------------
 
 
 def read_lora_file(
@@ -268,9 +246,6 @@ def _json(text: str, source: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{source} must be a JSON object, got {type(value).__name__}.")
     return value
-
-
-# --- from names to layers -----------------------------------------------------------------------------------------
 
 
 def split_lora(file: LoraFile, components: Mapping[str, nn.Module | None]) -> dict[str, LoraPart]:
@@ -454,169 +429,4 @@ def _names(components: Mapping[str, nn.Module | None]) -> tuple[dict[str, tuple[
     return qualified, decoder, flat
 
 
-# --- checks -------------------------------------------------------------------------------------------------------
-
-
-def _matrices(layer: _Layer, file: LoraFile) -> dict[str, torch.Tensor]:
-    """Both matrices of a layer, and its bias; a difference of weights becomes matrices. Empty if nothing changes."""
-    for kind, tensor in layer.tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(
-                f"{file.source}: {layer.key} ({kind}) is {tensor.dtype}; LoRA weights are floating point."
-            )
-        bad = int((~torch.isfinite(tensor.float())).sum())
-        if bad:
-            raise ValueError(
-                f"{file.source}: {layer.key} ({kind}) holds {bad} values that are NaN or infinite: its training broke "
-                "off, or the file is damaged."
-            )
-    found = {kind: layer.tensors[kind] for kind in ("A", "B", "bias") if kind in layer.tensors}
-    base = layer.module.get_base_layer() if hasattr(layer.module, "get_base_layer") else layer.module
-    differences = [layer.tensors[kind] for kind in ("diff", "diff_b") if kind in layer.tensors]
-    if not found and all(not difference.any() for difference in differences):
-        return {}  # Wan's tools write zeros for norms
-    is_linear = hasattr(base, "in_features") and hasattr(base, "out_features")
-    if not is_linear and not isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        raise ValueError(
-            f"{file.source}: {layer.key} changes {layer.component}.{layer.name}, a {type(base).__name__}; LoRA is "
-            "supported for linear and convolution layers."
-        )
-    if not found:
-        found = _of_differences(layer, base) if is_linear else {}
-    if ("diff" in layer.tensors and "A" in layer.tensors) or not {"A", "B"} <= found.keys():
-        raise ValueError(
-            f"{file.source}: {layer.key} needs both matrices of its LoRA and nothing else, got "
-            f"{sorted(layer.tensors)}."
-        )
-    _check_shapes(layer, found, base, file)
-    return found
-
-
-def _of_differences(layer: _Layer, base: nn.Module) -> dict[str, torch.Tensor]:
-    """A difference of whole weights as two matrices whose product it is; for a bias alone the product is zero."""
-    bias = layer.tensors.get("diff_b")
-    if "diff" not in layer.tensors:
-        return {"A": bias.new_zeros(1, base.in_features), "B": bias.new_zeros(base.out_features, 1)}
-    difference = layer.tensors["diff"]
-    identity = torch.eye(min(difference.shape), dtype=difference.dtype)
-    if difference.shape[0] < difference.shape[1]:
-        return {"A": difference, "B": identity}
-    return {"A": identity, "B": difference}
-
-
-def _check_shapes(layer: _Layer, found: Mapping[str, torch.Tensor], base: nn.Module, file: LoraFile) -> None:
-    """Refuse matrices that are not those of this layer."""
-    rank = found["A"].shape[0] if found["A"].ndim else 0
-    if hasattr(base, "in_features"):
-        shapes = {"A": (rank, base.in_features), "B": (base.out_features, rank), "bias": (base.out_features,)}
-    else:
-        ones = (1,) * len(base.kernel_size)
-        inputs = (rank, base.in_channels // base.groups, *base.kernel_size)
-        shapes = {"A": inputs, "B": (base.out_channels, rank, *ones), "bias": (base.out_channels,)}
-    if "diff_b" in layer.tensors:
-        found = {**found, "bias": layer.tensors["diff_b"]}
-    for kind, tensor in found.items():
-        if tuple(tensor.shape) != shapes[kind] or rank == 0:
-            raise ValueError(
-                f"{file.source}: {layer.key} ({kind}) is {tuple(tensor.shape)}, which does not fit {layer.component}."
-                f"{layer.name} of this model, {shapes[kind]}: the LoRA was made for a model of other sizes."
-            )
-
-
-# --- scale --------------------------------------------------------------------------------------------------------
-
-
-def _alpha(layer: _Layer, rank: int, file: LoraFile) -> float:
-    """The alpha with which `alpha / rank` is the scale of a layer; without any, the rank, as diffusers has it."""
-    settings = file.peft_config
-    if file.settings is not None:
-        prefix = f"{layer.component}."
-        settings = {key.removeprefix(prefix): value for key, value in file.settings.items() if key.startswith(prefix)}
-    stored = None
-    if "alpha" in layer.tensors:
-        if layer.tensors["alpha"].numel() != 1:
-            raise ValueError(f"{file.source}: {layer.key}.alpha must be one number.")
-        stored = float(layer.tensors["alpha"])
-    if not settings:
-        return rank if stored is None else stored
-    names = (layer.name, f"{layer.component}.{layer.name}", layer.key.removeprefix(PEFT_PREFIX))
-    _check_settings(settings, file)
-    said = _of_layer(settings, "rank_pattern", "r", names, file)
-    if said != rank:
-        raise ValueError(f"{file.source}: its settings give {layer.key} the rank {said:g}, its matrices have {rank}.")
-    alpha = _of_layer(settings, "alpha_pattern", "lora_alpha", names, file)
-    if settings.get("use_rslora"):
-        alpha *= math.sqrt(rank)
-    if stored is not None and stored != alpha:
-        raise ValueError(f"{file.source}: {layer.key} has the alpha {stored:g}, the file's settings say {alpha:g}.")
-    return int(alpha) if alpha == int(alpha) else alpha
-
-
-def _check_settings(settings: Mapping[str, Any], file: LoraFile) -> None:
-    """Refuse what peft would do beyond two matrices and their scale."""
-    kind = settings.get("init_lora_weights", True)
-    if isinstance(kind, str) and kind.lower().startswith(CHANGES_THE_MODEL):
-        raise ValueError(
-            f"{file.source}: `init_lora_weights` is {kind!r}, which also changed the model's weights: convert the "
-            "LoRA with peft's `save_pretrained(path_initial_model_for_weight_conversion=...)`."
-        )
-    for name in ("use_dora", "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices"):
-        if settings.get(name):
-            raise ValueError(f"{file.source}: `{name}` of its settings is {settings[name]!r}, which is not supported.")
-
-
-def _of_layer(
-    settings: Mapping[str, Any],
-    patterns: Literal["rank_pattern", "alpha_pattern"],
-    default: str,
-    names: tuple[str, ...],
-    file: LoraFile,
-) -> float:
-    """A number of one layer: the one of the first pattern that its name ends with, as in peft, or that of all."""
-    table = settings.get(patterns) or {}
-    value = settings.get(default)
-    if not isinstance(table, dict):
-        raise ValueError(f"{file.source}: `{patterns}` must map names to numbers, got {table!r}.")
-    complex_patterns = 0
-    for pattern, number in table.items():
-        plain = pattern.removeprefix("^").replace("\\.", ".").replace("\\_", "_").replace("\\-", "-")
-        if re.fullmatch(r"[\w.\-]+", plain):
-            matches = plain in _endings(names) if not pattern.startswith("^") else plain in names
-        else:
-            complex_patterns += 1
-            matches = complex_patterns <= MAX_PATTERNS and _matches(pattern, names, patterns, file)
-        if complex_patterns > MAX_PATTERNS:
-            raise ValueError(f"{file.source}: `{patterns}` has more than {MAX_PATTERNS} patterns that are not names.")
-        if matches:
-            value = number
-            break
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{file.source}: `{default}` of its settings must be a number, got {value!r}.")
-    return value
-
-
-def _endings(names: tuple[str, ...]) -> Iterator[str]:
-    """Names, and what follows each of their dots."""
-    for name in names:
-        yield name
-        for position, letter in enumerate(name):
-            if letter == ".":
-                yield name[position + 1 :]
-
-
-def _matches(pattern: str, names: tuple[str, ...], table: str, file: LoraFile) -> bool:
-    """Whether an expression matches the end of a name; refuses those whose matching may take for ever."""
-    quantifiers = len(re.findall(r"[*+?{]", re.sub(r"\\.", "", pattern)))
-    if len(pattern) > MAX_PATTERN_LENGTH or quantifiers > 2 or re.search(r"\)[*+?{]", pattern):
-        raise ValueError(
-            f"{file.source}: the expression {pattern[:MAX_PATTERN_LENGTH]!r} of `{table}` is too complex to be "
-            "matched safely: write the names of the layers."
-        )
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{file.source}: {pattern!r} of `{table}` is no expression: {error}.") from error
-    return any(expression.fullmatch(ending) for ending in _endings(names))
-
-
-__all__ = ["PREFIXES", "LoraFile", "LoraPart", "lora_settings", "read_lora_file", "split_lora"]
+__all__ = ["PREFIXES", "lora_settings", "read_lora_file", "split_lora"]

@@ -22,10 +22,11 @@ from diffusers.utils import is_peft_available, logging
 from torch import nn
 from transformers import PreTrainedModel
 
-from .files import PREFIXES, LoraPart, lora_settings, read_lora_file, split_lora
-from .metadata import check_lora_metadata
 from ...hub.repository import staged
 from ..request_checks import check_number
+from .files import PREFIXES, lora_settings, read_lora_file, split_lora
+from .layers import LoraPart
+from .metadata import check_lora_metadata
 
 logger = logging.get_logger(__name__)
 
@@ -295,11 +296,6 @@ def collect_lora_layers(model: Any, adapter_name: str = "default") -> dict[str, 
     return arguments
 
 
-def has_lora(module: nn.Module) -> bool:
-    """Whether any layer carries an adapter of peft's."""
-    return any(hasattr(child, "base_layer") and hasattr(child, "lora_A") for child in module.modules())
-
-
 def _lora_layers(module: nn.Module, adapter_name: str) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, float]]]:
     """LoRA weights of one component, and rank and alpha of every layer."""
     layers: dict[str, torch.Tensor] = {}
@@ -437,4 +433,4 @@ def _lora_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, layer
 
 
-__all__ = ["OmniVideoLoraLoaderMixin", "collect_lora_layers", "has_lora"]
+__all__ = ["OmniVideoLoraLoaderMixin", "collect_lora_layers"]

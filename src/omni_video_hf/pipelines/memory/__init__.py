@@ -1,0 +1,1 @@
+"""Memory profiles, and tables of what they need."""

@@ -1,0 +1,1 @@
+"""What a run keeps: checkpoints, random states, its lock, its result."""

@@ -10,11 +10,11 @@ from safetensors import safe_open
 
 from ...models.configuration_omni_video import OmniVideoConfig
 from ...models.modeling_omni_video import OmniVideoForConditionalGeneration
-from .checkpoints import EMA_NAME, TRAINED_NAME, check_complete, load_trained
-from ..lora import ADAPTER_NAME, add_lora, save_lora
 from ...utils.names import check_known
-from .result import lora_deltas, write_pipeline
+from ..lora import ADAPTER_NAME, add_lora, save_lora
 from ..stages import get_stage
+from .checkpoints import EMA_NAME, TRAINED_NAME, check_complete, load_trained
+from .result import lora_deltas, write_pipeline
 
 LORA_FOLDER = "lora"
 

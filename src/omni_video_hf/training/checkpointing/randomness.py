@@ -1,5 +1,5 @@
 """
-Chance that does not depend on history.
+Per-step random generators: resuming and sharding do not change results.
 
 Everything a step draws is a function of the run's seed, the step and the sample's place in the step. So a resumed run
 draws what the uninterrupted one would have, and a step of four samples draws the same on one process, on two, or

@@ -1,0 +1,1 @@
+"""Training data: tables of media, what is refused, batches of every task."""

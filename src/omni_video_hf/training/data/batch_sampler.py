@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...processing.processing_omni_video import TASKS
+from ...tasks import TASKS
 from ...utils.names import check_known
 
 STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted")  # the words of `datasets.interleave_datasets`

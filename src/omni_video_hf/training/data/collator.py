@@ -9,7 +9,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import ConcatDataset
 
-from ...processing.processing_omni_video import OmniVideoProcessor, get_task
+from ...processing.processing_omni_video import OmniVideoProcessor
+from ...tasks import get_task
 from .batch_sampler import Bucket
 
 # What a sample may hold besides `task`: arguments of `OmniVideoForConditionalGeneration.forward` without the batch.

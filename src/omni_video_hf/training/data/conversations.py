@@ -7,9 +7,10 @@ from torch.utils.data import Dataset
 
 from ...media.video_reader import MediaError
 from ...processing.processing_omni_video import OmniVideoProcessor
+from ...tasks import get_task
 from .bad_data import Offender, stop_or_count
-from .collator import encode_conversation
 from .batch_sampler import Bucket
+from .collator import encode_conversation
 from .media_table import MediaTable, Row, check_row, probe
 
 
@@ -43,7 +44,7 @@ class ConversationDataset(Dataset):
         asked = 0
         for number in tqdm(range(len(table)), desc="Checking questions", disable=not progress):
             row = table[number]
-            if row.task != "understand":
+            if not get_task(row.task).answers_in_text:
                 continue
             asked += 1
             problems = list(check_row(row, processor))

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ...media.media import VideoClip, load_image, load_video
+from ...media.clip import VideoClip
+from ...media.images import load_image
+from ...media.video_loading import load_video
 from ...pipelines.presets import LatentGrid, check_num_frames, check_positions
 from .media_table import Media, MediaInfo
 

@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 from datasets import Dataset, Image, Video, load_dataset
 
-from ...media.media import load_image, probe_video
-from ...media.video_reader import MediaError, VideoInfo, check_file, picture_format
-from ...processing.processing_omni_video import TASKS, OmniVideoProcessor, get_task
-from .bad_data import Offender
+from ...media.images import load_image
+from ...media.video_reader import MediaError, VideoInfo, check_file, picture_format, probe_video
+from ...processing.processing_omni_video import OmniVideoProcessor
+from ...tasks import TASKS, get_task
 from ...utils.names import check_known
+from .bad_data import Offender
 from .table_files import check_one_split, has_captions, no_such_data, read_captions, read_csv
 
 COLUMNS = {
@@ -171,14 +172,15 @@ class MediaTable:
         values = self.rows[number]
         row = {name: values[column] if column else None for name, column in self.columns.items()}
         task = row["task"] if row["task"] is not None else self.task
-        reads = {"question", "answer", "media"} if task == "understand" else {"prompt", "media"}
+        asks = task in TASKS and TASKS[task].answers_in_text
+        reads = {"question", "answer", "media"} if asks else {"prompt", "media"}
         if task not in TASKS or TASKS[task].source is not None:
             reads.add("source")
         misplaced = tuple(name for name in COLUMNS if name not in {"id", "task"} | reads and row[name] is not None)
         return Row(
             id=self.ids[number],
             task=task,
-            text=row["question" if task == "understand" else "prompt"],
+            text=row["question" if asks else "prompt"],
             answer=row["answer"],
             media=self._media(row["media"]),
             source=self._media(row["source"]),
@@ -316,7 +318,8 @@ def check_row(row: Row, processor: OmniVideoProcessor | None = None) -> Iterator
     if row.task not in TASKS:
         yield Offender(row.id, f"unknown task {row.task!r}; known: {', '.join(TASKS)}")
         return
-    spec, asks = get_task(row.task), row.task == "understand"
+    spec = get_task(row.task)
+    asks = spec.answers_in_text
     for name in row.misplaced:
         yield Offender(row.id, f"`{name}` has a value, which the task {row.task!r} does not read; leave it empty")
     texts = {"question" if asks else "prompt": row.text} | ({"answer": row.answer} if asks else {})

@@ -6,12 +6,12 @@ from pathlib import Path
 from rich.console import Console
 
 from ...processing.processing_omni_video import OmniVideoProcessor
-from .bad_data import BadDataError, count_problems, offenders_table
-from .conversations import ConversationDataset
-from .collator import MixedDataset
 from ..features.cache import FeatureCache
 from ..recipe import RunArguments
+from .bad_data import BadDataError, count_problems, offenders_table
 from .batch_sampler import OmniVideoBatchSampler
+from .collator import MixedDataset
+from .conversations import ConversationDataset
 from .media_table import load_media_table
 
 

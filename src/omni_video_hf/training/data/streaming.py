@@ -10,8 +10,8 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..arguments import OmniVideoTrainingArguments
-from .collator import TENSORS, bucket_of
 from .batch_sampler import Bucket
+from .collator import TENSORS, bucket_of
 
 
 class StreamOfBatches(IterableDataset):

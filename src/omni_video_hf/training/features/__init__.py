@@ -1,0 +1,1 @@
+"""Features that are computed once: encoders, the cache, its builder."""

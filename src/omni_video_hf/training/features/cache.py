@@ -26,9 +26,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
-from ...processing.processing_omni_video import TASKS
+from ...tasks import TASKS, get_task
 from ...utils.files import complete_or_absent, remove_abandoned
 from ..data.bad_data import BadDataError, Offender, stop_or_count
+from ..data.collator import PADDED, STACKED, TENSORS, bucket_of
 from .cache_files import (
     FORMAT_VERSION,
     MANIFEST,
@@ -43,7 +44,6 @@ from .cache_files import (
     read_table,
     remove_unused,
 )
-from ..data.collator import PADDED, STACKED, TENSORS, bucket_of
 
 OPEN_SHARDS = 64  # memory-mapped at a time by one process
 Record = dict[str, Any]  # a row of SCHEMA
@@ -104,7 +104,11 @@ class FeatureCache(Dataset):
     @property
     def is_precomputed(self) -> bool:
         """Whether every sample that draws brings the MLLM's states, so that the MLLM is needed for answers only."""
-        return all(record["instruction"] == "states" for record in self.records if record["task"] != "understand")
+        return all(
+            record["instruction"] == "states"
+            for record in self.records
+            if not get_task(record["task"]).answers_in_text
+        )
 
     def check(self, on_bad_data: str = "stop", progress: bool = True) -> "FeatureCache":
         """

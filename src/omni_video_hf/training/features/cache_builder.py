@@ -11,7 +11,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, tqdm
 
 from ..data.bad_data import BadDataError, Offender, stop_or_count
-from .cache_files import begin, check_output, only_run
 from .cache import (
     PROVENANCE,
     Record,
@@ -22,6 +21,7 @@ from .cache import (
     tensor_problems,
     unequal_widths,
 )
+from .cache_files import begin, check_output, only_run
 
 
 class Sample(Protocol):

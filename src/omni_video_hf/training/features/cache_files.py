@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
-from ...processing.processing_omni_video import TASKS
 from ...hub.repository import link_root
+from ...tasks import TASKS
 from ...utils.files import only_writer, workspaces, write_text
 from ..data.collator import PADDED, STACKED, TENSORS
 

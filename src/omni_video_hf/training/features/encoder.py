@@ -15,15 +15,16 @@ from PIL import Image
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel
 
-from ...media.media import VideoClip, sample_frames
+from ...media.clip import VideoClip
+from ...media.frame_sampling import sample_frames
+from ...media.sources import Source
 from ...models.connectors import OmniVideoAdapter
 from ...pipelines.pipeline_omni_video import OmniVideoPipeline
-from ...processing.processing_omni_video import TASKS
 from ...pipelines.presets import GenerationSettings
-from ...media.sources import Source
+from ...tasks import get_task
+from ...utils.names import check_known
 from ..data.collator import encode_conversation
 from ..data.framing import Framing, FramingRules
-from ...utils.names import check_known
 from ..data.media_table import Row, probe
 
 CODE_VERSION = 1  # raised when this package computes other features than before from the same inputs
@@ -96,14 +97,15 @@ class FeatureEncoder:
 
     def provenance_of(self, task: str) -> dict[str, Any]:
         """Everything of the encoder's that features of a task depend on."""
-        asks, tokens = task == "understand", task == "understand" or self.settings.instruction == "tokens"
+        asks = get_task(task).answers_in_text
+        tokens = asks or self.settings.instruction == "tokens"
         unused = set() if not asks else {"vae", "text_encoder", "target_encoder"}
         unused |= {"mllm"} if tokens else set()
         fields = {name: value for name, value in self.provenance.items() if name.removesuffix("_dtype") not in unused}
         return fields | {
             "template": self._template(task),
             "instruction": "tokens" if tokens else "states",
-            "mllm_frames": self._mllm_frames if task == "v2v" else None,
+            "mllm_frames": self._mllm_frames if get_task(task).mllm_sees_first_frame else None,
             "code_version": CODE_VERSION,
         }
 
@@ -114,10 +116,11 @@ class FeatureEncoder:
     def _template(self, task: str) -> str:
         """Hash of all that makes ids and pixels out of a prompt and its pictures, and of the text encoder's ids."""
         processor = self.pipeline.processor
-        tokenizers = [processor.tokenizer] + ([self.pipeline.tokenizer] if task != "understand" else [])
-        parts = [repr(TASKS[task]), processor.chat_template]
+        tokenizers = [processor.tokenizer] + ([] if get_task(task).answers_in_text else [self.pipeline.tokenizer])
+        parts = [get_task(task).fingerprint, processor.chat_template]
         parts += [f"{processor.num_image_tokens} {processor.image_aspect_ratio} {processor.num_frames}"]
-        targets = [self.target_processor] if self.target_processor is not None and task != "understand" else []
+        needs_target = self.target_processor is not None and not get_task(task).answers_in_text
+        targets = [self.target_processor] if needs_target else []
         for image_processor in (processor.image_processor, *targets):
             parts.append(json.dumps(image_processor.to_dict(), sort_keys=True, default=str))
         for tokenizer in tokenizers:
@@ -141,7 +144,7 @@ class FeatureEncoder:
         Returns:
             Tensors by name, on the CPU, in the components' formats; latents in float32.
         """
-        if row.task == "understand":
+        if get_task(row.task).answers_in_text:
             return self._question(row)
         target = framing.load(row.media)
         source = source_framing.load(row.source) if source_framing is not None else None
@@ -153,7 +156,7 @@ class FeatureEncoder:
         features["prompt_embeds"] = self.pipeline.encode_prompt(row.text)[0]
         features["latents"] = self._latents(row.task, target, framing)
         if source is not None:
-            name = "reference_latents" if row.task == "i2v" else "source_latents"
+            name = get_task(row.task).latents
             features[name] = self._latents(row.task, source, framing)
         if self.target_model is not None:
             features["target_features"] = self._target_features(target)

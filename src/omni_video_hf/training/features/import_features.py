@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ...processing.processing_omni_video import TASKS
+from ...tasks import TASKS, get_task
+from ...utils.names import check_known
 from ...utils.safe_load import load_checkpoint
 from ..data.bad_data import BadDataError, Offender
 from .cache_builder import BuildReport, build_cache
 from .cache_files import check_output
-from ...utils.names import check_known
 
 IMPORT_VERSION = 1  # raised when an import gives other tensors than before
 SUFFIXES = (".pkl", ".pickle", ".pt", ".pth")
@@ -60,7 +60,7 @@ class FeatureFile:
         content = self._load()
         task = self.task or self._task_of(content)
         target, source = _latents(content)
-        reference = "reference_latents" if task == "i2v" else "source_latents"
+        reference = get_task(task).latents or "source_latents"
         tensors = {
             "latents": target,
             reference: source,
@@ -196,7 +196,7 @@ def import_features(
     """
     check_output(folder)
     if task is not None:
-        check_known("task", [task], [name for name in TASKS if name != "understand"])
+        check_known("task", [task], [name for name in TASKS if not get_task(name).answers_in_text])
     samples = [FeatureFile(path, key, task) for key, path in find_feature_files(sources).items()]
     return build_cache(folder, samples, on_bad_data=on_bad_data, about={"made_by": "import-features"},
                        description="Importing features")  # fmt: skip

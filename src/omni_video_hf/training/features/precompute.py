@@ -9,12 +9,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, tqdm
 
+from ...tasks import get_task
 from ..data.bad_data import Offender, stop_or_count
+from ..data.framing import Framing, FramingRules
+from ..data.media_table import MediaTable, Row, check_row, probe
 from .cache_builder import BuildReport, build_cache
 from .cache_files import check_output
 from .encoder import FeatureEncoder
-from ..data.framing import Framing, FramingRules
-from ..data.media_table import MediaTable, Row, check_row, probe
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,14 @@ def plan_row(
     Raises:
         ValueError: for a video that is too short, or a source and target of one edit that differ in size.
     """
-    if row.task == "understand":
+    if get_task(row.task).answers_in_text:
         return None, None
     info = probe(row.media)
     framing = rules.frame(info, presets[row.task])
     if row.source is None:
         return framing, None
     source_info = probe(row.source)
-    if row.task != "i2v" and (source_info.width, source_info.height) != (info.width, info.height):
+    if get_task(row.task).keeps_size and (source_info.width, source_info.height) != (info.width, info.height):
         raise ValueError(
             f"source and target of an edit must have one size, got {source_info.width}x{source_info.height} and "
             f"{info.width}x{info.height}: the crop would shift one against the other."

@@ -1,4 +1,4 @@
-"""What happens beside the steps of a run."""
+"""Trainer callbacks: previews, moving average of weights, log windows."""
 
 import time
 from typing import TYPE_CHECKING, Any

@@ -4,9 +4,10 @@ import torch
 from accelerate import Accelerator
 
 from ...diffusion.losses import LOSS_NAMES
-from ...models.modeling_omni_video import OmniVideoOutput
+from ...models.outputs import OmniVideoOutput
+from ...tasks import TASKS
 
-TASKS = ("t2i", "t2v", "i2i", "v2v", "i2v", "understand")
+TASK_NAMES = tuple(TASKS)
 
 
 class LossMeter:
@@ -19,7 +20,7 @@ class LossMeter:
     def __init__(self, device: torch.device) -> None:
         self.seen: set[str] = set()  # losses that any batch of this process allowed
         # [loss, all and each task, (sum over samples, number of samples)]
-        self.table = torch.zeros(len(LOSS_NAMES), 1 + len(TASKS), 2, device=device)
+        self.table = torch.zeros(len(LOSS_NAMES), 1 + len(TASK_NAMES), 2, device=device)
 
     def add(self, output: OmniVideoOutput, task: str | None, batch_size: int) -> None:
         """Count the losses of one batch."""
@@ -29,7 +30,7 @@ class LossMeter:
                 continue
             self.seen.add(name)
             entry = torch.stack([loss.detach().float() * batch_size, loss.new_full((), batch_size).float()])
-            for column in (0, *([] if task is None else [1 + TASKS.index(task)])):
+            for column in (0, *([] if task is None else [1 + TASK_NAMES.index(task)])):
                 self.table[row, column] += entry
 
     def means(self, accelerator: Accelerator, prefix: str = "") -> dict[str, float]:
@@ -42,7 +43,7 @@ class LossMeter:
         self.table = torch.zeros_like(self.table)
         means = {}
         for name, row in zip(LOSS_NAMES, table, strict=True):
-            for suffix, (total, count) in zip(("", *(f"_{task}" for task in TASKS)), row, strict=True):
+            for suffix, (total, count) in zip(("", *(f"_{task}" for task in TASK_NAMES)), row, strict=True):
                 if count:
                     means[f"{prefix}{name}_loss{suffix}"] = total / count
         return means

@@ -12,10 +12,12 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
-from ...media.media import contact_sheet, open_media, save_image, save_video
+from ...media.images import contact_sheet, save_image
+from ...media.video_loading import open_media
+from ...media.video_writer import save_video
 from ...models.modeling_omni_video import OmniVideoForConditionalGeneration
 from ...pipelines.pipeline_omni_video import OmniVideoPipeline
-from ...processing.processing_omni_video import TASKS
+from ...tasks import TASKS
 from ...utils.names import check_known
 
 PREVIEW_SEED = 0

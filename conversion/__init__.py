@@ -1,0 +1,1 @@
+"""Converts upstream's checkpoint to a repository: `python -m conversion --original omni_ckpts --output DIR`."""

@@ -1,0 +1,47 @@
+"""Files behind URLs, downloaded once for as long as they are read."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub.utils import get_session
+from transformers.utils import is_av_available
+
+from ..utils.read_budget import current_budget, how_to_raise
+from .video_reader import (
+    MediaError,
+)
+
+if is_av_available():
+    pass
+
+
+DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer; the session's own default is to wait for ever
+
+
+@contextmanager
+def _local_file(source: str | Path) -> Iterator[Path]:
+    """The file itself, or a download of a URL that is gone afterwards."""
+    if not str(source).startswith(("http://", "https://")):
+        yield Path(source)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "download"
+        try:
+            request = get_session().stream("GET", str(source), follow_redirects=True, timeout=DOWNLOAD_TIMEOUT)
+            with request as response, path.open("wb") as file:
+                response.raise_for_status()
+                limit = current_budget().max_bytes
+                for chunk in response.iter_bytes():
+                    file.write(chunk)
+                    if file.tell() > limit:
+                        raise MediaError(f"{source}: is larger than {limit:,} bytes. {how_to_raise('max_bytes')}")
+        except MediaError:
+            raise
+        except Exception as error:  # the HTTP library's own errors, whichever it is
+            raise MediaError(f"{source}: could not be downloaded ({error}).") from error
+        try:
+            yield path
+        except MediaError as error:  # it names the download's temporary file, which tells the caller nothing
+            raise MediaError(str(error).replace(str(path), str(source))) from error

@@ -1,0 +1,54 @@
+"""Which frames of a video are used: the strategies of the released model, and uniform sampling."""
+
+from collections.abc import Callable
+
+import numpy as np
+from transformers.utils import is_av_available
+
+from .video_reader import (
+    MediaError,
+)
+
+if is_av_available():
+    pass
+
+
+def _upstream_edit(total: int, num_frames: int) -> list[int]:
+    if total == 1:
+        return [0] * num_frames
+    return np.linspace(0, total - 2, num_frames).astype(int).tolist()
+
+
+def _upstream_understand(total: int, num_frames: int) -> list[int]:
+    return np.linspace(0, total - 1, num_frames).astype(int).tolist() if total >= num_frames else list(range(total))
+
+
+def _uniform(total: int, num_frames: int) -> list[int]:
+    return ((np.arange(num_frames) + 0.5) * total / num_frames).astype(int).tolist()
+
+
+# (number of frames there are, number wanted) -> frame numbers
+FRAME_SAMPLING: dict[str, Callable[[int, int], list[int]]] = {
+    "upstream_edit": _upstream_edit,  # never the last frame; repeats in short clips
+    "upstream_understand": _upstream_understand,  # first to last; all of a shorter clip
+    "uniform": _uniform,  # the middles of equal parts
+    "first": lambda total, num_frames: list(range(min(total, num_frames))),
+    "all": lambda total, _: list(range(total)),
+}
+
+
+def sample_indices(strategy: str, total: int, num_frames: int) -> list[int]:
+    """Frame numbers by a named strategy; a `MediaError` lists the names there are."""
+    if strategy not in FRAME_SAMPLING:
+        raise MediaError(f"`frame_sampling` must be one of {', '.join(FRAME_SAMPLING)}, got {strategy!r}.")
+    if num_frames < 1 or total < 1:
+        raise MediaError(f"`num_frames` must be at least 1, got {num_frames} of {total} frames.")
+    return FRAME_SAMPLING[strategy](total, num_frames)
+
+
+def sample_frames(frames: np.ndarray, strategy: str, num_frames: int) -> np.ndarray:
+    """`frames` `[frames, height, width, 3]` by a named strategy of [`FRAME_SAMPLING`]."""
+    return frames[sample_indices(strategy, len(frames), num_frames)]
+
+
+__all__ = ["FRAME_SAMPLING", "sample_frames", "sample_indices"]

@@ -1,0 +1,159 @@
+"""Reading and writing images, and contact sheets."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
+from transformers.utils import is_av_available
+
+from .video_reader import (
+    BACKGROUND,
+    STRIP,
+    MediaError,
+    check_file,
+    open_picture,
+    over_background,
+    picture_format,
+)
+
+if is_av_available():
+    pass
+from .arrays import _to_uint8_rgb
+from .clip import VideoClip
+from .download import _local_file
+from .output_file import METADATA_KEY, _complete_or_absent, _metadata_text
+
+IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+MAX_EXIF_BYTES = 60_000  # JPEG has room for 64 kB; what is longer is kept in PNG, WebP and mp4 alone
+
+
+def load_image(source: Any) -> Image.Image:
+    """
+    An upright RGB image.
+
+    Args:
+        source: path, URL, PIL image of any mode, or an array or tensor `[height, width]`, `[height, width, 1, 3 or 4]`
+            or `[1, 3 or 4, height, width]`, uint8 or float in 0..1. Transparent parts are shown over white.
+
+    Raises:
+        MediaError: nothing that can be read as one image.
+    """
+    if isinstance(source, Image.Image):
+        return _without_alpha(ImageOps.exif_transpose(source))
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return Image.fromarray(_to_uint8_rgb(source, "image", 2))
+    if not isinstance(source, (str, Path)):
+        raise MediaError(f"An image must be a path, URL, PIL image, array or tensor, got {type(source).__name__}.")
+    with _local_file(source) as path:
+        check_file(path)
+        found = picture_format(path)
+        if found is None:
+            raise MediaError(f"{source}: is not an image that can be read (PNG, JPEG, WebP, GIF, BMP, TIFF ...).")
+        if found[1] > 1:
+            raise MediaError(f"{source}: has {found[1]} pictures; give one image, or use it as a video.")
+        try:
+            with open_picture(path) as image:
+                ImageOps.exif_transpose(image, in_place=True)
+                return _without_alpha(image)
+        except Exception as error:  # Pillow's readers raise anything on damaged files
+            raise MediaError(f"{source}: the image is damaged or cut short ({error}).") from error
+
+
+def save_image(
+    image: Image.Image | np.ndarray | torch.Tensor, path: str | Path, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """
+    Write one image; its format follows from the suffix (.png .jpg .webp). The file appears when it is complete.
+
+    Args:
+        image: as in [`load_image`].
+        path: its suffix names the format.
+        metadata: what the file is to say about how it was made, such as a pipeline's `settings`; plain values. It is
+            text in a PNG and the EXIF description elsewhere; a JPEG takes 60,000 bytes of it.
+
+    Raises:
+        MediaError: for another suffix, values that are no image, or metadata that are too long or not JSON.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in IMAGE_FORMATS:
+        raise MediaError(f"{path}: the suffix of an image must be one of {', '.join(IMAGE_FORMATS)}.")
+    picture, kind = load_image(image), IMAGE_FORMATS[path.suffix.lower()]
+    options: dict[str, Any] = {"quality": 95}
+    if metadata is not None:
+        text = _metadata_text(metadata)
+        if kind == "JPEG" and len(text) > MAX_EXIF_BYTES:
+            raise MediaError(f"{path}: `metadata` has {len(text)} bytes, a JPEG takes {MAX_EXIF_BYTES}. Write a PNG.")
+        if kind == "PNG":
+            options["pnginfo"] = PngImagePlugin.PngInfo()
+            options["pnginfo"].add_itxt(METADATA_KEY, text)
+        else:
+            options["exif"] = Image.Exif()
+            options["exif"][ExifTags.Base.ImageDescription] = text
+    with _complete_or_absent(path) as partial:
+        picture.save(partial, format=kind, **options)
+
+
+def _without_alpha(image: Image.Image) -> Image.Image:
+    """RGB of an upright image of any mode."""
+    if image.mode == "F":
+        return Image.fromarray(_to_uint8_rgb(np.asarray(image), "image", 2))
+    if image.mode.startswith("I"):  # 16 bits and more: Pillow would clip instead of scaling
+        values = np.asarray(image)
+        top = 65535.0 if values.max() > 255 or image.mode.startswith("I;16") else 255.0
+        grey = np.empty(values.shape, np.uint8)
+        rows = max(1, STRIP // values.shape[1])
+        for start in range(0, len(values), rows):
+            strip = values[start : start + rows].astype(np.float64)
+            grey[start : start + rows] = (strip / top * 255).round().clip(0, 255)
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        shown = Image.new("RGB", image.size)
+        rows = max(1, STRIP // image.width)
+        for top in range(0, image.height, rows):
+            strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+            shown.paste(Image.fromarray(over_background(np.asarray(strip))), (0, top))
+        return shown
+    return image.convert("RGB")
+
+
+def contact_sheet(frames: Any, columns: int | None = None, max_frames: int = 8) -> Image.Image:
+    """A grid of up to `max_frames` frames, evenly chosen, in one row unless `columns` says otherwise."""
+    pictures = _stack_frames(frames.frames if isinstance(frames, VideoClip) else frames)
+    chosen = pictures[np.linspace(0, len(pictures) - 1, min(max_frames, len(pictures))).round().astype(int)]
+    columns = columns or len(chosen)
+    rows = -(-len(chosen) // columns)
+    height, width = chosen.shape[1:3]
+    sheet = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), BACKGROUND)
+    for number, picture in enumerate(chosen):
+        row, column = divmod(number, columns)
+        sheet.paste(Image.fromarray(picture), (column * (width + 2), row * (height + 2)))
+    return sheet
+
+
+def _stack_frames(frames: Any) -> np.ndarray:
+    """uint8 `[frames, height, width, 3]` of frames in any form."""
+    if isinstance(frames, (np.ndarray, torch.Tensor)):
+        stacked = _to_uint8_rgb(frames, "video", 3)
+    elif isinstance(frames, (list, tuple)):
+        pictures = [np.asarray(load_image(frame)) for frame in frames]
+        shapes = {picture.shape for picture in pictures}
+        if len(shapes) > 1:
+            raise MediaError(
+                f"Frames of one video must have one size, got {sorted(shape[1::-1] for shape in shapes)}."
+            )
+        stacked = np.stack(pictures) if pictures else np.empty((0, 1, 1, 3), np.uint8)
+    else:
+        raise MediaError(
+            f"A video must be a path, URL, VideoClip, list of frames, array or tensor, got {type(frames).__name__}."
+        )
+    if len(stacked) == 0:
+        raise MediaError("The video has no frames.")
+    return stacked
+
+
+__all__ = ["contact_sheet", "load_image", "save_image"]

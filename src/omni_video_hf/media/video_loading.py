@@ -1,0 +1,212 @@
+"""Videos from files, URLs, frames, arrays and tensors, at a frame rate and length."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from transformers.utils import is_av_available
+
+from ..utils.read_budget import current_budget, how_to_raise
+from .video_reader import (
+    MediaError,
+    VideoIndex,
+    VideoInfo,
+    check_file,
+    decode_frames,
+    picture_format,
+    probe_video,
+    read_index,
+)
+
+if is_av_available():
+    pass
+from .clip import VideoClip
+from .download import _local_file
+from .frame_sampling import sample_frames, sample_indices
+from .images import _stack_frames, load_image
+
+
+def load_video(
+    source: Any,
+    *,
+    fps: float | None = None,
+    num_frames: int | None = None,
+    max_frames: int | None = None,
+    source_fps: float | None = None,
+) -> VideoClip:
+    """
+    A clip, or a selection of its frames. Only frames that are kept are held in memory.
+
+    Args:
+        source: path, URL, [`VideoClip`], list of PIL images or arrays, or an array or tensor
+            `[frames, height, width, 3]` or `[frames, 3, height, width]`, uint8 or float in 0..1.
+        fps: resample to this rate by time stamps: for every instant the frame shown then.
+        num_frames: alone, that many frames evenly spread from the first to the last, the returned rate scaled so that
+            the duration stays; with `fps`, that many from the start.
+        max_frames: refuse a longer result before decoding.
+        source_fps: rate of frames that carry none.
+
+    Returns:
+        The clip. With neither `fps` nor `num_frames`, every frame; a file of variable rate is resampled to a steady
+        one (its commonest, or its average where there is none), and a note says so.
+
+    Raises:
+        MediaError: unreadable, damaged, cut short, too short for what is asked, or no video.
+    """
+    wishes = {"fps": fps, "num_frames": num_frames, "max_frames": max_frames, "source_fps": source_fps}
+    for name, value in wishes.items():
+        if value is not None and not 0 < value < np.inf:
+            raise MediaError(f"`{name}` must be positive, got {value}.")
+    if isinstance(source, (str, Path)):
+        with _local_file(source) as path:
+            return _load_file(path, fps, num_frames, max_frames)
+    clip = source if isinstance(source, VideoClip) else VideoClip(_stack_frames(source), source_fps)
+    total, rate = len(clip.frames), clip.fps
+    if fps is not None and rate is None:
+        raise MediaError("`fps` cannot be changed: these frames have no rate. Pass a file or a VideoClip.")
+    times = np.arange(total) / (rate or 1.0)
+    numbers, new_rate = _select(times, total / (rate or 1.0), rate or 1.0, 1e-6, fps, num_frames, "the clip")
+    _check_number(len(numbers), max_frames)
+    return VideoClip(clip.frames[numbers], None if rate is None else new_rate, clip.notes)
+
+
+def probe_frames(path: str | Path, fps: float | None = None, num_frames: int | None = None) -> tuple[VideoInfo, int]:
+    """
+    What a video file holds, and how many frames [`load_video`] gives for these wishes; nothing is decoded for it.
+
+    Raises:
+        MediaError: as [`load_video`].
+    """
+    index = read_index(path)
+    return index.info, _plan(index, fps, num_frames)[0]
+
+
+def _load_file(path: Path, fps: float | None, num_frames: int | None, max_frames: int | None) -> VideoClip:
+    index = read_index(path)
+    number, fps, notes = _plan(index, fps, num_frames)
+    _check_number(number, max_frames)
+    _check_bytes(index, number)  # before as many numbers are made
+    info = index.info
+    numbers, rate = _select(index.times, info.duration, info.fps, index.slack, fps, num_frames, str(path))
+    return VideoClip(_decoded_frames(index, numbers), rate, notes)
+
+
+def _plan(index: VideoIndex, fps: float | None, num_frames: int | None) -> tuple[int, float | None, tuple[str, ...]]:
+    """How many frames there will be, the rate to take them at where it is not the file's own, and notes."""
+    info, notes = index.info, index.info.notes
+    if info.is_variable_frame_rate and fps is None and num_frames is None:
+        fps = _steady_rate(index.times) or info.fps
+        notes += (f"The frame rate varies; frames were taken at a steady {fps:.4g} per second.",)
+    if num_frames is not None:
+        return num_frames, fps, notes
+    return info.num_frames if fps is None else _available(info.duration, index.slack, fps), fps, notes
+
+
+def _available(duration: float, slack: float, fps: float) -> int:
+    """Number of frames that `duration` seconds give at a rate."""
+    return max(1, int(np.ceil((duration - slack) * fps - 1e-6)))
+
+
+def _steady_rate(times: np.ndarray) -> float | None:
+    """The rate of a file whose frames nearly all lie equally far apart (a few may be dropped); else `None`."""
+    steps = np.diff(times)
+    usual = float(np.median(steps))
+    return 1 / usual if usual > 0 and (np.abs(steps - usual) < 0.02 * usual).mean() >= 0.8 else None
+
+
+def load_sampled_video(source: Any, strategy: str, num_frames: int) -> np.ndarray:
+    """
+    Frames of a video by a named strategy of [`FRAME_SAMPLING`]; from a file only these are decoded.
+
+    Returns:
+        uint8 `[frames, height, width, 3]`
+    """
+    if not isinstance(source, (str, Path)):
+        return sample_frames(load_video(source).frames, strategy, num_frames)
+    with _local_file(source) as path:
+        index = read_index(path)
+        return _decoded_frames(index, sample_indices(strategy, index.info.num_frames, num_frames))
+
+
+def _decoded_frames(index: VideoIndex, numbers: Sequence[int]) -> np.ndarray:
+    _check_bytes(index, len(numbers))
+    rows: dict[int, list[int]] = {}
+    for row, number in enumerate(numbers):
+        rows.setdefault(int(number), []).append(row)
+    frames = np.empty((len(numbers), index.info.height, index.info.width, 3), np.uint8)
+    for number, frame in decode_frames(index, list(rows)):
+        frames[rows[number]] = frame
+    return frames
+
+
+def _select(
+    times: np.ndarray,
+    duration: float,
+    rate: float,
+    slack: float,
+    fps: float | None,
+    num_frames: int | None,
+    name: str,
+) -> tuple[list[int], float]:
+    """Numbers of the wanted frames, and their rate. `times` are the frames' seconds from the first."""
+    total = len(times)
+    if fps is None:
+        if num_frames is None:
+            return list(range(total)), rate
+        if num_frames > total:
+            raise MediaError(f"{name}: has {total} frames, {num_frames} were asked for.")
+        if num_frames == 1:
+            return [0], rate
+        # The frame nearest to each instant: by number alone, a varying rate would play now too fast, now too slow.
+        instants = np.linspace(0, times[-1], num_frames)
+        numbers = np.interp(instants, times, np.arange(total)).round(6).round().astype(int)
+        return numbers.tolist(), (num_frames - 1) / float(times[-1])
+    available = _available(duration, slack, fps)
+    if num_frames is not None and num_frames > available:
+        raise MediaError(
+            f"{name}: {duration:.3g} seconds give {available} frames at {fps:g} per second, {num_frames} were asked "
+            "for."
+        )
+    instants = np.arange(num_frames or available) / fps
+    numbers = np.searchsorted(times, instants + slack + 1e-9, side="right") - 1
+    return numbers.clip(0, total - 1).tolist(), fps
+
+
+def _check_number(number: int, max_frames: int | None) -> None:
+    if max_frames is not None and number > max_frames:
+        raise MediaError(
+            f"The video gives {number} frames, more than {max_frames}: pass `num_frames` or a lower `fps`."
+        )
+
+
+def _check_bytes(index: VideoIndex, number: int) -> None:
+    """Refuse more frames than the read budget allows, before any is decoded."""
+    info, limit = index.info, current_budget().max_bytes
+    if number * info.width * info.height * 3 > limit:
+        raise MediaError(
+            f"{index.path}: {number:,} frames of {info.width}x{info.height} take more than {limit:,} bytes of memory. "
+            f"Pass `num_frames` or a lower `fps`. {how_to_raise('max_bytes')}"
+        )
+
+
+def open_media(source: str | Path) -> tuple[Literal["image", "video"], Any]:
+    """
+    Tell by content whether a file is an image or a video.
+
+    Returns:
+        `("image", the image)` or `("video", the path)`: a video is left for [`load_video`], which reads what is asked.
+
+    Raises:
+        MediaError: neither of the two.
+    """
+    with _local_file(source) as path:
+        check_file(path)
+        found = picture_format(path)
+        if found is not None and found[1] == 1:
+            return "image", load_image(path)
+        probe_video(path)
+    return "video", source
+
+
+__all__ = ["load_sampled_video", "load_video", "open_media", "probe_frames"]

@@ -1,0 +1,84 @@
+"""Writing videos: H.264 with the colours of BT.709, and how they were made in the metadata."""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.utils import is_av_available
+
+from .video_reader import (
+    MediaError,
+    check_pyav,
+)
+
+if is_av_available():
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
+from .output_file import _complete_or_absent, _metadata_text
+from .video_loading import load_video
+
+BT709 = 1  # as primaries and as transfer, in ITU-T H.273; older PyAV has no names for them
+
+
+FPS_RANGE = (0.01, 1000.0)  # what mp4 files and their players keep exactly
+
+
+def save_video(
+    frames: Any,
+    path: str | Path,
+    fps: float | None = None,
+    *,
+    crf: int = 18,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """
+    Write an H.264 mp4 that plays everywhere. The file appears under its name when it is complete.
+
+    Own code and not diffusers' `encode_video`, which leaves colours untagged (players then guess, and shift them) and
+    writes under the final name. An odd width or height, which H.264 players do not take, gains a repeated edge.
+
+    Args:
+        frames: as in [`load_video`].
+        path: ends in .mp4.
+        fps: frames per second, 0.01 to 1000; needed unless `frames` is a [`VideoClip`].
+        crf: quality, 0 (lossless) to 51.
+        metadata: what the file is to say about how it was made, such as a pipeline's `settings`; plain values, in the
+            file's comment as JSON.
+
+    Raises:
+        MediaError: for another suffix, no frames, no rate, or values that are no pictures.
+    """
+    check_pyav()
+    path = Path(path)
+    if path.suffix.lower() != ".mp4":
+        raise MediaError(f"{path}: the suffix of a video must be .mp4.")
+    clip = load_video(frames, source_fps=fps)
+    rate = fps or clip.fps
+    if rate is None:
+        raise MediaError("`fps` must be given for frames that carry no rate.")
+    if not FPS_RANGE[0] <= rate <= FPS_RANGE[1]:
+        raise MediaError(f"`fps` must be {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} frames per second, got {rate}.")
+    comment = None if metadata is None else _metadata_text(metadata)
+    odd_rows, odd_columns = clip.frames.shape[1] % 2, clip.frames.shape[2] % 2
+    options = {"movflags": "+faststart"}  # the index first: browsers play while they load
+    with _complete_or_absent(path) as partial, av.open(str(partial), "w", format="mp4", options=options) as container:
+        if comment is not None:
+            container.metadata["comment"] = comment
+        stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(100_000))
+        stream.height, stream.width = clip.frames.shape[1] + odd_rows, clip.frames.shape[2] + odd_columns
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": str(crf)}
+        context = stream.codec_context
+        context.color_range, context.colorspace = ColorRange.MPEG, Colorspace.ITU709
+        context.color_primaries = context.color_trc = BT709
+        for picture in clip.frames:
+            padded = np.pad(picture, ((0, odd_rows), (0, odd_columns), (0, 0)), "edge")
+            frame = av.VideoFrame.from_ndarray(padded, format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+__all__ = ["save_video"]

@@ -1,0 +1,152 @@
+"""The steps of the pipeline that run encoders and the VAE: prompt, instruction, source, pixels."""
+
+from typing import Any, Literal
+
+import torch
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from diffusers.utils import is_ftfy_available
+from PIL import Image
+
+from ..media.sources import Source
+from ..models.connectors import ContextOverflow
+from ..utils.turns import in_turn
+from .presets import (
+    GenerationSettings,
+)
+from .request_checks import check_result, check_tensors
+
+
+class OmniVideoEncodersMixin:
+    """Public steps of [`OmniVideoPipeline`] between inputs and latents."""
+
+    @in_turn("text_encoder", "tokenizer")
+    def encode_prompt(
+        self, prompt: str | list[str], max_sequence_length: int = 512, context_overflow: ContextOverflow = "error"
+    ) -> list[torch.Tensor]:
+        """
+        Text embeddings of bare prompts, cleaned as upstream does, real tokens only.
+
+        Returns:
+            One `[length, width]` per prompt.
+
+        Raises:
+            ValueError: for a prompt longer than `max_sequence_length` tokens, unless `context_overflow="truncate"`.
+        """
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError("This pipeline was loaded without text encoder: pass `prompt_embeds`.")
+        if not is_ftfy_available():
+            raise ImportError("Prompts are cleaned with ftfy, as the model was trained: `pip install ftfy`.")
+        prompts = [prompt_clean(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        tokens = self.tokenizer(prompts, padding=True, return_attention_mask=True, return_tensors="pt")
+        lengths = tokens.attention_mask.sum(dim=1)
+        if int(lengths.max()) > max_sequence_length:
+            if context_overflow == "error":
+                raise ValueError(
+                    f"`prompt` has {int(lengths.max())} tokens for the text encoder, more than `max_sequence_length` "
+                    f"{max_sequence_length}: shorten it, or pass `context_overflow='truncate'` to cut its end."
+                )
+            tokens = self.tokenizer(
+                prompts, padding=True, truncation=True, max_length=max_sequence_length, return_tensors="pt"
+            )
+        tokens = tokens.to(self._execution_device)
+        states = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        return [row[mask.bool()] for row, mask in zip(states, tokens.attention_mask, strict=True)]
+
+    @in_turn("processor", "mllm")
+    def encode_instruction(
+        self,
+        task: str,
+        prompt: str | list[str] | None,
+        source: Source | None = None,
+        mllm_hidden_states: torch.Tensor | list[torch.Tensor] | None = None,
+        mllm_frames: Literal["first", "all"] | None = None,
+        allow_empty: bool = False,
+    ) -> torch.Tensor:
+        """
+        Visual tokens of an instruction: one pass of the MLLM, teacher-forced over prompt and answer, and vision head.
+
+        Args:
+            task: name of the task.
+            prompt: one instruction or a list.
+            source: what it is about, already read.
+            mllm_hidden_states: `[batch, length, width]` or one `[length, width]` per sample, instead of the MLLM.
+            mllm_frames: as in the call.
+            allow_empty: take an empty instruction, as a negative prompt may be.
+
+        Returns:
+            `[batch, num_query_tokens, vision width]`
+        """
+        if mllm_hidden_states is not None:
+            return self.mllm(mllm_hidden_states=mllm_hidden_states, output_vision_tokens=True).vision_tokens
+        source = source or Source()
+        inputs = self.processor.apply_task_template(
+            task,
+            prompt,
+            images=source.images,
+            videos=source.videos,
+            mllm_frames=mllm_frames,
+            allow_empty=allow_empty,
+            return_tensors="pt",
+        ).to(self._execution_device)
+        return self.mllm(**inputs, logits_to_keep=1, output_vision_tokens=True).vision_tokens
+
+    @in_turn("vae")
+    def encode_source(self, source: Source, settings: GenerationSettings) -> torch.Tensor:
+        """Normalised latents `[batch, channels, frames, height, width]` of the source at the output's size."""
+        self._require("vae")
+        if source.videos is not None:
+            videos = [[Image.fromarray(frame) for frame in clip.frames] for clip in source.videos]
+        else:
+            videos = [[image] for image in source.images]
+        pixels = self.video_processor.preprocess_video(videos, height=settings.height, width=settings.width)
+        pixels = pixels.to(self._execution_device, self.vae.dtype)
+        latents = self.vae.encode(pixels).latent_dist.mode().float()
+        mean, std = self._latent_statistics(latents)
+        return (latents - mean) / std
+
+    @in_turn("processor", "mllm")
+    def encode_null_instruction(
+        self,
+        task: str,
+        negative_prompt: str | list[str] | None,
+        batch_size: int,
+        source: Source,
+        negative_mllm_hidden_states: torch.Tensor | list[torch.Tensor] | None = None,
+        mllm_frames: Literal["first", "all"] | None = None,
+    ) -> torch.Tensor:
+        """
+        Visual tokens of the null branch: from the checkpoint's stored states, or from those of a negative prompt.
+
+        Returns:
+            `[1 or batch, num_query_tokens, vision width]`
+        """
+        if negative_prompt is None and negative_mllm_hidden_states is None:
+            return self.mllm(output_vision_tokens=True).vision_tokens
+        negatives = None if negative_prompt is None else _per_prompt(negative_prompt, batch_size)
+        return self.encode_instruction(
+            task, negatives, source, negative_mllm_hidden_states, mllm_frames, allow_empty=True
+        )
+
+    @in_turn("vae")
+    def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
+        """Frames of normalised latents, as [`OmniVideoPipelineOutput`] describes."""
+        self._require("vae")
+        mean, std = self._latent_statistics(latents)
+        check_tensors(latents=latents)
+        pixels = self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0]
+        check_result(pixels, "The VAE's decoder")
+        return self.video_processor.postprocess_video(pixels, output_type=output_type)
+
+    def _latent_statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = (
+            torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
+            for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
+        )
+        return mean, std
+
+
+def _per_prompt(value: str | list[str], batch_size: int) -> list[str]:
+    return [value] * batch_size if isinstance(value, str) else value
+
+
+__all__ = ["OmniVideoEncodersMixin"]

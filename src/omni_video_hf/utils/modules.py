@@ -1,0 +1,26 @@
+"""Small questions about torch modules and configurations."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+
+def has_lora(module: nn.Module) -> bool:
+    """Whether any layer of a module carries a LoRA adapter of peft."""
+    return any(hasattr(child, "base_layer") and hasattr(child, "lora_A") for child in module.modules())
+
+
+def set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """
+    Set `dtype` on a configuration and on all configurations nested in it.
+
+    transformers sets it on the configurations directly inside ours only; deeper ones would go on naming the dtype that
+    their checkpoint was stored in.
+    """
+    config.dtype = dtype
+    for name in config.sub_configs:
+        if getattr(config, name) is not None:
+            set_dtype(getattr(config, name), dtype)
+
+
+__all__ = ["has_lora", "set_dtype"]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .pipelines.output import OmniVideoPipelineOutput
     from .pipelines.pipeline_omni_video import OmniVideoPipeline
     from .processing.processing_omni_video import OmniVideoProcessor
+    from .utils.read_budget import read_budget
 
 _HOMES = {
     "OmniVideoAdapter": "models.connectors",
@@ -33,7 +34,7 @@ _HOMES = {
     "OmniVideoForConditionalGeneration": "models.modeling_omni_video",
     "OmniVideoLossConfig": "diffusion.losses",
     "OmniVideoPipeline": "pipelines.pipeline_omni_video",
-    "OmniVideoPipelineOutput": "pipelines.pipeline_omni_video",
+    "OmniVideoPipelineOutput": "pipelines.output",
     "OmniVideoProcessor": "processing.processing_omni_video",
     "OmniVideoVisionHead": "models.connectors",
     "OmniVideoVisionHeadConfig": "models.configuration_omni_video",
@@ -41,6 +42,7 @@ _HOMES = {
     "VilaForConditionalGeneration": "models.modeling_vila",
     "collect_lora_layers": "pipelines.lora.loader",
     "complete_repository": "hub.repository",
+    "read_budget": "utils.read_budget",
 }
 
 
@@ -77,4 +79,5 @@ __all__ = [
     "__version__",
     "collect_lora_layers",
     "complete_repository",
+    "read_budget",
 ]

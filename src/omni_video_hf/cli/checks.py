@@ -15,7 +15,7 @@ from ..utils.masking import clean_token
 from .console import UsageProblem
 
 SHAPES = str(CHECKPOINT)  # what there is to try without weights of one's own
-FPS_RANGE = (0.01, 1000.0)  # as in `media_omni_video`
+FPS_RANGE = (0.01, 1000.0)  # as in `media.video_writer`
 MAX_SEED = 2**64 - 1
 MAX_SIDE = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".mp4": 16384}  # pixels that formats and encoders take
 

@@ -42,7 +42,7 @@ def result(text: str) -> None:
 
 def start_libraries(verbose: bool, quiet: bool = False) -> None:
     """Import transformers and diffusers, register the package's classes, and set how much all of them say."""
-    logging.getLogger(__package__).setLevel(logging.INFO if verbose else logging.ERROR)
+    logging.getLogger(__package__.partition(".")[0]).setLevel(logging.INFO if verbose else logging.ERROR)
     import_module("..processing.registration", __package__).register_auto_classes()
     libraries = [import_module("transformers").logging, import_module("diffusers").logging]
     libraries[0].disable_progress_bar()  # diffusers' own shows the components

@@ -141,4 +141,6 @@ def _work() -> ModuleType:
     try:
         return import_module(".data_work", __package__)
     except ModuleNotFoundError as error:
+        if (error.name or "").startswith(__package__.partition(".")[0]):
+            raise
         raise ImportError(f"Preparing data needs {error.name}: `pip install 'omni-video-hf[train]'`.") from error

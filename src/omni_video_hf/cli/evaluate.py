@@ -49,7 +49,7 @@ def evaluate(
     lines: list[str] | None,
     output: Path | None,
 ) -> None:
-    """Print the table of a checkpoint, and write JSON and pictures (see `evaluate.Evaluation`)."""
+    """Print the table of a checkpoint, and write JSON and pictures (see `shapes.evaluate.Evaluation`)."""
     module = import_module("..shapes.evaluate", __package__)
     pipe.set_progress_bar_config(disable=True)
     evaluation = module.Evaluation(pipe, count, seed, batch_size, steps)

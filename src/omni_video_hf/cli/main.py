@@ -58,7 +58,7 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
-# The names of `PROFILES` in `memory_omni_video`, which needs torch.
+# The names of `PROFILES` in `pipelines.memory.profiles`, which needs torch.
 Memory = StrEnum("Memory", {name: name for name in ("24GB", "16GB", "12GB", "8GB")})
 Model = Annotated[
     str,

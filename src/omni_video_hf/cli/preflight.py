@@ -13,6 +13,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
 
+from ..hub.staging import check_finished
 from ..media.sources import Source
 from ..models.configuration_omni_video import OmniVideoConfig
 from ..models.connectors import OmniVideoAdapter
@@ -52,6 +53,7 @@ class Outline:
             )
             revision = place.name
         index_file = place / "model_index.json"
+        check_finished(place)
         if not index_file.is_file():
             raise ValueError(f"{loading.model}: has no model_index.json, so it is no complete pipeline.")
         index = json.loads(index_file.read_text(encoding="utf-8"))

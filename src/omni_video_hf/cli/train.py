@@ -45,16 +45,16 @@ class TrainCommand(TyperCommand):
 
 def train(config: str | None, overrides: Sequence[str]) -> Path | None:
     """
-    Run a recipe (see `recipe.read_recipe` and `run.train`), importing the trainer only now.
+    Run a recipe (see `training.recipe.read_recipe` and `training.train.train`); the trainer is imported only now.
 
-    With `--export CHECKPOINT DIR` among the words nothing is trained: see `export.export_checkpoint`.
+    With `--export CHECKPOINT DIR` among the words nothing is trained: see `training.checkpointing.export.export_checkpoint`.
 
     Returns:
         The folder with the outcome on the main process, `None` on the others.
     """
+    if EXPORT in overrides:
+        return _export(config, list(overrides))
     with as_usage():
-        if EXPORT in overrides:
-            return _export(config, list(overrides))
         if config is None:
             raise ValueError(
                 "`--config` is missing: pass a recipe, such as `--config lora`; see `omni-video train --help`."
@@ -67,16 +67,21 @@ def train(config: str | None, overrides: Sequence[str]) -> Path | None:
 
 
 def _export(config: str | None, words: list[str]) -> Path:
+    """Write the pipeline of a checkpoint, `--export CHECKPOINT DIR` among the words."""
     place = words.index(EXPORT)
     given = words[place + 1 : place + 3]
-    settings = import_module("..training.recipe", __package__).overridden({}, words[:place] + words[place + 3 :])
-    unknown = sorted(set(settings) - {"model", "revision", "result_dtype"} | ({"config"} if config else set()))
-    if len(given) < 2 or any(word.startswith("--") for word in given) or unknown:
-        problem = f" It takes no {', '.join(f'--{name}' for name in unknown)}." if unknown else ""
-        raise ValueError(
-            "`--export` is used as `omni-video train --export RUN/checkpoint-N DIR`, with `--model`, `--revision` and "
-            f"`--result_dtype` where need be.{problem}"
-        )
+    with as_usage():
+        settings = import_module("..training.recipe", __package__).overridden({}, words[:place] + words[place + 3 :])
+        unknown = sorted(set(settings) - {"model", "revision", "result_dtype"} | ({"config"} if config else set()))
+        if len(given) < 2 or any(word.startswith("--") for word in given) or unknown:
+            problem = f" It takes no {', '.join(f'--{name}' for name in unknown)}." if unknown else ""
+            raise ValueError(
+                "`--export` is used as `omni-video train --export RUN/checkpoint-N DIR`, with `--model`, `--revision` "
+                f"and `--result_dtype` where need be.{problem}"
+            )
+        base = settings.get("model")
+        if base is not None:
+            check_repository(base)
+            base = place_of(base)
     export = import_module("..training.checkpointing.export", __package__).export_checkpoint
-    dtype = settings.get("result_dtype", "float32")
-    return export(*given, base=settings.get("model"), revision=settings.get("revision"), dtype=dtype)
+    return export(*given, base=base, revision=settings.get("revision"), dtype=settings.get("result_dtype", "float32"))

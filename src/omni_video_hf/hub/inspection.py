@@ -120,7 +120,7 @@ def _local_headers(folder: Path) -> dict[str, Header]:
 
 
 def _read_header(file: Path) -> Header:
-    """As `read_header` in `repository_omni_video`, by the format's own description: reading it needs no torch."""
+    """As `read_header` in `hub.repository`, by the format's own description: reading it needs no torch."""
     try:
         with file.open("rb") as handle:
             size = file.stat().st_size

@@ -323,7 +323,7 @@ def index_entries(index: Path) -> list[str]:
 
 
 def missing_parts(directory: str | Path) -> list[str]:
-    """What keeps a folder from being a repository with both doors; nothing when it is one."""
+    """What a folder lacks to be a repository that transformers and diffusers load; empty when it is one."""
     directory = Path(directory)
     missing = [name for name in (PIPELINE_INDEX_NAME, "config.json") if not (directory / name).is_file()]
     index = _read_json(directory / PIPELINE_INDEX_NAME) or {}

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-KEY = "omni_video"  # as `METADATA_KEY` in `media_omni_video`
+KEY = "omni_video"  # as `METADATA_KEY` in `media.output_file`
 _IMAGE_DESCRIPTION = 0x010E  # in EXIF
 MAX_BYTES = 10**6  # of a record; longer text is none of ours
 

@@ -1,4 +1,4 @@
-"""A training run from its recipe to a repository that every front door opens."""
+"""A training run, from its recipe to a repository that transformers and diffusers load."""
 
 from pathlib import Path
 

@@ -114,7 +114,7 @@ def remove_abandoned(target: str | Path | None, parent: str | Path) -> None:
     """Remove the workspaces for `target`, or for anything, in a folder whose processes were killed."""
     for folder in workspaces(target, parent):
         with unlocked(folder) as is_free:
-            # One with a list of files is moving them, see `staging_omni_video`.
+            # One with a list of files is moving them, see `hub.staging`.
             is_left = is_free and "files" not in (read_mark(folder) or ())
             if is_left:
                 empty(folder)

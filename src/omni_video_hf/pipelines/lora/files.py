@@ -181,10 +181,11 @@ def _download(given: str, weight_name: str | None, subfolder: str | None, hub: d
 def _cached(given: str, weight_name: str | None, subfolder: str | None, hub: dict[str, Any]) -> tuple[Path, Path]:
     """Likewise without the network."""
     hub = hub | {"local_files_only": True}
-    for name in (weight_name,) if weight_name else (LORA_NAME, PEFT_NAME, TRAINED_NAME):
+    for name in (weight_name,) if weight_name else (LORA_NAME, PEFT_NAME, EMA_NAME, TRAINED_NAME):
         try:
-            if name == PEFT_NAME:
-                hf_hub_download(given, PEFT_CONFIG, subfolder=subfolder, **hub)
+            beside = {PEFT_NAME: PEFT_CONFIG, EMA_NAME: TRAINED_NAME}.get(name)
+            if beside is not None:
+                hf_hub_download(given, beside, subfolder=subfolder, **hub)
             path = Path(hf_hub_download(given, name, subfolder=subfolder, **hub))
             return path, path.with_name(PEFT_CONFIG)
         except LocalEntryNotFoundError:

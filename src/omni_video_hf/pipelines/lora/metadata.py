@@ -1,6 +1,6 @@
-"""Checks the settings in a LoRA file before peft sees them: it runs some as regular expressions and imports others."""
+"""Bounds the cost of the regular expressions in a LoRA file: `rank_pattern` and `alpha_pattern` have them as keys."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from re import _constants as codes  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from re import error as pattern_error
@@ -9,11 +9,7 @@ from typing import Any
 from ...utils.read_budget import current_budget, how_to_raise
 
 NAME_LENGTH = 64  # characters of a layer's name that one `.*` can end at
-# Settings that peft takes as regular expressions; of `rank_pattern` and `alpha_pattern` the keys are.
-PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern")
-LITERAL_LISTS = ("target_modules", "exclude_modules")  # one pattern for the whole name, or a list of plain names
-IMPORTS = ("megatron_config", "megatron_core", "auto_mapping")  # name code that would be imported
-INITIALISATIONS = (True, False, None, "gaussian", "orthogonal")  # the others change the base model's weights
+PATTERNS = ("rank_pattern", "alpha_pattern")
 _SINGLE = (codes.LITERAL, codes.NOT_LITERAL, codes.ANY, codes.IN, codes.AT, codes.CATEGORY)
 _REPEATS = tuple(
     getattr(codes, name) for name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT") if hasattr(codes, name)
@@ -22,7 +18,7 @@ _REPEATS = tuple(
 
 def check_lora_metadata(metadata: Any, source: str) -> None:
     """
-    Refuse settings of a LoRA file that would run for ever, import code or change the base model's weights.
+    Refuse patterns in the settings of a LoRA file that could take for ever to match.
 
     Args:
         metadata: `LoraConfig` arguments by component, such as `{"transformer.r": 8}`, or `None`.
@@ -38,19 +34,11 @@ def check_lora_metadata(metadata: Any, source: str) -> None:
     budget, cost = current_budget().max_steps, 0
     for key, value in metadata.items():
         name = str(key).rpartition(".")[2]
-        if name in IMPORTS and value is not None:
-            raise ValueError(f"{source}: the LoRA setting {key!r} names code to import; remove it from the metadata.")
-        if name == "init_lora_weights" and not any(value is one or value == one for one in INITIALISATIONS):
-            raise ValueError(
-                f"{source}: the LoRA setting {key!r} is {str(value)[:40]!r}, which changes the base model; only "
-                "initialisations without effect on trained layers are read: set it to true."
-            )
         if name not in PATTERNS:
             continue
-        for pattern in _patterns(name, value):
+        for pattern in map(str, value if isinstance(value, Mapping) else ()):
             try:
-                # All but the patterns of whole names are tried behind every dot of a name.
-                cost += (1 if name in LITERAL_LISTS else NAME_LENGTH) * _cost(parser.parse(pattern))
+                cost += NAME_LENGTH * _cost(parser.parse(pattern))  # tried behind every dot of a name
             except (pattern_error, RecursionError, OverflowError, ValueError) as error:
                 raise ValueError(
                     f"{source}: the LoRA setting {key!r} has the pattern {pattern[:80]!r}: {error}."
@@ -60,14 +48,6 @@ def check_lora_metadata(metadata: Any, source: str) -> None:
                     f"{source}: the patterns of the LoRA setting {key!r}, such as {pattern[:80]!r}, may take more "
                     f"than {budget:,} steps for one layer. Write the layers' names out. {how_to_raise('max_steps')}"
                 )
-
-
-def _patterns(name: str, value: Any) -> Iterator[str]:
-    """The regular expressions in a setting."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, tuple, Mapping)) and name not in LITERAL_LISTS:
-        yield from map(str, value)
 
 
 def _cost(pattern: Any) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training_recipe import base, command, data, picture, write_samples  # noqa: F401 - fixtures
+from training_runs import base, command, data, picture, write_samples  # noqa: F401 - fixtures
 from typer.testing import CliRunner
 
 from omni_video_hf import OmniVideoPipeline

@@ -19,7 +19,7 @@ import tiny
 import torch
 import training
 from safetensors.torch import load_file
-from test_training_recipe import write_samples
+from training_runs import write_samples
 
 from omni_video_hf.training.recipe import read_recipe
 from omni_video_hf.training.train import train

@@ -2,48 +2,18 @@ import json
 import shutil
 
 import pytest
-import tiny
 import torch
 import training
 import yaml
+from training_runs import base, command, data, picture, write_samples  # noqa: F401 - fixtures
 from transformers.integrations import is_wandb_available
-from typer.testing import CliRunner
 
 from omni_video_hf import OmniVideoPipeline
-from omni_video_hf.cli.main import app
 from omni_video_hf.hub.model_card import TrainingSummary
-from omni_video_hf.training.features.cache import ShardWriter, commit, read_records
 from omni_video_hf.training.recipe import RECIPES, read_recipe, shipped_recipes
 from omni_video_hf.training.stages import STAGES
 
 NEEDED = ["--model", "m", "--data", "d", "--output_dir", "o", "--use_cpu", "--bf16", "false", "--report_to", "none"]
-
-
-def write_samples(folder, samples):
-    """A feature cache of these samples."""
-    writer = ShardWriter(folder, 0, 0)
-    for number, sample in enumerate(samples):
-        tensors = {key: value.contiguous() for key, value in sample.items() if key != "task"}
-        if "pixel_values" in tensors:
-            tensors["pixel_values"] = tensors["pixel_values"][None]
-        instruction = "states" if "mllm_hidden_states" in tensors else "tokens"
-        writer.add(str(number), {"task": sample["task"], "instruction": instruction}, tensors)
-    writer.flush()
-    commit(folder, list(read_records(folder).values()), {})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "base"
-    tiny.pipeline().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    samples = [training.sample(task, number) for task in ("t2i", "t2v", "v2v") for number in range(3)]
-    return write_samples(tmp_path_factory.mktemp("samples"), samples)
 
 
 # --- recipes --------------------------------------------------------------------------------------------------------
@@ -204,18 +174,6 @@ def test_evaluation_data_that_allow_no_loss_are_refused(base, data, tmp_path):
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
-
-
-def command(base, data, output, *words):
-    settings = ["--model", base, "--data", data, "--output_dir", output, "--use_cpu", "--bf16", "false", "--max_steps"]
-    settings += [4, "--report_to", "none", "--warmup_steps", 0, "--save_steps", 2, "--disable_tqdm"]
-    return CliRunner().invoke(app, ["train", "--config", *map(str, [words[0], *settings, *words[1:]])])
-
-
-def picture(pipeline):
-    generator = torch.Generator().manual_seed(0)
-    arguments = {"prompt": "a fox", "task": "t2i", "height": 32, "width": 64, "num_inference_steps": 2}
-    return pipeline(**arguments, generator=generator, output_type="latent").frames
 
 
 def test_a_run_from_recipe_to_pipeline_and_its_resumption(base, data, tmp_path):

@@ -47,7 +47,8 @@ def train(config: str | None, overrides: Sequence[str]) -> Path | None:
     """
     Run a recipe (see `training.recipe.read_recipe` and `training.train.train`); the trainer is imported only now.
 
-    With `--export CHECKPOINT DIR` among the words nothing is trained: see `training.checkpointing.export.export_checkpoint`.
+    With `--export CHECKPOINT DIR` among the words nothing is trained: a pipeline is written, see
+    `training.checkpointing.export.export_checkpoint`.
 
     Returns:
         The folder with the outcome on the main process, `None` on the others.

@@ -80,7 +80,10 @@ def read_budget(**limits: float) -> Iterator[ReadBudget]:
 def how_to_raise(name: str) -> str:
     """One sentence that says how to raise a limit of the budget."""
     variable = VARIABLE.format(name=name.upper())
-    return f"If you trust the file, raise the limit: `with read_budget({name}=...)` (`from omni_video_hf import read_budget`), or set {variable}."
+    return (
+        f"If you trust the file, raise the limit: `with read_budget({name}=...)` (`from omni_video_hf import "
+        f"read_budget`), or set {variable}."
+    )
 
 
 def _of_environment() -> ReadBudget:

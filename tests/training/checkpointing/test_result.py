@@ -7,7 +7,7 @@ import tiny
 import torch
 import training
 from safetensors.torch import load_file
-from test_training_recipe import command, write_samples
+from training_runs import command, write_samples
 
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline
 from omni_video_hf.hub.repository import finalize_repository

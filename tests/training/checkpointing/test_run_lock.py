@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import training
-from test_training_recipe import base, command, data  # noqa: F401 - fixtures
+from training_runs import base, command, data  # noqa: F401 - fixtures
 
 from omni_video_hf.training.checkpointing import checkpoints
 from omni_video_hf.training.checkpointing.run_lock import LOCK_NAME, only_training

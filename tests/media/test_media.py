@@ -13,7 +13,7 @@ import torch
 from av.video.reformatter import ColorRange
 from PIL import Image
 
-from omni_video_hf.media import media as media_omni_video
+from omni_video_hf.media import download, video_loading
 from omni_video_hf.media.clip import VideoClip
 from omni_video_hf.media.frame_sampling import FRAME_SAMPLING, sample_indices
 from omni_video_hf.media.images import contact_sheet, load_image, save_image
@@ -182,9 +182,9 @@ class TestReading:
 
     def test_only_wanted_frames_are_converted(self, steady, monkeypatch):
         seen = []
-        convert = media_omni_video.decode_frames
+        convert = video_loading.decode_frames
         monkeypatch.setattr(
-            media_omni_video,
+            video_loading,
             "decode_frames",
             lambda index, wanted: seen.append(list(wanted)) or convert(index, wanted),
         )
@@ -357,7 +357,7 @@ class TestSelection:
         assert "16" in message and "17" in message
 
     def test_longest_result_is_checked_before_decoding(self, steady, monkeypatch):
-        monkeypatch.setattr(media_omni_video, "decode_frames", lambda *_: pytest.fail("decoded"))
+        monkeypatch.setattr(video_loading, "decode_frames", lambda *_: pytest.fail("decoded"))
         message = error_of(load_video, steady, max_frames=17)
         assert "48" in message and "17" in message
 
@@ -624,7 +624,7 @@ class TestAddresses:
                 assert (method, follow_redirects) == ("GET", True) and timeout > 0
                 yield Response(answers.get(url))
 
-        monkeypatch.setattr(media_omni_video, "get_session", Session)
+        monkeypatch.setattr(download, "get_session", Session)
         return answers
 
     def test_image_and_video(self, served, tmp_path, steady):
@@ -710,7 +710,7 @@ class TestBudget:
         path = request.getfixturevalue(name)
         expected = len(load_video(path, **wishes).frames)
         assert probe_frames(path, **wishes)[1] == expected
-        monkeypatch.setattr(media_omni_video, "decode_frames", lambda *_: pytest.fail("decoded"))
+        monkeypatch.setattr(video_loading, "decode_frames", lambda *_: pytest.fail("decoded"))
         with read_budget(max_bytes=expected * 48 * 32 * 3 - 1):
             message = error_of(load_video, path, **wishes)
         assert f"{expected} frames of 48x32" in message and "num_frames" in message
@@ -845,7 +845,7 @@ class TestWriting:
         def fail(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(media_omni_video.av.VideoFrame, "from_ndarray", fail)
+        monkeypatch.setattr(av.VideoFrame, "from_ndarray", fail)
         with pytest.raises(KeyboardInterrupt):
             save_video(numbered(2), tmp_path / "a.mp4", 8)
         assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

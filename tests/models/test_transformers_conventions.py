@@ -8,7 +8,8 @@ import tiny
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from omni_video_hf import OmniVideoForConditionalGeneration, VilaForConditionalGeneration, VilaModel
+from omni_video_hf import OmniVideoForConditionalGeneration, VilaForConditionalGeneration
+from omni_video_hf.models.modeling_vila import VilaModel
 
 IMAGE = 160  # the placeholder's id, behind the 160 ids of the vocabulary
 

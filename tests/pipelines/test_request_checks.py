@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from PIL import Image
 
-from omni_video_hf.cli import main as cli
+from omni_video_hf.cli.console import one_line
 from omni_video_hf.media.clip import VideoClip
 from omni_video_hf.media.sources import Source
 from omni_video_hf.media.video_writer import save_video
@@ -262,7 +262,7 @@ def test_the_scale_of_a_call_reaches_every_part_and_is_exactly_as_before_after_i
 def test_the_command_line_proposes_its_own_flags(pipe):
     with pytest.raises(SizeError) as error:
         generate(pipe, width=1040)
-    line = cli._one_line(error.value)
+    line = one_line(error.value)
     assert "`--size 1024x32 --frames 5`" in line
     assert "width=" not in line
 

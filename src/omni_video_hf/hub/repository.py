@@ -22,6 +22,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from ..utils.files import is_plain_name, visible_files, write_text
 from .remote_code import write_remote_code
 from .staging import (
+    PIPELINE_INDEX_NAME,
     check_finished,
     commit,
     finalize_with,
@@ -33,7 +34,6 @@ from .staging import (
 )
 
 INDEX_NAME = "model.safetensors.index.json"
-PIPELINE_INDEX_NAME = "model_index.json"
 # Folders whose weights make up the whole model, in the order of the figure.
 MODEL_FOLDERS = ("mllm", "adapter", "transformer")
 # Fields of the component `mllm`'s configuration that the whole model shares.

@@ -2,15 +2,8 @@
 
 import numpy as np
 import torch
-from transformers.utils import is_av_available
 
-from .video_reader import (
-    MediaError,
-    over_background,
-)
-
-if is_av_available():
-    pass
+from .video_reader import MediaError, over_background
 
 
 def _to_uint8_rgb(values: np.ndarray | torch.Tensor, name: str, ndim: int) -> np.ndarray:

@@ -3,10 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-from transformers.utils import is_av_available
-
-if is_av_available():
-    pass
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,16 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub.utils import get_session
-from transformers.utils import is_av_available
 
 from ..utils.read_budget import current_budget, how_to_raise
-from .video_reader import (
-    MediaError,
-)
-
-if is_av_available():
-    pass
-
+from .video_reader import MediaError
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer; the session's own default is to wait for ever
 

@@ -3,14 +3,8 @@
 from collections.abc import Callable
 
 import numpy as np
-from transformers.utils import is_av_available
 
-from .video_reader import (
-    MediaError,
-)
-
-if is_av_available():
-    pass
+from .video_reader import MediaError
 
 
 def _upstream_edit(total: int, num_frames: int) -> list[int]:

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
-from transformers.utils import is_av_available
 
+from .arrays import _to_uint8_rgb
+from .clip import VideoClip
+from .download import _local_file
+from .output_file import METADATA_KEY, _complete_or_absent, _metadata_text
 from .video_reader import (
     BACKGROUND,
     STRIP,
@@ -18,13 +21,6 @@ from .video_reader import (
     over_background,
     picture_format,
 )
-
-if is_av_available():
-    pass
-from .arrays import _to_uint8_rgb
-from .clip import VideoClip
-from .download import _local_file
-from .output_file import METADATA_KEY, _complete_or_absent, _metadata_text
 
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 

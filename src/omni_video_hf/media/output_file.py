@@ -8,15 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import is_av_available
-
-from .video_reader import (
-    MediaError,
-)
-
-if is_av_available():
-    pass
-
+from .video_reader import MediaError
 
 METADATA_KEY = "omni_video"  # under which files say how they were made, as JSON
 

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from transformers.utils import is_av_available
 
 from ..utils.read_budget import current_budget, how_to_raise
+from .clip import VideoClip
+from .download import _local_file
+from .frame_sampling import sample_frames, sample_indices
+from .images import _stack_frames, load_image
 from .video_reader import (
     MediaError,
     VideoIndex,
@@ -18,13 +21,6 @@ from .video_reader import (
     probe_video,
     read_index,
 )
-
-if is_av_available():
-    pass
-from .clip import VideoClip
-from .download import _local_file
-from .frame_sampling import sample_frames, sample_indices
-from .images import _stack_frames, load_image
 
 
 def load_video(

@@ -8,20 +8,16 @@ from typing import Any
 import numpy as np
 from transformers.utils import is_av_available
 
-from .video_reader import (
-    MediaError,
-    check_pyav,
-)
+from .output_file import _complete_or_absent, _metadata_text
+from .video_loading import load_video
+from .video_reader import MediaError, check_pyav
 
 if is_av_available():
     import av
     from av.video.reformatter import ColorRange, Colorspace
-from .output_file import _complete_or_absent, _metadata_text
-from .video_loading import load_video
+
 
 BT709 = 1  # as primaries and as transfer, in ITU-T H.273; older PyAV has no names for them
-
-
 FPS_RANGE = (0.01, 1000.0)  # what mp4 files and their players keep exactly
 
 

@@ -373,8 +373,6 @@ class OmniVideoPipeline(
             notes=notes,
         )
 
-    # --- 1. inputs --------------------------------------------------------------------------------------------------
-
     # --- 2. source and task -----------------------------------------------------------------------------------------
 
     @in_turn("processor", "mllm")
@@ -421,10 +419,6 @@ class OmniVideoPipeline(
             return find_task(None, "text")
         return find_task(source_kind, "video" if wants_video else "image")
 
-    # --- 3. settings ------------------------------------------------------------------------------------------------
-
-    # --- 4. encoders ------------------------------------------------------------------------------------------------
-
     # --- 6. latents and schedule ------------------------------------------------------------------------------------
 
     def prepare_latents(
@@ -464,8 +458,6 @@ class OmniVideoPipeline(
         """
         check_numbers(num_inference_steps=num_inference_steps, flow_shift=flow_shift)
         return prepare_scheduler(self.scheduler, num_inference_steps, flow_shift, device)
-
-    # --- 8. pixels --------------------------------------------------------------------------------------------------
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 

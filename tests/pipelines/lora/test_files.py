@@ -7,9 +7,9 @@ import pytest
 import tiny
 import torch
 import training
+from lora import outputs, tuned_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_lora_omni_video import outputs, tuned_model
 
 from omni_video_hf import OmniVideoPipeline, collect_lora_layers
 from omni_video_hf.pipelines.lora.files import WAN_NAMES, read_lora_file, split_lora

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_runs import base, command, data, picture, write_samples  # noqa: F401 - fixtures
+from training_runs import base_fixture, command, data_fixture, picture, write_samples  # noqa: F401
 from typer.testing import CliRunner
 
 from omni_video_hf import OmniVideoPipeline
@@ -50,7 +50,7 @@ def test_a_recipe_is_asked_for():
 
 
 @pytest.mark.parametrize("stage", ["decoder", "lora"])
-def test_a_checkpoint_becomes_the_pipeline_that_the_run_would_have_written(stage, base, data, tmp_path):  # noqa: F811
+def test_a_checkpoint_becomes_the_pipeline_that_the_run_would_have_written(stage, base, data, tmp_path):
     settings = ["--learning_rate", "1e-2", "--ema_decay", "0.5", "--lr_scheduler_type", "constant"]
     run = command(base, data, tmp_path / "run", stage, *settings, "--max_steps", "4")
     assert run.exit_code == 0, run.output
@@ -72,7 +72,7 @@ def test_a_checkpoint_becomes_the_pipeline_that_the_run_would_have_written(stage
     assert not torch.equal(first, untrained)
 
 
-def test_what_cannot_be_exported_is_refused_with_the_checkpoints_that_can(base, data, tmp_path):  # noqa: F811
+def test_what_cannot_be_exported_is_refused_with_the_checkpoints_that_can(base, data, tmp_path):
     assert command(base, data, tmp_path / "run", "decoder").exit_code == 0
 
     def refused(*words):
@@ -94,7 +94,7 @@ def test_what_cannot_be_exported_is_refused_with_the_checkpoints_that_can(base, 
 # --- questions alone, previews --------------------------------------------------------------------------------------
 
 
-def test_questions_train_without_a_cache(base, tmp_path):  # noqa: F811
+def test_questions_train_without_a_cache(base, tmp_path):
     table = tmp_path / "questions.jsonl"
     table.write_text('{"task": "understand", "question": "what?", "answer": "a fox"}\n' * 3)
     words = ["--model", base, "--questions", table, "--output_dir", tmp_path / "run", "--use_cpu", "--bf16", "false"]
@@ -105,7 +105,7 @@ def test_questions_train_without_a_cache(base, tmp_path):  # noqa: F811
     assert {name for name, value in before.items() if not torch.equal(value, after[name])} == {"mllm.lm_head.weight"}
 
 
-def test_previews_are_shown_in_tensorboard(base, data, tmp_path):  # noqa: F811
+def test_previews_are_shown_in_tensorboard(base, data, tmp_path):
     previews = "[{prompt: a fox, task: t2i}, {prompt: 'what?', task: understand, max_new_tokens: 2}]"
     words = ["--previews", previews, "--preview_steps", "2", "--report_to", "tensorboard"]
     result = command(base, data, tmp_path, "decoder", *words)

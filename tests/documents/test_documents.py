@@ -112,7 +112,7 @@ def test_the_cards_settings_are_the_presets():
 
 
 def test_the_training_pages_settings_and_commands_are_read(tmp_path):
-    """Running them is test_training_recipe's work."""
+    """Running them is the work of tests/training/test_recipe.py."""
     needed = [
         "--model",
         "m",

@@ -5,7 +5,7 @@ import pytest
 import torch
 import training
 import yaml
-from training_runs import base, command, data, picture, write_samples  # noqa: F401 - fixtures
+from training_runs import base_fixture, command, data_fixture, picture, write_samples  # noqa: F401
 from transformers.integrations import is_wandb_available
 
 from omni_video_hf import OmniVideoPipeline

@@ -24,9 +24,9 @@ class RunArguments:
 
     Args:
         model: folder or Hub repository to start from.
-        data: feature cache, or several (see `features`), of `omni-video precompute` or `import-features`.
-        questions: table with questions and answers (see `tables`), read as they are, beside `data` or alone; those in
-            a cache count as well.
+        data: feature cache, or several (see docs/data.md), of `omni-video precompute` or `import-features`.
+        questions: table with questions and answers (see docs/data.md), read as they are, beside `data` or alone;
+            those in a cache count as well.
         eval_data: feature cache, or several, for evaluation.
         task_weights: share of the batches by task, e.g. `{t2v: 2, understand: 1}`; by default every sample once.
         stopping_strategy: with weights, what ends an epoch: `first_exhausted` or `all_exhausted`.

@@ -493,7 +493,7 @@ def test_make_knows_every_file_that_the_scripts_write_last(stages):
         assert f"$(SHAPES)/{stage}/stage.json: $(SHAPES)/{before}/stage.json" in makefile
     assert [name for name in card.RUNS if name in STAGES] == list(STAGES)
     missing = [name for name in made if not (stages / name).exists()]
-    # Trained in tests of their own: tests/test_shapes_train_vae.py and so on.
+    # Trained in tests of their own: tests/examples/shapes/test_train_vae.py and so on.
     assert sorted(missing) == [
         "mllm/mllm.json",
         "omni-video-shapes/README.md",

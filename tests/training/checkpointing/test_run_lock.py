@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import training
-from training_runs import base, command, data  # noqa: F401 - fixtures
+from training_runs import base_fixture, command, data_fixture  # noqa: F401
 
 from omni_video_hf.training.checkpointing import checkpoints
 from omni_video_hf.training.checkpointing.run_lock import LOCK_NAME, only_training
@@ -39,7 +39,7 @@ def other_training(folder):
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_second_training_is_refused_until_the_first_one_dies(base, data, tmp_path):  # noqa: F811
+def test_a_second_training_is_refused_until_the_first_one_dies(base, data, tmp_path):
     samples = [training.sample("t2v", number) for number in range(2)]
     with other_training(tmp_path):
         with pytest.raises(ValueError, match=MESSAGE):

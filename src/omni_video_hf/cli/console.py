@@ -92,14 +92,18 @@ def as_usage() -> Iterator[None]:
     except UsageProblem:
         raise
     except ValueError as error:
-        raise UsageProblem(str(error)) from error
+        raise UsageProblem(_words(error)) from error
 
 
 def one_line(error: BaseException) -> str:
     """What an error says, on one line, without access tokens."""
-    words = getattr(error, "for_command_line", error.__str__)()  # a `SizeError` names flags instead of arguments
-    text = mask_tokens(" ".join(words.split())) or type(error).__name__
+    text = mask_tokens(" ".join(_words(error).split())) or type(error).__name__
     return text if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: {text}"
+
+
+def _words(error: BaseException) -> str:
+    """What an error says; a `SizeError` names flags instead of arguments."""
+    return getattr(error, "for_command_line", error.__str__)()
 
 
 def fail(message: str, code: int = FAILURE) -> NoReturn:

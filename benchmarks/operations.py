@@ -20,6 +20,7 @@ from omni_video_hf import OmniVideoAdapter, OmniVideoAdapterConfig, OmniVideoVis
 from omni_video_hf.models.configuration_omni_video import WAN_2_1_T2V_1_3B
 from omni_video_hf.models.context_attention import constant_context
 from omni_video_hf.pipelines.presets import PRESETS, LatentGrid
+from omni_video_hf.tasks import get_task
 
 MLLM_TOKENS, IMAGE_TOKENS = 164, 196  # of an instruction with its system prompt; of an image
 PROMPT_TOKENS = 60  # two or three sentences, in every task
@@ -56,12 +57,12 @@ class Case:
     @property
     def kind(self) -> str:
         """What is drawn."""
-        return "image" if self.task.endswith("i") else "video"
+        return get_task(self.task).output
 
     @property
     def has_source(self) -> bool:
         """Whether something is edited."""
-        return self.task in ("v2v", "i2i")
+        return get_task(self.task).source is not None
 
     @property
     def latents_shape(self) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import torch
 from rich.progress import Progress
 
 from omni_video_hf import OmniVideoPipeline
+from omni_video_hf.tasks import get_task
 
 from .measure import collect, in_own_process, interleaved, peak_resident, resident, spread, synchronize
 from .proportional import PlainPath, pipeline
@@ -113,15 +114,15 @@ def paths(pipe: OmniVideoPipeline, case: Setting, divisor: int) -> tuple[Any, An
     """The pipeline's call and upstream's loop on the same inputs, as functions without arguments."""
     inputs = _inputs(pipe, case, divisor)
     plain_path = PlainPath(pipe.mllm.vision_head, pipe.adapter, pipe.transformer)
-    kind = "image" if case.task.endswith("i") else "video"
+    task = get_task(case.task)
 
     def ours() -> torch.Tensor:
-        size = {} if case.task == "v2v" else {"height": case.height, "width": case.width}
+        size = {} if task.keeps_size else {"height": case.height, "width": case.width}
         return pipe(
             task=case.task,
             **inputs,
             **size,
-            num_frames=None if case.task == "v2v" else case.num_frames,
+            num_frames=None if task.keeps_size else case.num_frames,
             num_inference_steps=case.steps,
             guidance_scale=GUIDANCE_SCALE,
             output_type="latent",
@@ -135,7 +136,7 @@ def paths(pipe: OmniVideoPipeline, case: Setting, divisor: int) -> tuple[Any, An
             inputs["mllm_hidden_states"],
             inputs["prompt_embeds"],
             inputs["source_latents"],
-            kind,
+            task.output,
             GUIDANCE_SCALE,
         )
 
@@ -151,7 +152,7 @@ def _inputs(pipe: OmniVideoPipeline, case: Setting, divisor: int) -> dict[str, t
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    is_edit = case.task in ("v2v", "i2i")
+    is_edit = get_task(case.task).source is not None
     mllm_width = pipe.mllm.config.vision_head_config.mllm_hidden_size
     return {
         "latents": draw(*shape),

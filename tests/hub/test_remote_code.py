@@ -130,6 +130,16 @@ def test_names_that_cannot_be_exported_are_refused(monkeypatch, tmp_path):
         code_files()
 
 
+def test_two_meanings_of_a_name_in_one_folder_are_refused(monkeypatch, tmp_path):
+    copy = tmp_path / "omni_video_hf"
+    shutil.copytree(remote_code.Path(remote_code.__file__).parents[1], copy)
+    monkeypatch.setattr(remote_code, "__file__", str(copy / "hub" / "remote_code.py"))
+    with (copy / "models" / "connectors.py").open("a") as file:
+        file.write("\n\ndef folded_context():\n    pass\n")
+    with pytest.raises(ValueError, match="are exported in one file and both define 'folded_context'"):
+        code_files()
+
+
 # --- both doors -----------------------------------------------------------------------------------------------------
 
 

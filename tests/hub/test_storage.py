@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from interrupted import interrupt_save
 from raw_data import write_pickle
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -21,7 +22,7 @@ from examples.shapes.training.runs import save_folder
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline
 from omni_video_hf.cli.main import app
 from omni_video_hf.hub.push import check_complete
-from omni_video_hf.hub.repository import check_indices, finish_saving, staged
+from omni_video_hf.hub.repository import check_indices, finish_saving
 from omni_video_hf.training.features.cache import FeatureCache
 from omni_video_hf.training.features.cache_files import SCHEMA
 from omni_video_hf.training.features.import_features import import_features
@@ -259,38 +260,13 @@ def test_a_save_does_not_write_through_a_linked_folder(repository, tmp_path):
     assert tree(tmp_path / "base") == before
 
 
-def interrupted(folder):
-    """Leave `folder` as a save does that was killed between two renames."""
-    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        replace, seen = Path.replace, []
-
-        def stop(self, target):
-            seen.append(target)
-            if len(seen) == 8:
-                os._exit(0)
-            return replace(self, target)
-
-        pid = os.fork()
-        if pid == 0:
-            patch.setattr(Path, "replace", stop)
-            with staged(folder, folders=["", "a", "b"]) as new:
-                (new / "config.json").write_text('{"model_type": "omni_video", "new": 1}')
-                for name in ("a", "b"):
-                    (new / name).mkdir()
-                    for number in range(5):
-                        (new / name / f"{number}.txt").write_text("new")
-            os._exit(1)
-        assert os.waitpid(pid, 0)[1] == 0
-        raise KeyboardInterrupt
-
-
 def test_an_unfinished_repository_is_refused_and_finished(tmp_path):
     folder = tmp_path / "x"
     (folder / "a").mkdir(parents=True)
     (folder / "config.json").write_text('{"model_type": "omni_video", "old": 1}')
     (folder / "model_index.json").write_text('{"_class_name": "OmniVideoPipeline"}')
     (folder / "a" / "0.txt").write_text("old")
-    interrupted(folder)
+    interrupt_save(folder)
     assert not (folder / "config.json").exists()
     assert not (folder / "model_index.json").exists()
     for load in (OmniVideoForConditionalGeneration.from_pretrained, OmniVideoPipeline.from_pretrained, check_complete):

@@ -103,9 +103,9 @@ def test_wrong_recipes_are_refused(tmp_path):
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
-def refused(base, data, output, words, *options):
+def refused(base, data, output, words, *options, exit_code=1):
     result = command(base, data, output, "decoder", *options)
-    assert result.exit_code == 1
+    assert result.exit_code == exit_code
     assert words in " ".join(result.output.split()), result.output
     assert not list(output.glob("checkpoint-*"))
 
@@ -114,23 +114,26 @@ def test_all_bad_samples_are_named_before_anything_trains(base, tmp_path):
     good = [training.sample("t2v", number) for number in range(3)]
     nan = good[0]["latents"].clone()
     nan[0, 0, 0, 0] = torch.nan
-    bad = [good[0] | {"latents": nan}, good[1] | {"prompt_embeds": torch.zeros(0, 32)}]
+    bad = [good[0] | {"latents": nan}, good[1] | {"task": "t2i"}]
     data = write_samples(tmp_path / "data", [*good, *bad])
     refused(
         base, data, tmp_path / "run", "2 problems in 5 samples: repair or remove them, or pass `--on_bad_data skip`"
     )
     refused(base, data, tmp_path / "run", "`latents` holds 1 values that are NaN or infinite")
-    refused(base, data, tmp_path / "run", "`prompt_embeds` must have 2 dimensions, none of them 0, got [0, 32]")
+    refused(base, data, tmp_path / "run", "`latents` have 2 frames; the task 't2i' draws one image")
     skipped = command(base, data, tmp_path / "run", "decoder", "--on_bad_data", "skip", "--learning_rate", "1e-2")
     assert skipped.exit_code == 0, skipped.output
     assert TrainingSummary.read(tmp_path / "run" / "pipeline").num_samples == 3
+    with pytest.raises(ValueError, match=r"row 1: `prompt_embeds_shape` is \[0, 32\], which must be 2 numbers"):
+        write_samples(tmp_path / "empty", [good[0], good[1] | {"prompt_embeds": torch.zeros(0, 32)}])
 
 
 def test_data_that_do_not_fit_the_stage_are_refused(base, data, tmp_path):
     said = "`report_to`: wandb is not installed (WandbCallback requires wandb"
     if not is_wandb_available():
         refused("none/none", data, tmp_path / "run", said, "--report_to", "wandb")
-    refused("nowhere", data, tmp_path / "run", "`model` nowhere is neither a folder nor a Hub repository")
+    said = "nowhere: is neither a folder nor a Hub repository"
+    refused("nowhere", data, tmp_path / "run", said, exit_code=2)
     refused(base, tmp_path / "none", tmp_path / "run", "holds no manifest.json, so it is no feature cache")
     questions = write_samples(tmp_path / "data", [training.sample("understand"), training.sample("t2v")])
     useless = (
@@ -152,7 +155,7 @@ def test_a_loss_that_no_sample_allows_is_refused_before_anything_is_loaded(base,
             if path.is_file() and path.suffix != ".safetensors" and not path.name.endswith("index.json"):
                 shutil.copyfile(path, tmp_path / "model" / path.name)
         result = command(tmp_path / "model", cache, tmp_path / "run", stage, *words)
-        assert result.exit_code == 2
+        assert result.exit_code == 1
         return " ".join(result.output.split())
 
     said = refuse(data)

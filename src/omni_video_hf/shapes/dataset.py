@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from ..tasks import get_task
 from .prompts import Kind, edit_prompt, generation_prompt, question_and_answer
 from .scene import ATTRIBUTES, HELD_OUT, MOTIONS, NUM_FRAMES, Scene, render, room
 
@@ -76,7 +77,8 @@ class ShapesDataset(Dataset):
         for name, number in (("length", length), ("seed", seed)):
             if number < 0:
                 raise ValueError(f"`{name}` must not be negative, got {number}.")
-        kinds = ("image", "video") if task == "understand" else ("image" if task.endswith("i") else "video",)
+        row = get_task(task)
+        kinds = ("image", "video") if row.answers_in_text else (row.output,)
         if kind is None and len(kinds) == 1:
             kind = kinds[0]
         if kind not in kinds:
@@ -102,11 +104,12 @@ class ShapesDataset(Dataset):
         index = range(self.length)[index]
         stream = (TASKS.index(self.task), SPLITS.index(self.split), int(self.kind == "video"), self.seed, index)
         rng = np.random.default_rng(stream)
-        if self.task in ("t2i", "t2v"):
+        row = get_task(self.task)
+        if row.answers_in_text:
+            return self._question(rng)
+        if row.source is None:
             scene = _place(rng, self._attributes(rng))
             return Example(self.task, self.kind, generation_prompt(rng, scene, self.kind), target=scene)
-        if self.task == "understand":
-            return self._question(rng)
         return self._edit(rng)
 
     def _question(self, rng: np.random.Generator) -> Example:

@@ -45,7 +45,7 @@ def test_a_second_training_is_refused_until_the_first_one_dies(base, data, tmp_p
         with pytest.raises(ValueError, match=MESSAGE):
             training.trainer(tmp_path, samples).train()
         refused = command(base, data, tmp_path, "decoder")
-        assert refused.exit_code == 2
+        assert refused.exit_code == 1
         assert MESSAGE in " ".join(refused.output.split())
         assert {path.name for path in tmp_path.iterdir()} == {LOCK_NAME}
     training.trainer(tmp_path, samples).train()

@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
+from ...hub.staging import check_finished
 from ...models.configuration_omni_video import OmniVideoConfig
 from ...models.modeling_omni_video import OmniVideoForConditionalGeneration
 from ...utils.names import check_known
@@ -42,7 +43,8 @@ def export_checkpoint(
         `folder`.
 
     Raises:
-        ValueError: for what is no complete checkpoint, saying which are; and for another base.
+        ValueError: for what is no complete checkpoint, saying which are; and for another base, or an
+            unfinished one.
     """
     checkpoint, folder = Path(checkpoint), Path(folder)
     check_known("result_dtype", [dtype], ["float32", "bfloat16"])
@@ -75,6 +77,7 @@ def _base_folder(checkpoint: Path, base: str | None, revision: str | None) -> Pa
     if not base:
         raise ValueError(f"{checkpoint} does not say which model its run began with: pass `--model`.")
     if Path(base).is_dir():
+        check_finished(base)
         return Path(base)
     if str(base).count("/") != 1:
         raise ValueError(f"`model` {base}, which the run began with, is no folder: pass `--model` to say where it is.")

@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 from ...media.video_reader import MediaError
 from ...processing.processing_omni_video import OmniVideoProcessor
-from ...tasks import get_task
+from ...tasks import TASKS, get_task
 from .bad_data import Offender, stop_or_count
 from .batch_sampler import Bucket
 from .collator import encode_conversation
@@ -53,7 +53,8 @@ class ConversationDataset(Dataset):
                 self.numbers.append(number)
                 self.buckets.append(_bucket(row))
         if not asked:
-            raise ValueError("The table has no row of the task 'understand'.")
+            answering = " or ".join(repr(name) for name, task in TASKS.items() if task.answers_in_text)
+            raise ValueError(f"The table has no row of the task {answering}.")
         stop_or_count(offenders, asked, on_bad_data)
 
     def __len__(self) -> int:
@@ -76,7 +77,7 @@ class ConversationDataset(Dataset):
 def _bucket(row: Row) -> Bucket:
     """Questions with pictures and without run different parts of the model; of their length they are padded."""
     names = ("input_ids", "attention_mask", "labels") + (("pixel_values",) if row.media is not None else ())
-    return Bucket("understand", tuple((name, ()) for name in names))
+    return Bucket(row.task, tuple((name, ()) for name in names))
 
 
 __all__ = ["ConversationDataset"]

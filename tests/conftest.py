@@ -1,5 +1,6 @@
 """Fixtures that several modules share."""
 
+import logging
 import os
 
 # Weights that are read from a file lie elsewhere in memory than those that were just made, and MKL may then add in
@@ -29,12 +30,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """
-    Seed what a test and its fixtures draw.
+    Seed what a test and its fixtures draw, and let the package log.
 
     torch begins with another seed in every process: a test that one draw in a hundred breaks would be red on somebody
-    else's change.
+    else's change. Commands that earlier tests ran in this process have silenced the package's logger.
     """
     set_seed(0)
+    logging.getLogger("omni_video_hf").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -422,6 +422,8 @@ BAD_SETTINGS = [
     ({"r": 5}, "the rank 5, its matrices have 3"),
     ({"use_dora": True}, "`use_dora` of its settings is True"),
     ({"init_lora_weights": "pissa_niter_4"}, "also changed the model's weights"),
+    ({"init_lora_weights": "pissa_niter_1000000"}, "also changed the model's weights"),
+    ({"init_lora_weights": "loftq"}, "also changed the model's weights"),
     ({"alpha_pattern": {"(a+)+b": 1}}, "too complex to be matched safely"),
     ({"alpha_pattern": {".*.*.*x": 1}}, "too complex to be matched safely"),
     ({"alpha_pattern": {"a|(": 1}}, "is no expression"),

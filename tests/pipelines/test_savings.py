@@ -13,6 +13,8 @@ from diffusers import (
 )
 from golden import relative_error
 
+from omni_video_hf.pipelines.request_checks import FiniteSteps
+
 STEPS = 6
 CACHES = {
     "first block": FirstBlockCacheConfig(threshold=1e3),
@@ -140,12 +142,13 @@ SCHEDULERS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_host_never_waits_for_the_device_inside_the_loop(pipe, name):
+def test_the_host_never_waits_for_the_device_inside_the_loop(pipe, name, monkeypatch):
     pipe.scheduler = SCHEDULERS[name]
     pipe.transformer.to(DEVICE)
     latents = torch.empty(1, 16, 2, 4, 8, device=DEVICE)
     contexts = [torch.empty(1, length, 32, device=DEVICE) for length in (9, 5)]
-    per_step = []
+    per_step, checked_after = [], []
+    monkeypatch.setattr(FiniteSteps, "check", lambda *_: checked_after.append(len(per_step)))  # it reads values
 
     def note(running, step, timestep, tensors):
         per_step.append(sum(synchronisations.counts.values()))
@@ -157,6 +160,7 @@ def test_the_host_never_waits_for_the_device_inside_the_loop(pipe, name):
             latents, pipe.prepare_scheduler(6, 5.0, DEVICE), *contexts, callback_on_step_end=note, guidance_scale=3.0
         )
     assert len(per_step) == 6
+    assert checked_after == [6]
     assert set(per_step) == {per_step[0]}
 
 

@@ -137,7 +137,9 @@ class OmniVideoDenoisingMixin:
                     if self._interrupt:
                         continue
                     self._current_timestep = timestep
-                    velocity = self._predict_velocity(step, tensors["latents"], timestep, constant, guidance)
+                    velocity = self._predict_velocity(
+                        step, tensors["latents"], timestep, constant, guidance, attention_kwargs
+                    )
                     with UncheckedSolve():
                         latents = scheduler.step(velocity, timestep, tensors["latents"], **step_kwargs)[0]
                     tensors["latents"] = latents
@@ -165,7 +167,13 @@ class OmniVideoDenoisingMixin:
         return {branch: states.to(self.transformer.dtype) for branch, states in contexts.items()}
 
     def _predict_velocity(
-        self, step: int, latents: torch.Tensor, timestep: torch.Tensor, constant: ConstantContext, guidance: Guidance
+        self,
+        step: int,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        constant: ConstantContext,
+        guidance: Guidance,
+        attention_kwargs: dict[str, Any] | None,
     ) -> torch.Tensor:
         """The velocity of one step, guided."""
         branches = guidance.branches(step, self._num_timesteps, constant.contexts, self._guidance_scale)
@@ -173,7 +181,7 @@ class OmniVideoDenoisingMixin:
         velocities = [
             velocity
             for branch in branches
-            for velocity in self._predict_velocities(branch, latents, timestep, constant, self._attention_kwargs)
+            for velocity in self._predict_velocities(branch, latents, timestep, constant, attention_kwargs)
         ]
         return guidance.combine(velocities, self._guidance_scale)
 

@@ -21,7 +21,7 @@ from ..utils.turns import OwnRandomNumbers, in_turn
 from .denoising import OmniVideoDenoisingMixin, callback_inputs, register_with_cache_dit, whole_call
 from .encoders import OmniVideoEncodersMixin, _per_prompt
 from .guidance import Guidance
-from .lora.loader import OmniVideoLoraLoaderMixin, with_lora_scale
+from .lora.loader import OmniVideoLoraLoaderMixin, with_lora_scale, without_lora_scale
 from .output import OmniVideoPipelineOutput
 from .presets import (
     GenerationSettings,
@@ -354,7 +354,7 @@ class OmniVideoPipeline(
 
         # 7. Denoise
         latents = self.denoise(
-            latents, scheduler, context, null_context, attention_kwargs, callback_on_step_end,
+            latents, scheduler, context, null_context, without_lora_scale(attention_kwargs), callback_on_step_end,
             callback_on_step_end_tensor_inputs, guidance, settings.guidance_scale, generator,
         )  # fmt: skip
 

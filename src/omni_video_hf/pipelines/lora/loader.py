@@ -38,7 +38,8 @@ def with_lora_scale(call: Callable) -> Callable:
     Let `attention_kwargs={"scale": ...}` of a pipeline's call scale the LoRA of all its parts.
 
     diffusers scales the decoder's alone, during each of its passes, and forgets the weights of `set_adapters` after a
-    scale of 0. Here every part has the scale during the whole call, and exactly its own again afterwards.
+    scale of 0. Here every part has the scale during the whole call, and exactly its own again afterwards. The call
+    gives its decoder [`without_lora_scale`].
     """
     position = list(signature(call).parameters).index("attention_kwargs")
 
@@ -47,11 +48,6 @@ def with_lora_scale(call: Callable) -> Callable:
         given = args[position - 1] if len(args) >= position else kwargs.get("attention_kwargs")
         if not isinstance(given, Mapping) or "scale" not in given:
             return call(self, *args, **kwargs)
-        rest = {name: value for name, value in given.items() if name != "scale"} or None
-        if len(args) >= position:
-            args = (*args[: position - 1], rest, *args[position:])
-        else:
-            kwargs["attention_kwargs"] = rest
         scale = check_number("scale", given["scale"])
         with ExitStack() as stack:
             for component in self._lora_loadable_modules:
@@ -59,6 +55,11 @@ def with_lora_scale(call: Callable) -> Callable:
             return call(self, *args, **kwargs)
 
     return scaled
+
+
+def without_lora_scale(attention_kwargs: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What is left for the decoder where [`with_lora_scale`] has applied the scale."""
+    return {name: value for name, value in (attention_kwargs or {}).items() if name != "scale"} or None
 
 
 @contextmanager

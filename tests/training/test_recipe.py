@@ -144,7 +144,7 @@ def test_data_that_do_not_fit_the_stage_are_refused(base, data, tmp_path):
     result = command(base, questions, tmp_path / "run", "decoder", "--task_weights", weights)
     assert result.exit_code == 0, result.output
     refused(base, data, tmp_path / "b", "`weights` has no entry for t2v, v2v", "--task_weights", "{t2i: 1}")
-    refused(base, data, tmp_path / "b", "`task_weights`: unknown 't2x'", "--task_weights", "{t2x: 1}")
+    refused(base, data, tmp_path / "b", "`task_weights`: unknown 't2x'", "--task_weights", "{t2x: 1}", exit_code=2)
 
 
 @pytest.mark.parametrize("stage", ["align", "joint"])

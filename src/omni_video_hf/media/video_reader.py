@@ -5,8 +5,6 @@ everything else rests on, headers being often wrong, and a file that is cut shor
 jumping to the key frame before each wanted frame where that saves work, and holds one frame at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

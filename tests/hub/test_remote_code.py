@@ -72,6 +72,21 @@ def test_every_file_imports_files_that_are_exported_too():
     assert {f"{name}.py" for name in named} == files.keys() - {entry}, "diffusers copies what the entry file names"
 
 
+def test_every_file_compiles():
+    for name, text in code_files().items():
+        compile(text, name, "exec")
+
+
+def test_a_future_import_is_refused(monkeypatch, tmp_path):
+    copy = tmp_path / "omni_video_hf"
+    shutil.copytree(remote_code.Path(remote_code.__file__).parents[1], copy)
+    monkeypatch.setattr(remote_code, "__file__", str(copy / "hub" / "remote_code.py"))
+    path = copy / "models" / "connectors.py"
+    path.write_text(f"from __future__ import annotations\n{path.read_text()}")
+    with pytest.raises(ValueError, match=r"models\.connectors: `from __future__`"):
+        code_files()
+
+
 def test_a_repository_carries_what_loading_and_running_need_and_nothing_else(repository):
     files = list(repository.rglob("*.py"))
     assert len(files) <= 30

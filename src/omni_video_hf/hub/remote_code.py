@@ -302,6 +302,8 @@ def _top_level_names(module: _Module) -> Iterator[tuple[str, str]]:
         if isinstance(node, (ast.If, ast.Try)):
             todo += ast.iter_child_nodes(node)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            if getattr(node, "module", None) == "__future__":
+                raise ValueError(f"{module.name}: `from __future__` must begin a file, so it cannot be exported.")
             if targets.get((node.lineno, node.col_offset), "").partition(".")[0] == module.bundle:
                 continue  # the name stands for what another module of this file defines
             origin = targets.get((node.lineno, node.col_offset), getattr(node, "module", None) or "")

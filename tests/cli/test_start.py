@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,9 +38,10 @@ finally:
 
 def start(*arguments, heavy=HEAVY, stdin="", before="", env=None):
     code = before + REPORT.format(arguments=[*map(str, arguments)], heavy=heavy)
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=stdin, capture_output=True, text=True, timeout=120, check=False, env=env
-    )
+    options = {"input": stdin, "capture_output": True, "text": True, "timeout": 120, "env": env}
+    # Where these tests run in the background of a shell, Ctrl-C is ignored, and child processes inherit that.
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    done = subprocess.run([sys.executable, "-c", code], check=False, **options)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("imported:")]
     imported = [line.split()[1:] for line in done.stderr.splitlines() if line.startswith("imported:")]
     return done, lines, imported[0] if imported else None

@@ -72,7 +72,17 @@ def finalize_repository(directory: str | Path, variant: str | None = None) -> No
             _write_json(path, kept, sort_keys=True)
     if (directory / "mllm" / "config.json").is_file():
         write_root_index(directory, variant)
+    _keep_presets(directory)
     write_remote_code(directory)
+
+
+def _keep_presets(directory: Path) -> None:
+    """Give the adapter the presets of the pipeline, which a model that was saved without the pipeline does not know."""
+    index, path = _read_json(directory / PIPELINE_INDEX_NAME), directory / "adapter" / "config.json"
+    adapter = _read_json(path)
+    if index and adapter and index.get("presets") and "_presets" not in adapter:
+        kept = {"presets": index["presets"], "scheduler_shift": index.get("scheduler_shift")}
+        _write_json(path, adapter | {"_presets": kept}, sort_keys=True)
 
 
 def write_root_index(directory: str | Path, variant: str | None = None) -> None:

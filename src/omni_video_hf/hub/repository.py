@@ -77,7 +77,7 @@ def finalize_repository(directory: str | Path, variant: str | None = None) -> No
 
 
 def _keep_presets(directory: Path) -> None:
-    """Give the adapter the presets of the pipeline, which a model that was saved without the pipeline does not know."""
+    """Give the adapter the presets of the pipeline: a model that is saved without a pipeline does not have them."""
     index, path = _read_json(directory / PIPELINE_INDEX_NAME), directory / "adapter" / "config.json"
     adapter = _read_json(path)
     if index and adapter and index.get("presets") and "_presets" not in adapter:

@@ -327,6 +327,12 @@ AutoModel.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
     run_stranger(WITHOUT_PACKAGE + code, tmp_path / "home")
     assert same_files(repository, tmp_path / "once")
     assert same_files(repository, tmp_path / "twice")
+    path = tmp_path / "model" / "adapter" / "config.json"
+    config = json.loads(path.read_text())
+    assert "_presets" not in config  # settings of a pipeline, which a model by itself does not have
+    path.write_text((repository / "adapter" / "config.json").read_text())
+    whole = json.loads(path.read_text())
+    assert {name: value for name, value in whole.items() if name != "_presets"} == config
     for name in ("mllm", "adapter", "transformer"):
         assert same_files(repository / name, tmp_path / "model" / name)
 

@@ -180,7 +180,7 @@ def save_evaluation(report: Report, shown: dict[tuple[str, str], list[Shown]], f
     for name, rows in (sheets | ({"strip": first} if first else {})).items():
         with complete_or_absent(folder / f"{name}.png") as partial:
             results_sheet(rows).save(partial)
-    write_json(report.to_dict(), folder / "scores.json")
+    write_json(folder / "scores.json", report.to_dict())
 
 
 __all__ = ["Evaluation", "media_of", "save_evaluation"]

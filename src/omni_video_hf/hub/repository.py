@@ -285,9 +285,16 @@ def link_weights(source: str | Path, target: str | Path) -> None:
 
 
 def link_root(directory: str | Path) -> Path:
-    """The folder that a repository's symbolic links may lead into: itself, or the cache that it was downloaded to."""
+    """
+    The folder that symbolic links in a repository, or in one of its component folders, may lead into.
+
+    It is the folder itself, or the part of the Hub's cache that the repository was downloaded to.
+    """
     directory = Path(directory).absolute()
-    return directory.parent.parent if directory.parent.name == "snapshots" else directory
+    for revision in (directory, directory.parent):
+        if revision.parent.name == "snapshots":
+            return revision.parent.parent
+    return directory
 
 
 def check_indices(directory: str | Path, link_roots: Iterable[str | Path] = ()) -> None:

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from .checks import check_repository, checked_token, place_of
+from .checks import check_repository, place_of
 from .console import as_usage, one_line_errors
+from .options import Dtype, Revision, Token, Verbose
 
 
 class DataFormat(StrEnum):
@@ -45,16 +46,7 @@ class MllmFrames(StrEnum):
     all = "all"
 
 
-class Dtype(StrEnum):
-    """Dtype of the weights."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
 Cache = Annotated[Path, typer.Option("--output", "-o", help="Folder of the cache; brought up to date if it is there.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show library messages, and the traceback of an error.")]
 BadData = Annotated[OnBadData, typer.Option(help="List all samples that cannot be used and stop, or leave them out.")]
 
 
@@ -90,10 +82,8 @@ def precompute_command(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of MLLM and text encoder, as stored by default; the VAE stays in float32.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")] = None,
-    token: Annotated[
-        str | None, typer.Option(envvar="HF_TOKEN", show_envvar=False, callback=checked_token, help="Hub token.")
-    ] = None,
+    revision: Revision = None,
+    token: Token = None,
     verbose: Verbose = False,
 ) -> None:
     """

@@ -24,11 +24,11 @@ from .checks import (
     check_repository,
     check_sources,
     check_text,
-    checked_token,
     place_of,
     read_prompts,
 )
 from .console import USAGE, UsageProblem, console, one_line_errors, print_error, result, start_libraries
+from .options import Dtype, Revision, Token, Verbose
 from .output import output_kind, planned_outputs
 
 app = typer.Typer(
@@ -48,14 +48,6 @@ class CpuOffload(StrEnum):
     model = "model"
     group = "group"
     sequential = "sequential"
-
-
-class Dtype(StrEnum):
-    """Dtype of the weights."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 # The names of `PROFILES` in `pipelines.memory.profiles`, which needs torch.
@@ -93,14 +85,9 @@ MemoryOption = Annotated[
 ]
 AttentionBackend = Annotated[str | None, typer.Option(help="A diffusers attention backend, e.g. flash, sage.")]
 Lora = Annotated[str | None, typer.Option(help="LoRA file or repository, or JSON arguments of load_lora_weights.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")]
-Token = Annotated[
-    str | None, typer.Option(envvar="HF_TOKEN", show_envvar=False, callback=checked_token, help="Hub token.")
-]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a result, on a line of its own.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show library messages, and the traceback of an error.")]
 
 
 def _show_version(wanted: bool) -> None:

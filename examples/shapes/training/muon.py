@@ -15,6 +15,16 @@ RMS = 0.2  # of a step of AdamW, to which Muon's are scaled
 SCHEDULED = ("lr", "initial_lr")  # what schedules write into an optimizer's groups
 
 
+def multiplies_bfloat16() -> bool:
+    """
+    Whether training in bfloat16 is the faster way here.
+
+    On CPUs with instructions for it a step of the decoder takes 0.4 of its time in float32, on others 1.4.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    return torch.cuda.is_available() or any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 class MuonOfStacks(torch.optim.Muon):
     """
     torch's Muon with `match_rms_adamw`, matrices of one shape at once: a GPU waits for hundreds of small products.
@@ -53,10 +63,16 @@ class MuonOfStacks(torch.optim.Muon):
 def orthogonalize(
     matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> torch.Tensor:
-    """Newton-Schulz iteration of `[matrices, rows, columns]` in bfloat16, as `torch.optim.Muon` does it for one."""
+    """
+    Newton-Schulz iteration of `[matrices, rows, columns]`, as `torch.optim.Muon` does it for one.
+
+    It runs in bfloat16, or in float32 on processors without instructions for bfloat16: there it took 10 seconds in
+    bfloat16 and takes 0.4 in float32.
+    """
     linear, cubic, quintic = coefficients
     is_tall = matrices.shape[1] > matrices.shape[2]
-    result = matrices.bfloat16().mT if is_tall else matrices.bfloat16()
+    matrices = matrices.to(torch.bfloat16 if multiplies_bfloat16() else torch.float32)
+    result = matrices.mT if is_tall else matrices
     result = result / result.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = result @ result.mT
@@ -144,4 +160,4 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     return matrices, rest
 
 
-__all__ = ["MuonFactory", "MuonOfStacks", "MuonWithAdamW", "orthogonalize", "split_parameters"]
+__all__ = ["MuonFactory", "MuonOfStacks", "MuonWithAdamW", "multiplies_bfloat16", "orthogonalize", "split_parameters"]

@@ -37,11 +37,36 @@ class _MllmSpec(SubConfigSpec):
         return VilaConfig if model_type == VilaConfig.model_type else super().get_config_class(model_type)
 
 
+# How the latents of a source reach the decoder.
+SOURCE_CONDITIONINGS = ("context", "channels", "both")
+
+
 def _check_heads(owner: str, hidden_size: int, num_attention_heads: int) -> None:
     if hidden_size % num_attention_heads:
         raise ValueError(
             f"{owner}: `hidden_size` ({hidden_size}) must be a multiple of `num_attention_heads` "
             f"({num_attention_heads})."
+        )
+
+
+def check_source_channels(source_conditioning: str, in_channels: int, out_channels: int) -> None:
+    """
+    Refuse a decoder whose input channels do not fit `source_conditioning`.
+
+    Args:
+        source_conditioning: of the adapter.
+        in_channels, out_channels: of the decoder.
+
+    Raises:
+        ValueError: unless the decoder takes `out_channels`, or twice as many for `"channels"` and `"both"`.
+    """
+    wanted = out_channels * (1 if source_conditioning == "context" else 2)
+    if in_channels != wanted:
+        raise ValueError(
+            f"The adapter's `source_conditioning` is {source_conditioning!r}, for which the decoder must take "
+            f"{wanted} input channels ({out_channels} of the noisy latents"
+            f"{'' if source_conditioning == 'context' else ' and as many of the source'}), but its `in_channels` is "
+            f"{in_channels}. `omni-video add-source-channels` gives a repository both."
         )
 
 
@@ -106,6 +131,13 @@ class OmniVideoAdapterConfig(PreTrainedConfig):
         max_context_length (`int`, defaults to 2560): Tokens the decoder attends to; shorter contexts are zero-padded.
         hidden_act (`str`, defaults to `"relu"`): Activation of the feed-forward layers.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the LayerNorms of the query transformer.
+        source_conditioning (`str`, defaults to `"context"`): How source and reference latents reach the decoder:
+            `"context"`, as tokens of the context (the released model); `"channels"`, as input channels beside the
+            noisy latents, which keeps the place of everything; or `"both"`. The last two need a decoder with twice
+            the input channels, see [`add_source_channels`].
+
+    Raises:
+        ValueError: for an unknown `source_conditioning`, or widths that do not divide into heads.
     """
 
     model_type = "omni_video_adapter"
@@ -128,11 +160,17 @@ class OmniVideoAdapterConfig(PreTrainedConfig):
     hidden_act: str = "relu"
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
+    source_conditioning: str = "context"
 
     def __post_init__(self, **kwargs: object) -> None:
         super().__post_init__(**kwargs)
         self.visual_context_patch_size = list(self.visual_context_patch_size)
         _check_heads("adapter_config", self.hidden_size, self.num_attention_heads)
+        if self.source_conditioning not in SOURCE_CONDITIONINGS:
+            raise ValueError(
+                f"`source_conditioning` must be one of {', '.join(map(repr, SOURCE_CONDITIONINGS))}, got "
+                f"{self.source_conditioning!r}."
+            )
 
     def adapter_kwargs(self) -> dict[str, object]:
         """Constructor arguments of [`OmniVideoAdapter`], which is a diffusers model and keeps them as its config."""
@@ -221,6 +259,9 @@ class OmniVideoConfig(PreTrainedConfig):
             defaults = WAN_2_1_T2V_1_3B
             text_dim = decoder.get("text_dim", defaults["text_dim"])
             check("adapter_config.hidden_size", adapter.hidden_size, "decoder_config['text_dim']", text_dim)
+            in_channels = decoder.get("in_channels", defaults["in_channels"])
+            out_channels = decoder.get("out_channels", defaults["out_channels"]) or in_channels
+            check_source_channels(adapter.source_conditioning, in_channels, out_channels)
 
     @property
     def vision_config(self) -> PreTrainedConfig:
@@ -243,8 +284,10 @@ class OmniVideoConfig(PreTrainedConfig):
 
 
 __all__ = [
+    "SOURCE_CONDITIONINGS",
     "WAN_2_1_T2V_1_3B",
     "OmniVideoAdapterConfig",
     "OmniVideoConfig",
     "OmniVideoVisionHeadConfig",
+    "check_source_channels",
 ]

@@ -332,6 +332,7 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
         hidden_act: str = "relu",
         layer_norm_eps: float = 1e-5,
         initializer_range: float = 0.02,
+        source_conditioning: str = "context",
     ) -> None:
         super().__init__()
         config = OmniVideoAdapterConfig(**{key: value for key, value in self.config.items() if key[0] != "_"})
@@ -346,6 +347,16 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Choose one of transformers' attention implementations, e.g. `"sdpa"`, `"eager"`, `"flash_attention_2"`."""
         self.attention_config._attn_implementation = attn_implementation
 
+    @property
+    def takes_source_in_context(self) -> bool:
+        """Whether source and reference latents become tokens of the context."""
+        return self.config.source_conditioning != "channels"
+
+    @property
+    def takes_source_in_channels(self) -> bool:
+        """Whether the decoder takes source and reference latents beside the noisy latents."""
+        return self.config.source_conditioning != "context"
+
     def forward(
         self,
         vision_tokens: torch.Tensor | None = None,
@@ -357,6 +368,7 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
         context_overflow: ContextOverflow = "error",
         max_context_length: int | None = None,
         vision_embeds: torch.Tensor | None = None,
+        drop_source: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Build the context of every sample: source, reference, visual tokens, prompt, each only where it exists.
@@ -366,14 +378,16 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 all samples.
             prompt_embeds: `[batch, length, hidden_size]` real text tokens, or one `[length, hidden_size]` per sample;
                 `None` stands for the stored embedding of the empty prompt.
-            source_latents: `[batch, channels, frames, height, width]` normalised latents of what is edited.
-            reference_latents: likewise, of a reference image.
+            source_latents: `[batch, channels, frames, height, width]` normalised latents of what is edited. With
+                `source_conditioning="channels"` they take no tokens.
+            reference_latents: `[batch, channels, 1, height, width]` normalised latents of a reference image.
             output_kind: what is to be drawn; an image is conditioned by the first visual token(s) only.
             prompt_embeds_mask: `[batch, length]`, 0 at padding.
             context_overflow: `"error"` refuses a context longer than `max_context_length`; `"truncate"` cuts its end
                 as upstream does, text first.
             max_context_length: limit of this call; a longer one than the configured lets a long source in whole.
             vision_embeds: precomputed output of [`adapt_vision_tokens`], instead of `vision_tokens`.
+            drop_source: `[batch]`, true for samples whose context is built as if they had no source (source dropout).
 
         Returns:
             `[batch, longest, hidden_size]`; shorter samples end in zeros, which is how the decoder's context is padded
@@ -401,25 +415,30 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
             visual = self.adapt_vision_tokens(vision_tokens, output_kind)  # [batch, 256 or 1024, hidden_size]
         else:
             visual = vision_embeds.to(self.dtype)
-        parts = [
+        sources = [
             self._between_markers(_SOURCE, self.visual_context_adapter(latents), like=visual)
             for latents in (source_latents, reference_latents)
-            if latents is not None
+            if latents is not None and self.takes_source_in_context
         ]
+        parts = list(sources)
         parts.append(self._between_markers(_VISION, visual, like=visual))
         parts.append([self._between_markers(_PROMPT, prompt[None], like=visual)[0] for prompt in prompts])
         batch = max(len(part) for part in parts)
+        dropped = [False] * batch if drop_source is None else drop_source.tolist()
         if any(len(part) not in (1, batch) for part in parts):
             raise ValueError(
                 f"Parts of the context must have one batch size or 1, got {[len(part) for part in parts]}."
             )
-        contexts = [torch.cat([part[index % len(part)] for part in parts]) for index in range(batch)]
+        contexts = [
+            torch.cat([part[index % len(part)] for part in (parts[len(sources) :] if dropped[index] else parts)])
+            for index in range(batch)
+        ]
 
         limit = max_context_length or self.config.max_context_length
         longest = max(len(context) for context in contexts)
         if longest > limit:
             if context_overflow == "error":
-                self._refuse_overflow(longest, limit, source_latents)
+                self._refuse_overflow(longest, limit, source_latents if self.takes_source_in_context else None)
             contexts = [context[:limit] for context in contexts]
         return pad_sequence(contexts, batch_first=True)
 

@@ -6,7 +6,8 @@ The figure of the paper:
     prompt, source -> MLLM -> text head   -> answer
                          `--> vision head -> adapter -.
     prompt -> text encoder -----------------------------> context -> decoder -> velocity
-    source -> VAE --------> visual context adapter ---'
+    source -> VAE --+-----> visual context adapter ---'
+                    `-> source channels, beside the noisy latents -> decoder
 
 Text encoder and VAE are not trained and belong to the pipeline; their outputs come in as tensors.
 """
@@ -49,6 +50,7 @@ from ..diffusion.losses import (
 )
 from ..hub.saving import OmniVideoSavingMixin
 from ..utils.modules import set_dtype
+from .attention_backends import ATTENTION_BACKENDS, missing_package
 from .configuration_omni_video import OmniVideoConfig
 from .configuration_vila import VilaConfig
 from .connectors import (
@@ -64,6 +66,7 @@ from .connectors import (
 from .context_attention import folded_context
 from .modeling_vila import VilaForConditionalGeneration
 from .outputs import OmniVideoOutput
+from .source_channels import with_source_channels
 from .text_generation import OmniVideoTextMixin
 
 # The component folders of a repository hold bare keys; in the whole model their parts have names.
@@ -79,28 +82,6 @@ register_checkpoint_conversion_mapping(
     ],
     overwrite=True,
 )
-
-
-# transformers' names of attention implementations -> diffusers' names of attention backends.
-ATTENTION_BACKENDS = {
-    "eager": "native",
-    "sdpa": "native",
-    "flash_attention_2": "flash",
-    "flash_attention_3": "_flash_3",
-    "flash_attention_4": "flash_4_hub",
-    "flex_attention": "flex",
-    "kernels-community/flash-attn": "flash_hub",
-    "kernels-community/flash-attn2": "flash_hub",
-    "kernels-community/flash-attn3": "_flash_3_hub",
-    "kernels-community/vllm-flash-attn3": "_flash_3_hub",
-}
-
-
-ATTENTION_PACKAGES = {
-    "flash_attention_2": "flash-attn",
-    "flash_attention_3": "flash-attn-3",
-    "flash_attention_4": "flash-attn-4",
-}
 
 
 class OmniVideoPreTrainedModel(PreTrainedModel):
@@ -174,7 +155,7 @@ class OmniVideoForConditionalGeneration(
         try:
             super().__init__(config)
         except ImportError as error:
-            raise _name_the_package(error, config._attn_implementation) from error
+            raise missing_package(error, config._attn_implementation) from error
         set_dtype(config.mllm_config, torch.get_default_dtype())
         if config.tie_word_embeddings:  # said of the whole model, it concerns the MLLM's embedding and head
             config.mllm_config.tie_word_embeddings = True
@@ -265,7 +246,15 @@ class OmniVideoForConditionalGeneration(
             max_context_length=max_context_length,
         )
 
-    def predict_velocity(self, latents: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    def predict_velocity(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor,
+        source_latents: torch.Tensor | None = None,
+        reference_latents: torch.Tensor | None = None,
+        drop_source: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
         One pass of the decoder.
 
@@ -273,8 +262,18 @@ class OmniVideoForConditionalGeneration(
             latents: `[batch, channels, frames, height, width]`, noisy.
             timesteps: `[batch]`, 0..1000, or `[batch, frames]`, one for each latent frame.
             context: `[batch, length, text_dim]` from [`encode_condition`].
+            source_latents, reference_latents, drop_source: for a decoder with source channels, see
+                [`with_source_channels`]; others do not look at them.
+
+        Returns:
+            `[batch, channels, frames, height, width]`
+
+        Raises:
+            ValueError: without a decoder, or when latents of the source do not fit `latents`.
         """
         self._require("decoder")
+        if self.adapter.takes_source_in_channels:
+            latents = with_source_channels(latents, source_latents, reference_latents, drop_source)
         dtype = self.decoder.patch_embedding.weight.dtype
         if timesteps.ndim == 2:
             timesteps = token_timesteps(timesteps, latents, self.decoder.config.patch_size)
@@ -312,6 +311,7 @@ class OmniVideoForConditionalGeneration(
         generator: Generators | None = None,
         drop_instruction: torch.Tensor | None = None,
         drop_prompt: torch.Tensor | None = None,
+        drop_source: torch.Tensor | None = None,
         loss_config: OmniVideoLossConfig | None = None,
         output_vision_tokens: bool = False,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -346,7 +346,8 @@ class OmniVideoForConditionalGeneration(
             generator: for what is drawn; one per sample makes a sample's noise independent of its batch.
             drop_instruction: `[batch]`, true where the decoder is shown the stored visual tokens of the empty
                 instruction instead of the sample's (condition dropout). Alignment losses see the sample's own.
-            drop_prompt: `[batch]`, true where it is shown the stored empty prompt. The source is never dropped.
+            drop_prompt: `[batch]`, true where it is shown the stored empty prompt.
+            drop_source: `[batch]`, true where it is shown no source, neither in the context nor in its channels.
             loss_config: weights and options of the losses, upstream's by default.
             output_vision_tokens: compute `vision_tokens` though no loss needs them; with neither `input_ids` nor
                 `mllm_hidden_states` those of the empty instruction (null branch).
@@ -414,10 +415,12 @@ class OmniVideoForConditionalGeneration(
                 vision_embeds=vision_embeds,
                 source_latents=source_latents,
                 reference_latents=reference_latents,
+                drop_source=drop_source,
                 output_kind=output_kind,
             )
+            sources = {"source_latents": source_latents, "reference_latents": reference_latents}
             losses["flow_matching"], velocity = self._flow_matching(
-                latents, context, noise, timesteps, generator, config
+                latents, context, noise, timesteps, generator, config, drop_source=drop_source, **sources
             )
 
         terms = [config.weight(name) * loss for name in LOSS_NAMES if (loss := losses.get(name)) is not None]
@@ -483,8 +486,9 @@ class OmniVideoForConditionalGeneration(
         timesteps: torch.Tensor | None,
         generator: Generators | None,
         config: OmniVideoLossConfig,
+        **sources: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and velocity of noised `latents` under `context`."""
+        """Loss and velocity of noised `latents` under `context`; `sources` as in [`predict_velocity`]."""
         table, weights = (values.to(latents.device) for values in timestep_tables(config))
         if timesteps is None:
             indices = draw_timestep_indices(len(latents), config, generator).to(latents.device)
@@ -494,7 +498,7 @@ class OmniVideoForConditionalGeneration(
             noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
         timesteps = table[indices]
         noisy = add_noise(latents, noise, timesteps / NUM_TRAIN_TIMESTEPS)
-        velocity = self.predict_velocity(noisy, timesteps, context)
+        velocity = self.predict_velocity(noisy, timesteps, context, **sources)
         return flow_matching_loss(velocity, velocity_target(latents, noise), weights[indices]), velocity
 
     # --- plumbing -------------------------------------------------------------------------------------------------
@@ -513,7 +517,7 @@ class OmniVideoForConditionalGeneration(
             try:
                 self.mllm.set_attn_implementation(wanted, **kwargs)
             except ImportError as error:
-                raise _name_the_package(error, wanted) from error
+                raise missing_package(error, wanted) from error
         self.config._attn_implementation = attn_implementation
         self._pass_on_attn_implementation()
 
@@ -574,15 +578,6 @@ def _text_alignment(
 def _where(dropped: torch.Tensor, null: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """`kept` `[batch, tokens, width]`, and `null` in the place of the samples that are dropped."""
     return torch.where(dropped.to(kept.device)[:, None, None], null.to(kept), kept)
-
-
-def _name_the_package(error: ImportError, attn_implementation: str | None) -> ImportError:
-    """transformers says that something is missing; say what to install."""
-    package = ATTENTION_PACKAGES.get(attn_implementation, "kernels")
-    return ImportError(
-        f"`attn_implementation={attn_implementation!r}` needs the package `{package}` (`pip install {package}`), or "
-        f"use 'sdpa'. {error}"
-    )
 
 
 __all__ = ["OmniVideoForConditionalGeneration", "OmniVideoPreTrainedModel"]

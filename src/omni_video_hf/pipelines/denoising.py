@@ -11,9 +11,10 @@ from diffusers import SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from ..diffusion.flow_matching import UncheckedSolve
+from ..models.configuration_omni_video import check_source_channels
 from ..models.context_attention import ConstantContext, check_not_denoising, constant_context
 from ..utils.turns import has_turn, in_turn, turn
-from .guidance import Guidance
+from .guidance import NO_SOURCE, Guidance
 from .request_checks import FiniteSteps
 
 
@@ -93,6 +94,8 @@ class OmniVideoDenoisingMixin:
         guidance: Guidance | None = None,
         guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        no_source_context: torch.Tensor | None = None,
+        source_channels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Integrate from noise to latents.
@@ -101,13 +104,16 @@ class OmniVideoDenoisingMixin:
             latents: `[batch, channels, frames, height, width]`, noise.
             scheduler: with its timesteps set.
             context: `[batch, length, text_dim]`, not padded.
-            null_context: likewise, of the null branch; `None` turns guidance off.
+            null_context: `[batch, length, text_dim]` of the unconditional branch; `None` turns guidance off.
             guidance: when and how the null branch runs; in every step, in a pass of its own by default.
             guidance_scale: needed with `null_context`.
             generator: for schedulers that add noise in every step.
+            no_source_context: `[batch, length, text_dim]` of the branch without source, for `guidance.source_scale`.
+            source_channels: of [`prepare_source_channels`], for a decoder that has them; by default it gets no source.
 
         Raises:
-            ValueError: for a null branch without scale, or a callback that returns tensors of another batch.
+            ValueError: for an unconditional branch without scale, a decoder that does not fit the adapter's
+                `source_conditioning`, or a callback that returns tensors of another batch.
         """
         self._require("transformer")
         check_not_denoising(self.transformer)
@@ -119,6 +125,11 @@ class OmniVideoDenoisingMixin:
         has_null_branch = null_context is not None and self.do_classifier_free_guidance
         guidance = (guidance or Guidance()).with_caches(self.transformer, has_null_branch)
         tensors = {"latents": latents, "context": context, "null_context": null_context}
+        tensors["no_source_context"] = no_source_context
+        config = self.transformer.config
+        check_source_channels(self.adapter.config.source_conditioning, config.in_channels, config.out_channels)
+        if source_channels is None:
+            source_channels = self.prepare_source_channels(latents)
         self.transformer._reset_stateful_cache()  # what the caller ran himself may have left something behind
         scheduler.set_begin_index(0)
         scheduler.sigmas = scheduler.sigmas.to(latents.device)  # else UniPC copies them over, three in every step
@@ -138,7 +149,7 @@ class OmniVideoDenoisingMixin:
                         continue
                     self._current_timestep = timestep
                     velocity = self._predict_velocity(
-                        step, tensors["latents"], timestep, constant, guidance, attention_kwargs
+                        step, tensors["latents"], source_channels, timestep, constant, guidance, attention_kwargs
                     )
                     with UncheckedSolve():
                         latents = scheduler.step(velocity, timestep, tensors["latents"], **step_kwargs)[0]
@@ -163,13 +174,14 @@ class OmniVideoDenoisingMixin:
 
     def _branch_contexts(self, tensors: dict[str, torch.Tensor | None], guidance: Guidance) -> dict[str, torch.Tensor]:
         """Contexts of the branches in the decoder's format."""
-        contexts = guidance.contexts(tensors["context"], tensors["null_context"])
+        contexts = guidance.contexts(tensors["context"], tensors["null_context"], tensors["no_source_context"])
         return {branch: states.to(self.transformer.dtype) for branch, states in contexts.items()}
 
     def _predict_velocity(
         self,
         step: int,
         latents: torch.Tensor,
+        channels: torch.Tensor | None,
         timestep: torch.Tensor,
         constant: ConstantContext,
         guidance: Guidance,
@@ -181,7 +193,7 @@ class OmniVideoDenoisingMixin:
         velocities = [
             velocity
             for branch in branches
-            for velocity in self._predict_velocities(branch, latents, timestep, constant, attention_kwargs)
+            for velocity in self._predict_velocities(branch, latents, channels, timestep, constant, attention_kwargs)
         ]
         return guidance.combine(velocities, self._guidance_scale)
 
@@ -189,13 +201,19 @@ class OmniVideoDenoisingMixin:
         self,
         branch: str,
         latents: torch.Tensor,
+        channels: torch.Tensor | None,
         timestep: torch.Tensor,
         constant: ConstantContext,
         attention_kwargs: dict[str, Any] | None,
     ) -> tuple[torch.Tensor, ...]:
-        """The decoder's velocity of a branch, or of each half of a batched one, conditional first, in float32."""
-        halves = len(constant.contexts[branch]) // len(latents)
-        states = torch.cat([latents] * halves).to(self.transformer.dtype)
+        """The decoder's velocity of a branch, or of each part of a batched one, conditional first, in float32."""
+        parts = len(constant.contexts[branch]) // len(latents)
+        states = torch.cat([latents] * parts)
+        if channels is not None:
+            nothing = torch.zeros_like(channels)
+            has_source = [False, True, True][-parts:] if branch != NO_SOURCE else [False]
+            states = torch.cat([states, torch.cat([channels if has else nothing for has in has_source])], dim=1)
+        states = states.to(self.transformer.dtype)
         with self.transformer.cache_context(branch), constant.enter(branch) as context:
             velocity = self.transformer(
                 hidden_states=states,
@@ -204,7 +222,7 @@ class OmniVideoDenoisingMixin:
                 attention_kwargs=attention_kwargs,
                 return_dict=False,
             )[0]
-        return velocity.float().chunk(halves)[::-1]
+        return velocity.float().chunk(parts)[::-1]
 
 
 _ALIASES = {"prompt_embeds": "context", "negative_prompt_embeds": "null_context"}

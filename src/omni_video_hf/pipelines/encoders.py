@@ -127,6 +127,28 @@ class OmniVideoEncodersMixin:
             task, negatives, source, negative_mllm_hidden_states, mllm_frames, allow_empty=True
         )
 
+    @in_turn("adapter")
+    def encode_null_context(
+        self,
+        null_vision_tokens: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | list[torch.Tensor] | None,
+        batch_size: int,
+        num_videos_per_prompt: int,
+        **arguments: Any,
+    ) -> torch.Tensor:
+        """
+        Context of an unconditional branch, `[batch_size * num_videos_per_prompt, length, text_dim]`.
+
+        Args:
+            null_vision_tokens: of [`encode_null_instruction`].
+            negative_prompt_embeds: of a negative prompt; `None` for the stored embedding of the empty prompt.
+            batch_size, num_videos_per_prompt: prompts, and samples of each.
+            arguments: the other arguments of [`OmniVideoAdapter.forward`], the source among them.
+        """
+        context = self.adapter(null_vision_tokens, negative_prompt_embeds, **arguments)
+        context = check_result(context, "The unconditional branch (MLLM to adapter)")
+        return context.expand(batch_size, -1, -1).repeat_interleave(num_videos_per_prompt, dim=0)
+
     @in_turn("vae")
     def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Frames of normalised latents, as [`OmniVideoPipelineOutput`] describes."""

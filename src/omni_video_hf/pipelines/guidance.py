@@ -9,7 +9,9 @@ from diffusers.hooks.faster_cache import FasterCacheBlockHook, FasterCacheDenois
 from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastHook
 from torch.nn.utils.rnn import pad_sequence
 
-COND, UNCOND, BOTH = "cond", "uncond", "cond_uncond"
+from ..tasks import get_task
+
+COND, UNCOND, NO_SOURCE, BOTH = "cond", "uncond", "no_source", "cond_uncond"
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Guidance:
         interval: fractions `(start, stop)` of the steps in which it does; `None` for all of them.
         batched: one pass for both branches, over twice the samples, instead of two.
         fixed: every step runs the same branches, even when a callback turns guidance off.
+        source_scale: scale of the source, which needs a third branch without it; `None` for no such branch.
 
     Raises:
         ValueError: for an interval that is not within 0..1 or is empty.
@@ -29,6 +32,7 @@ class Guidance:
     interval: tuple[float, float] | None = None
     batched: bool = False
     fixed: bool = False
+    source_scale: float | None = None
 
     def __post_init__(self) -> None:
         if self.interval is None:
@@ -39,40 +43,74 @@ class Guidance:
                 f"{self.interval!r}. For no guidance at all pass `guidance_scale=1`."
             )
 
-    def contexts(self, context: torch.Tensor, null_context: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def with_source_scale(self, source_scale: float | None, task: str, guidance_scale: float) -> "Guidance":
+        """
+        Guidance that also holds on to the source.
+
+        Raises:
+            ValueError: for a task without source, or a call without guidance.
+        """
+        if source_scale is None or source_scale == 1:
+            return self
+        if get_task(task).latents is None:
+            raise ValueError(
+                f"`source_guidance_scale` is {source_scale}, but task {task!r} has no source: leave it out."
+            )
+        if guidance_scale <= 1:
+            raise ValueError(
+                f"`source_guidance_scale` is {source_scale}, but `guidance_scale` is {guidance_scale}, which turns "
+                "guidance off: pass a `guidance_scale` above 1 as well."
+            )
+        return replace(self, source_scale=source_scale)
+
+    def contexts(
+        self,
+        context: torch.Tensor,
+        null_context: torch.Tensor | None,
+        no_source_context: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         """
         Contexts by branch, `[batch, tokens, width]`.
 
-        Batched, the null branch comes first, as in diffusers, and the shorter of the two ends in zeros, which is how
-        contexts are padded anyway.
+        Batched, the branch without source comes first, then the unconditional one, as in diffusers; shorter contexts
+        end in zeros, which is how contexts are padded anyway.
         """
         if null_context is None:
             return {COND: context}
+        others = {UNCOND: null_context}
+        if no_source_context is not None:
+            others[NO_SOURCE] = no_source_context
         if not self.batched:
-            return {COND: context, UNCOND: null_context}
-        return {COND: context, BOTH: pad_sequence([*null_context, *context], batch_first=True)}
+            return {COND: context, **others}
+        rows = [row for states in reversed(others.values()) for row in states]
+        return {COND: context, BOTH: pad_sequence([*rows, *context], batch_first=True)}
 
     def branches(
         self, step: int, num_steps: int, contexts: dict[str, torch.Tensor], scale: float = math.inf
     ) -> tuple[str, ...]:
         """The branches of a step: those with a context, while guidance is on and `scale` above 1."""
-        if self.fixed and len(contexts) == 2:
+        if self.fixed and len(contexts) > 1:
             return (BOTH,)
         start, stop = (0.0, 1.0) if self.interval is None else self.interval
         if len(contexts) == 1 or scale <= 1 or not int(start * num_steps) <= step < int(stop * num_steps):
             return (COND,)
-        return (BOTH,) if self.batched else (COND, UNCOND)
+        return (BOTH,) if self.batched else tuple(contexts)
 
-    @staticmethod
-    def combine(velocities: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
+    def combine(self, velocities: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
         """
         `uncond + scale * (cond - uncond)` of the branches' velocities, conditional first; without guidance, `scale` at
         most 1, the first.
+
+        With a third one, of the branch without source, `uncond` is `no_source + source_scale * (uncond - no_source)`
+        in the first place where it stands.
         """
         if len(velocities) == 1 or scale <= 1:
             return velocities[0]
-        cond, uncond = velocities
-        return uncond + scale * (cond - uncond)
+        cond, uncond, *no_source = velocities
+        guided = scale * (cond - uncond)
+        if not no_source or self.source_scale is None:
+            return uncond + guided
+        return no_source[0] + self.source_scale * (uncond - no_source[0]) + guided
 
     def with_caches(self, transformer: torch.nn.Module, has_null_branch: bool) -> "Guidance":
         """
@@ -92,6 +130,11 @@ class Guidance:
             raise ValueError(
                 f"{name} needs to know the step: make its configuration with "
                 "`current_timestep_callback=lambda: pipe.current_timestep`."
+            )
+        if self.source_scale is not None and name == "FasterCache":
+            raise ValueError(
+                f"`source_guidance_scale` is {self.source_scale}, but FasterCache knows two branches and not three: "
+                "leave one of the two out."
             )
         if self.interval is not None:
             raise ValueError(

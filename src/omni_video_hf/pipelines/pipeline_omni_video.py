@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from ..media.sources import Source
 from ..models.connectors import ContextOverflow, OmniVideoAdapter
 from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
+from ..models.source_channels import with_source_channels
 from ..processing.processing_omni_video import OmniVideoProcessor
 from ..tasks import find_task, get_task
 from ..utils.turns import OwnRandomNumbers, in_turn
@@ -116,7 +117,9 @@ class OmniVideoPipeline(
             spatial=self.vae.config.scale_factor_spatial,
             temporal=self.vae.config.scale_factor_temporal,
             patch=tuple(self.transformer.config.patch_size),
-            source_patch=tuple(self.adapter.config.visual_context_patch_size),
+            source_patch=tuple(self.adapter.config.visual_context_patch_size)
+            if self.adapter.takes_source_in_context
+            else None,
             positions=self.transformer.config.rope_max_seq_len,
         )
 
@@ -154,6 +157,7 @@ class OmniVideoPipeline(
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         batch_guidance: bool = False,
+        source_guidance_scale: float | None = None,
         flow_shift: float | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -202,6 +206,11 @@ class OmniVideoPipeline(
                 on, e.g. `(0.1, 0.8)`; outside, one branch runs instead of two. All steps by default.
             batch_guidance (`bool`, defaults to `False`): Run both branches in one pass of twice the batch: the same
                 numbers up to rounding, more memory, faster where a pass leaves the device idle.
+            source_guidance_scale (`float`, *optional*): Above 1, the result stays closer to the source: a third branch
+                without source and instruction runs in every guided step, and the velocity is `v(none) +
+                source_guidance_scale * (v(source) - v(none)) + guidance_scale * (v(source, instruction) - v(source))`
+                (InstructPix2Pix, arXiv 2211.09800, section 3.2.1). Off by default, which is the same as 1. It needs
+                a model that was trained with source dropout, a task with a source, and guidance.
             flow_shift (`float`, *optional*): Shift of the scheduler's sigmas towards noise. By default the one that
                 the scheduler was given, see [`OmniVideoPipeline`], or else the preset's.
             num_videos_per_prompt (`int`, defaults to 1): Samples per prompt.
@@ -256,6 +265,7 @@ class OmniVideoPipeline(
                 "fps": fps,
                 "num_inference_steps": num_inference_steps,
                 "guidance_scale": guidance_scale,
+                "source_guidance_scale": source_guidance_scale,
                 "flow_shift": flow_shift,
                 "max_new_tokens": max_new_tokens,
                 "max_sequence_length": max_sequence_length,
@@ -298,7 +308,9 @@ class OmniVideoPipeline(
             source_latents if source_latents is not None else reference_latents, notes, room, max_context_length,
         )  # fmt: skip
         self._guidance_scale = settings.guidance_scale
-        guidance = guidance.with_caches(self.transformer, self.do_classifier_free_guidance)
+        guidance = guidance.with_source_scale(source_guidance_scale, task, settings.guidance_scale).with_caches(
+            self.transformer, self.do_classifier_free_guidance
+        )
 
         # 4. MLLM and vision head, text encoder, source: once per call and one after the other, both branches together,
         # so that with `enable_model_cpu_offload` only one of them is on the device
@@ -332,30 +344,30 @@ class OmniVideoPipeline(
                 max_sequence_length, max_context_length, output_kind,
             )  # fmt: skip
 
-        # 5. Contexts of both branches; without negative prompt, the adapter takes the stored empty one
-        context_arguments = {
-            "source_latents": source_latents,
-            "reference_latents": reference_latents,
+        # 5. Contexts of all branches; without negative prompt, the adapter takes the stored empty one
+        sources = {"source_latents": source_latents, "reference_latents": reference_latents}
+        others = {
             "output_kind": output_kind,
             "context_overflow": context_overflow,
             "max_context_length": max_context_length,
         }
-        context = check_result(self.adapter(vision_tokens, prompt_embeds, **context_arguments), "The adapter")
-        null_context = None
+        context = check_result(
+            self.adapter(vision_tokens, prompt_embeds, **sources, **others), "The adapter"
+        ).repeat_interleave(num_videos_per_prompt, dim=0)
+        null_context = no_source_context = None
         if self.do_classifier_free_guidance:
-            null_context = self.adapter(null_vision_tokens, negative_prompt_embeds, **context_arguments)
-            null_context = check_result(null_context, "The unconditional branch (MLLM to adapter)")
-            null_context = null_context.expand(batch_size, -1, -1).repeat_interleave(num_videos_per_prompt, dim=0)
-        context = context.repeat_interleave(num_videos_per_prompt, dim=0)
+            nulls = (null_vision_tokens, negative_prompt_embeds, batch_size, num_videos_per_prompt)
+            null_context = self.encode_null_context(*nulls, **sources, **others)
+            no_source_context = self.encode_null_context(*nulls, **others) if guidance.source_scale else None
 
         # 6. Latents and schedule
         scheduler = self.prepare_scheduler(settings.num_inference_steps, settings.flow_shift, device)
         latents = self.prepare_latents(batch_size * num_videos_per_prompt, settings, generator, latents, device)
-
         # 7. Denoise
         latents = self.denoise(
             latents, scheduler, context, null_context, without_lora_scale(attention_kwargs), callback_on_step_end,
-            callback_on_step_end_tensor_inputs, guidance, settings.guidance_scale, generator,
+            callback_on_step_end_tensor_inputs, guidance, settings.guidance_scale, generator, no_source_context,
+            self.prepare_source_channels(latents, **sources),
         )  # fmt: skip
 
         # 8. Pixels
@@ -369,7 +381,8 @@ class OmniVideoPipeline(
             fps=settings.fps,
             settings=settings.to_dict()
             | {"scheduler": type(scheduler).__name__, "negative_prompt": negative_prompt, "prompt": prompt}
-            | {"guidance_interval": guidance_interval, "batch_guidance": guidance.batched, "seed": seed},
+            | {"guidance_interval": guidance_interval, "batch_guidance": guidance.batched, "seed": seed}
+            | {"source_guidance_scale": source_guidance_scale},
             notes=notes,
         )
 
@@ -436,7 +449,7 @@ class OmniVideoPipeline(
             )
         shape = (
             batch_size,
-            self.transformer.config.in_channels,
+            self.transformer.config.out_channels,
             self.grid.latent_frames(settings.num_frames),
             settings.height // self.grid.spatial,
             settings.width // self.grid.spatial,
@@ -447,6 +460,35 @@ class OmniVideoPipeline(
         if tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must be {shape} for these settings, got {tuple(latents.shape)}.")
         return latents.to(device, torch.float32)
+
+    def prepare_source_channels(
+        self,
+        latents: torch.Tensor,
+        source_latents: torch.Tensor | None = None,
+        reference_latents: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """
+        What the decoder takes beside the noisy latents, see [`with_source_channels`].
+
+        Args:
+            latents: `[batch, channels, frames, height, width]`, the initial noise.
+            source_latents, reference_latents: normalised latents of the source; `latents` may have several samples of
+                each.
+
+        Returns:
+            `[batch, channels, frames, height, width]`, zeros without a source; `None` for a decoder without source
+            channels.
+
+        Raises:
+            ValueError: when latents of the source do not fit `latents`.
+        """
+        if not self.adapter.takes_source_in_channels:
+            return None
+        source_latents, reference_latents = (
+            None if given is None else given.repeat_interleave(max(1, len(latents) // len(given)), dim=0)
+            for given in (source_latents, reference_latents)
+        )
+        return with_source_channels(latents, source_latents, reference_latents)[:, latents.shape[1] :]
 
     def prepare_scheduler(
         self, num_inference_steps: int, flow_shift: float, device: torch.device | None = None

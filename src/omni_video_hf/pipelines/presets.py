@@ -52,12 +52,12 @@ class LatentGrid:
     spatial: int  # pixels per latent, each way
     temporal: int  # frames per latent frame, the first frame alone
     patch: tuple[int, int, int]  # latents per decoder token
-    source_patch: tuple[int, int, int]  # latents per context token of a source
+    source_patch: tuple[int, int, int] | None  # latents per context token of a source; None: it takes no tokens
     positions: int | None = None  # rows, columns and frames of decoder tokens that it has positions for; None: any
 
     def multiple(self, with_source: bool) -> int:
         """Height and width must be multiples of this many pixels."""
-        patches = self.patch[1:] + (self.source_patch[1:] if with_source else ())
+        patches = self.patch[1:] + (self.source_patch[1:] if with_source and self.source_patch else ())
         return self.spatial * math.lcm(*patches)
 
     def latent_frames(self, num_frames: int) -> int:
@@ -66,12 +66,16 @@ class LatentGrid:
 
     def source_tokens(self, height: int, width: int, num_frames: int) -> int:
         """Context tokens a source takes."""
+        if self.source_patch is None:
+            return 0
         frames, rows, columns = self.source_patch
         rows, columns = rows * self.spatial, columns * self.spatial
         return (self.latent_frames(num_frames) // frames) * (height // rows) * (width // columns)
 
     def tokens_of_latents(self, shape: Sequence[int]) -> int:
         """Context tokens that latents of a shape (frames, height, width) take."""
+        if self.source_patch is None:
+            return 0
         return math.prod(size // patch for size, patch in zip(shape, self.source_patch, strict=True))
 
     def decoder_tokens(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
@@ -269,7 +273,7 @@ def check_source_fits(
         SizeError: with sizes and lengths that work.
     """
     tokens = grid.source_tokens(height, width, num_frames)
-    if tokens <= room:
+    if grid.source_patch is None or tokens <= room:
         return
     proposals = propose_sizes(grid, height, width, num_frames, preset, True, room)
     raise SizeError(

@@ -15,6 +15,7 @@ NUMBERS: dict[str, tuple[bool, float, bool]] = {
     "fps": (False, 0, False),
     "num_inference_steps": (True, 1, True),
     "guidance_scale": (False, 0, True),
+    "source_guidance_scale": (False, 0, True),
     "flow_shift": (False, 0, False),
     "num_videos_per_prompt": (True, 1, True),
     "max_new_tokens": (True, 1, True),

@@ -80,12 +80,17 @@ class Drawing:
     seed: int | None = None
     count: int = 1
     negative_prompt: str | None = None
+    source_guidance_scale: float | None = None
 
     def __post_init__(self) -> None:
         if self.fps is not None and not FPS_RANGE[0] <= self.fps <= FPS_RANGE[1]:
             raise UsageProblem(f"`--fps {self.fps:g}` must be {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} frames per second.")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise UsageProblem(f"`--guidance-scale {self.guidance_scale:g}` must be a finite number; 1 turns it off.")
+        if self.source_guidance_scale is not None and not 0 <= self.source_guidance_scale < math.inf:
+            raise UsageProblem(
+                f"`--source-guidance-scale {self.source_guidance_scale:g}` must be a finite number of at least 0."
+            )
         if self.flow_shift is not None and not 0 < self.flow_shift < math.inf:
             raise UsageProblem(f"`--flow-shift {self.flow_shift:g}` must be a finite number above 0.")
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED - self.count:

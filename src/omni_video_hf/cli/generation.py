@@ -194,6 +194,8 @@ def _run(
     settings = drawing.settings()
     if drawing.max_context_length is not None:
         settings["max_context_length"] = drawing.max_context_length
+    if drawing.source_guidance_scale is not None:
+        settings["source_guidance_scale"] = drawing.source_guidance_scale
     for job in jobs:
         with job.output:
             job_task = _edit_task(job.media) if job.media else task

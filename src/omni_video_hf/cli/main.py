@@ -71,7 +71,12 @@ Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu ...; th
 Seed = Annotated[int | None, typer.Option(help="Seed of the noise and of sampled answers; a new one by default.")]
 Count = Annotated[int, typer.Option("--count", "-n", min=1, help="Results of each prompt, of one seed after another.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
+SourceConditioning = StrEnum("SourceConditioning", {name: name for name in ("both", "channels")})
 GuidanceScale = Annotated[float | None, typer.Option(help="uncond + scale * (cond - uncond); 1 turns guidance off.")]
+SourceGuidanceScale = Annotated[
+    float | None,
+    typer.Option(help="Above 1, the result stays closer to the source; for models trained with source dropout."),
+]
 FlowShift = Annotated[float | None, typer.Option(help="Shift of the sigmas towards noise.")]
 Size = Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Size in pixels, e.g. 832x480.")]
 Frames = Annotated[int | None, typer.Option(min=1, help="Number of frames, 4n+1.")]
@@ -170,6 +175,7 @@ def edit(
     fps: Fps = None,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
+    source_guidance_scale: SourceGuidanceScale = None,
     flow_shift: FlowShift = None,
     max_context_length: MaxContextLength = None,
     seed: Seed = None,
@@ -199,6 +205,7 @@ def edit(
         drawing = Drawing(
             size=size, frames=frames, fps=fps, steps=steps, guidance_scale=guidance_scale, flow_shift=flow_shift,
             max_context_length=max_context_length, seed=seed, count=count, negative_prompt=negative_prompt,
+            source_guidance_scale=source_guidance_scale,
         )  # fmt: skip
         drawing.check_format(output)
         check_text("INSTRUCTION", instruction)
@@ -380,6 +387,31 @@ def evaluate_shapes(
         work.check_device(loading)
         pipe = work.load(loading)
         shapes_cli.evaluate(pipe, count, seed, batch_size, steps, line, output)
+
+
+@app.command("add-source-channels")
+def add_source_channels(
+    model: Annotated[str, typer.Argument(metavar="REPO", help="Folder or Hub repository.")],
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; it must not exist, or be empty.")],
+    source_conditioning: Annotated[
+        SourceConditioning,
+        typer.Option(help="both: sources are tokens of the context as well. channels: they are channels alone."),
+    ] = SourceConditioning.both,
+    revision: Revision = None,
+    token: Token = None,
+    verbose: Verbose = False,
+) -> None:
+    """
+    Copy a repository and let its decoder take sources as input channels, so that it can learn edits that keep places.
+
+    The new weights are zero: with `both`, the copy generates what the original does until it is trained. The weight
+    files are read and written one at a time.
+    """
+    with one_line_errors(verbose, light=True):
+        check_repository(model)
+        start_libraries(verbose)
+        work = import_module("..hub.add_source_channels", __package__)
+        result(str(work.add_source_channels_to(place_of(model), output, source_conditioning.value, revision, token)))
 
 
 app.command("precompute")(data_cli.precompute_command)

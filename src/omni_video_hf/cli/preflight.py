@@ -18,6 +18,7 @@ from ..media.sources import Source
 from ..models.configuration_omni_video import OmniVideoConfig
 from ..models.connectors import OmniVideoAdapter
 from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
+from ..pipelines.guidance import Guidance
 from ..pipelines.pipeline_omni_video import OmniVideoPipeline
 from ..pipelines.presets import check_num_frames
 from ..tasks import find_task, get_task
@@ -107,6 +108,9 @@ class Outline:
     def _check_settings(self, task: str, drawing: Drawing, media: dict[str, Any]) -> None:
         values = drawing.settings()
         del values["negative_prompt"]
+        scale = self.pipe.config.presets[task]["guidance_scale"]
+        scale = scale if drawing.guidance_scale is None else drawing.guidance_scale
+        Guidance().with_source_scale(drawing.source_guidance_scale, task, scale)
         source = Source.of(media.get("video"), media.get("image"), 1)
         if source.videos is None:
             self.pipe.prepare_settings(task, source, **values)

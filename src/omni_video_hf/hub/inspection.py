@@ -29,10 +29,11 @@ class RepositoryPart:
     dtypes: dict[str, int]  # name of the format -> number of values
     num_bytes: int
     num_files: int
+    source_conditioning: str | None = None  # of the adapter: how the decoder takes the source of an edit
 
     def to_dict(self) -> dict[str, Any]:
-        """The part as plain values."""
-        return asdict(self)
+        """The part as plain values; `source_conditioning` only of the adapter."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def repository_parts(
@@ -66,7 +67,27 @@ def repository_parts(
                 num_files=len(files[name]),
             )
         )
+        if name == "adapter":
+            parts[-1].source_conditioning = _source_conditioning(repository, revision, token)
     return parts
+
+
+def _source_conditioning(repository: str | Path, revision: str | None, token: str | None) -> str | None:
+    """What the adapter's configuration says; `None` in a repository without one."""
+    path = Path(repository) / "adapter" / "config.json"
+    if not Path(repository).is_dir():
+        hub = import_module("huggingface_hub")
+        try:
+            path = Path(
+                hub.hf_hub_download(
+                    str(repository), "config.json", subfolder="adapter", revision=revision, token=token
+                )
+            )
+        except hub.errors.EntryNotFoundError:
+            return None
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8")).get("source_conditioning", "context")
 
 
 def repository_table(parts: list[RepositoryPart], title: str) -> Table:
@@ -81,6 +102,9 @@ def repository_table(parts: list[RepositoryPart], title: str) -> Table:
     table.add_section()
     total = sum(part.parameters for part in parts), sum(part.num_bytes for part in parts)
     table.add_row("total", f"{total[0]:,}", "", f"{total[1]:,}", "")
+    table.caption = next(
+        (f"source conditioning: {p.source_conditioning}" for p in parts if p.source_conditioning), None
+    )
     return table
 
 

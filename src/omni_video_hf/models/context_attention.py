@@ -187,7 +187,7 @@ class ConstantContext:
 
     def begin_step(self, passes: int) -> None:
         """
-        Say that the next `passes` passes of the decoder, one per branch, get the same latents and timestep.
+        Say that the next `passes` passes of the decoder, one per branch, get the same latents, source and timestep.
 
         The self-attention of the first block then runs once for all of them.
         """

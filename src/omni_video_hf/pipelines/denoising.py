@@ -189,7 +189,8 @@ class OmniVideoDenoisingMixin:
     ) -> torch.Tensor:
         """The velocity of one step, guided."""
         branches = guidance.branches(step, self._num_timesteps, constant.contexts, self._guidance_scale)
-        constant.begin_step(passes=len(branches))
+        # With source channels the branch without source, which is the last, gets other inputs than those before it.
+        constant.begin_step(sum(channels is None or branch != NO_SOURCE for branch in branches))
         velocities = [
             velocity
             for branch in branches

@@ -31,6 +31,8 @@ class OmniVideoTrainingArguments(TrainingArguments):
             null states (upstream: 0.2).
         instruction_dropout: likewise of the instruction alone.
         prompt_dropout: likewise of the prompt alone. The three exclude each other, so they add up to 1 at most.
+        source_dropout: probability per sample, 0..1, that the decoder is shown no source, whatever else it is shown:
+            for `source_guidance_scale`.
         ema_decay: decay of an exponential moving average of what trains, 0 for none. The average is what
             `save_model` and previews show.
         preview_steps: draw the previews every so many steps, 0 for never.
@@ -55,6 +57,7 @@ class OmniVideoTrainingArguments(TrainingArguments):
     condition_dropout: float = field(default=0.2, metadata={"help": "Instruction and prompt replaced by null states."})
     instruction_dropout: float = field(default=0.0, metadata={"help": "Instruction alone replaced."})
     prompt_dropout: float = field(default=0.0, metadata={"help": "Prompt alone replaced."})
+    source_dropout: float = field(default=0.0, metadata={"help": "Source left out, for source_guidance_scale."})
     ema_decay: float = field(default=0.0, metadata={"help": "Decay of the moving average of weights, 0 for none."})
     preview_steps: int = field(default=0, metadata={"help": "Draw previews every so many steps, 0 for never."})
     previews: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Arguments of pipeline calls."})
@@ -106,7 +109,7 @@ class OmniVideoTrainingArguments(TrainingArguments):
         dropouts = {
             name: getattr(self, name) for name in ("condition_dropout", "instruction_dropout", "prompt_dropout")
         }
-        for name, value in dropouts.items():
+        for name, value in (dropouts | {"source_dropout": self.source_dropout}).items():
             if not 0 <= value <= 1:
                 raise ValueError(f"`{name}` must be between 0 and 1, got {value}.")
         if sum(dropouts.values()) > 1:

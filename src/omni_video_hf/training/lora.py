@@ -21,6 +21,7 @@ TARGETS = {
     "adapter": r"adapter\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
     "decoder": r"decoder\..*\.(to_q|to_k|to_v|to_out\.0|ffn\.net\.0\.proj|ffn\.net\.2)",
 }
+PATCH_EMBEDDING = r"decoder\.patch_embedding"
 DEFAULTS = {"r": 16, "lora_alpha": 16}
 
 
@@ -31,7 +32,8 @@ def add_lora(model: OmniVideoForConditionalGeneration, settings: Mapping[str, An
     Args:
         settings: fields of peft's [`LoraConfig`], and `parts`: which of `mllm`, `vision_head`, `adapter`, `decoder`
             get matrices, by default all that the model has. `target_modules` is a pattern over the whole model's
-            names.
+            names. Without it, a decoder with source channels also trains its patch embedding in full, where the
+            source comes in: by matrices of full rank, so that the LoRA stays one file that every loader reads.
 
     Raises:
         ValueError: for unknown settings, and parts that are unknown or not there.
@@ -44,9 +46,23 @@ def add_lora(model: OmniVideoForConditionalGeneration, settings: Mapping[str, An
     missing = [part for part in parts if part not in present]
     if missing:
         raise ValueError(f"`lora.parts` names {', '.join(missing)}, which this model does not have ({present}).")
-    settings.setdefault("target_modules", "|".join(TARGETS[part] for part in parts))
+    if "target_modules" not in settings:
+        settings["target_modules"] = "|".join(TARGETS[part] for part in parts)
+        if "decoder" in parts and model.adapter is not None and model.adapter.takes_source_in_channels:
+            settings |= _whole_patch_embedding(model, settings["target_modules"])
     model.requires_grad_(False)
     model.add_adapter(LoraConfig(**(DEFAULTS | settings)), adapter_name=ADAPTER_NAME)
+
+
+def _whole_patch_embedding(model: OmniVideoForConditionalGeneration, targets: str) -> dict[str, Any]:
+    """Settings with which the decoder's patch embedding gets matrices that any change of it is a product of."""
+    weight = model.decoder.patch_embedding.weight
+    rank = min(weight.shape[0], weight[0].numel())
+    return {
+        "target_modules": rf"{targets}|{PATCH_EMBEDDING}",
+        "rank_pattern": {PATCH_EMBEDDING: rank},
+        "alpha_pattern": {PATCH_EMBEDDING: rank},
+    }
 
 
 def checkpoint_metadata(model: OmniVideoForConditionalGeneration) -> dict[str, Any]:

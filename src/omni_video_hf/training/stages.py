@@ -124,7 +124,8 @@ def freeze_all_but(model: OmniVideoForConditionalGeneration, stage: Stage, losse
 
     A part stays frozen where no loss reaches it: the text head without answers, the decoder without flow matching.
     With tied embeddings the text head is the token embedding as well. A stage that trains low-rank matrices leaves
-    those trainable that are there (see `lora.add_lora`).
+    those trainable that are there (see `lora.add_lora`). The visual context adapter stays frozen where sources reach
+    the decoder in its channels alone.
 
     Returns:
         Names of the parameters that train.
@@ -144,7 +145,8 @@ def freeze_all_but(model: OmniVideoForConditionalGeneration, stage: Stage, losse
                     f"`stage` ({', '.join(STAGES)})."
                 )
             modules[name].requires_grad_(True)
-        if model.adapter is not None and not _is_reached("visual_context_adapter", losses):
+        is_used = model.adapter is None or model.adapter.takes_source_in_context
+        if model.adapter is not None and not (is_used and _is_reached("visual_context_adapter", losses)):
             model.adapter.visual_context_adapter.requires_grad_(False)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:

@@ -29,7 +29,7 @@ from ..tasks import TASKS
 from ..utils.names import check_known
 from .arguments import OmniVideoTrainingArguments
 from .checkpointing import checkpoints
-from .checkpointing.randomness import derive_seed, draw_dropouts, kept_chance, sample_generators
+from .checkpointing.randomness import derive_seed, draw_dropouts, draw_source_dropout, kept_chance, sample_generators
 from .checkpointing.result import tied_names
 from .checkpointing.run_lock import only_training
 from .data.rounds import RoundsOfBatches
@@ -266,6 +266,8 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
             inputs["drop_instruction"], inputs["drop_prompt"] = draw_dropouts(
                 generators, self.args.condition_dropout, self.args.instruction_dropout, self.args.prompt_dropout
             )
+        if model.training and self.args.source_dropout > 0:
+            inputs["drop_source"] = draw_source_dropout(generators, self.args.source_dropout)
         if inputs.get("input_ids") is not None and inputs.get("labels") is None:
             inputs["logits_to_keep"] = 1  # nobody reads the others
         output = model(**inputs, generator=generators, loss_config=self.args.loss_config)

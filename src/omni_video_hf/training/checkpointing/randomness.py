@@ -50,6 +50,11 @@ def draw_dropouts(
     return drops_both | drops_instruction, drops_both | drops_prompt
 
 
+def draw_source_dropout(generators: Sequence[torch.Generator], probability: float) -> torch.Tensor:
+    """Decide per sample whether its source is dropped, boolean `[batch]`; drawn after [`draw_dropouts`]."""
+    return torch.cat([torch.rand(1, generator=generator) for generator in generators]) < probability
+
+
 @contextmanager
 def kept_chance() -> Iterator[None]:
     """Leave the global generators of Python, numpy and torch, on every device, as they were before the block."""

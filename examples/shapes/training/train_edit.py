@@ -47,7 +47,8 @@ class Phase:
 
     Args:
         steps: batches.
-        learning_rate: the highest; a cosine leads to nothing.
+        learning_rate: the highest.
+        scheduler: transformers' name of the schedule.
         video_share: of the batches; the others are images.
         video_batch_size, image_batch_size: samples of a batch.
     """
@@ -55,13 +56,15 @@ class Phase:
     steps: int
     learning_rate: float
     video_share: float
+    scheduler: str = "cosine"
     video_batch_size: int = 32
     image_batch_size: int = 64
 
 
 PHASES = {
     "images": Phase(steps=500, learning_rate=4e-3, video_share=0.0),
-    "clips": Phase(steps=3300, learning_rate=4e-3, video_share=0.85),
+    "clips": Phase(steps=750, learning_rate=4e-3, video_share=0.85, scheduler="constant_with_warmup"),
+    "settle": Phase(steps=1000, learning_rate=2.5e-3, video_share=0.85),
 }
 
 
@@ -248,6 +251,7 @@ def train(
             save_steps,
             seed + number,
             weight_decay=0.05,
+            lr_scheduler_type=phase.scheduler,
             per_device_train_batch_size=1,  # an item is a batch
             bf16=multiplies_bfloat16(),
         )

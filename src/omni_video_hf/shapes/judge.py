@@ -42,6 +42,7 @@ MAX_TRAVEL_ERROR = 6.0  # pixels over the clip, from the 24 of a motion
 MAX_UNSTEADINESS = 1.3  # pixels from the straight, steady path, in any frame
 BOX_TRIM = 0.02  # share of the shape beyond either side of its box, so that few stray pixels do not move the box
 MIN_FILL = 0.4  # share of the box that must be shape; a triangle fills half of it
+MAX_GAP = 3  # rows or columns of the box without any shape; the tip of a triangle is that thin
 MAX_AREA = 0.5  # share of the frame
 
 
@@ -150,11 +151,10 @@ def find_centers(frames: Any) -> np.ndarray:
     x, y = ((sides[:, axis, :1] <= middles) & (middles <= sides[:, axis, 1:]) for axis in (0, 1))
     box = y[:, :, None] & x[:, None, :]
     fill = (mask & box).sum((1, 2)) / box.sum((1, 2)).clip(1)
-    whole = (mask.any(1) | ~x).all(1) & (mask.any(2) | ~y).all(1)  # no gap, as between two shapes
+    gap = np.maximum((x & ~mask.any(1)).sum(1), (y & ~mask.any(2)).sum(1))
     area = mask.sum((1, 2))
-    found = (
-        whole & (strongest >= MIN_CONTRAST) & (area >= MIN_PIXELS) & (area <= MAX_AREA * SIDE**2) & (fill >= MIN_FILL)
-    )
+    found = (strongest >= MIN_CONTRAST) & (area >= MIN_PIXELS) & (area <= MAX_AREA * SIDE**2)
+    found &= (fill >= MIN_FILL) & (gap <= MAX_GAP)
     return np.where(found[:, None], sides.mean(axis=2), np.inf)
 
 

@@ -6,8 +6,8 @@ import torch
 from typer.testing import CliRunner
 
 from examples.shapes import configuration
-from omni_video_hf.cli.main import app
 from omni_video_hf.cli.evaluate import Sources
+from omni_video_hf.cli.main import app
 from omni_video_hf.shapes import ShapesDataset
 from omni_video_hf.shapes.evaluate import SOURCES, Evaluation, checked_lines, save_evaluation
 from omni_video_hf.shapes.other_renderer import render_otherwise

@@ -6,8 +6,11 @@ import torch
 from typer.testing import CliRunner
 
 from examples.shapes import configuration
+from omni_video_hf.cli.evaluate import Sources
 from omni_video_hf.cli.main import app
-from omni_video_hf.shapes.evaluate import Evaluation, save_evaluation
+from omni_video_hf.shapes import ShapesDataset
+from omni_video_hf.shapes.evaluate import SOURCES, Evaluation, checked_lines, save_evaluation
+from omni_video_hf.shapes.other_renderer import render_otherwise
 from omni_video_hf.shapes.scores import LINES
 
 
@@ -46,6 +49,36 @@ def test_results_are_written_as_json_and_pictures(evaluated, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"scores.json", "strip.png", *sheets}
 
 
+def test_edits_report_places(evaluated):
+    _, report = evaluated
+    for score in report.scores:
+        frames = {"v2v": 2 * 17, "i2i": 2}.get(score.line)
+        assert (len(score.place.distances) if score.place else None) == frames
+        if frames:
+            assert {"attributes right", "place kept", "outside kept"} <= set(score.counts)
+
+
+def test_edits_of_sources_of_another_renderer(pipe):
+    evaluations = [Evaluation(pipe, count=2, steps=1, sources=sources) for sources in ("renderer", "other-renderer")]
+    reports = [evaluation.run(["i2i"]) for evaluation in evaluations]
+    assert [report.to_dict()["settings"]["sources"] for report in reports] == ["renderer", "other-renderer"]
+    own, other = (evaluation.shown["i2i", "seen"] for evaluation in evaluations)
+    dataset = ShapesDataset("i2i", "seen", 2)
+    for number in range(2):
+        assert np.array_equal(own[number].source, dataset[number]["source"])
+        assert np.array_equal(other[number].source, render_otherwise(dataset.example(number).source, 1))
+        assert other[number].caption == own[number].caption
+
+
+def test_sources_of_another_renderer_are_for_edits_only(pipe):
+    assert checked_lines(None, "other-renderer") == ("v2v", "i2i")
+    with pytest.raises(ValueError, match=r"among v2v, i2i with `sources='other-renderer'`, got t2v"):
+        Evaluation(pipe, sources="other-renderer").run(["t2v", "i2i"])
+    with pytest.raises(ValueError, match="`sources` must be one of renderer, other-renderer, got 'pil'"):
+        Evaluation(pipe, sources="pil")
+    assert tuple(Sources) == SOURCES
+
+
 def test_what_is_nulled_changes_what_is_drawn(pipe):
     drawn = {}
     for line in ("t2v", "t2v_visual_only", "t2v_text_only"):
@@ -82,3 +115,6 @@ def test_the_command_prints_the_table(pipe, tmp_path):
     result = CliRunner().invoke(app, [*words, "--line", "t3i"])
     assert result.exit_code == 2
     assert "`lines` must be among" in result.output
+    result = CliRunner().invoke(app, [*words, "--line", "t2i", "--sources", "other-renderer"])
+    assert result.exit_code == 2
+    assert "`sources='other-renderer'`" in result.output

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from omni_video_hf.shapes import Scene, ShapesDataset, read_scene, render
+from omni_video_hf.shapes.judge import find_centers
 from omni_video_hf.shapes.scene import ATTRIBUTES, BACKGROUNDS, COLORS, SHAPES, coverage
 
 SCENE = Scene("red", "circle", "large", "black", "left")
@@ -250,3 +251,60 @@ def test_a_shape_that_grows_has_no_size():
     reading = read_scene(frames)
     assert reading.size is None
     assert (reading.color, reading.shape, reading.motion) == ("red", "circle", "still")
+
+
+# --- the place ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("task", ["i2i", "v2v"])
+def test_places_are_found_in_damaged_frames(damage, task):
+    """Within half a pixel for the most part, within a pixel always, compared with undamaged frames."""
+    rng, dataset, distances = np.random.default_rng(3), ShapesDataset(task, "seen", 20, seed=11), []
+    for example in map(dataset.example, range(20)):
+        frames = render(example.target, example.num_frames)
+        found, wanted = find_centers(damaged(damage, frames, rng)), find_centers(frames)
+        assert found.shape == (example.num_frames, 2)
+        distances.append(np.linalg.norm(found - wanted, axis=1))
+    distances = np.concatenate(distances)
+    assert np.median(distances) <= 0.4
+    assert distances.max() <= 1.0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("step", [(0.3, 0.0), (0.0, -0.7), (5.0, 9.25), (-15.0, 3.5)])
+def test_a_shape_that_moved_is_as_far_as_it_moved(shape, step):
+    here, there = draw(("red", share(shape, 8))), draw(("red", share(shape, 8, 32 + step[0], 32 + step[1])))
+    np.testing.assert_allclose(find_centers(there)[0] - find_centers(here)[0], step, atol=0.2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_place_of_another_shape_is_nearly_the_same(shape):
+    found = find_centers(draw(("red", share(shape, 13))))[0]
+    np.testing.assert_allclose(found, (32, 32), atol=2.2 if shape == "triangle" else 0.1)
+
+
+def test_a_shape_that_is_partly_cut_off_has_a_place():
+    """That of what is visible, 26 pixels less the 7 that lie outside."""
+    found = find_centers(draw(("red", share("square", 13, 58))))[0]
+    np.testing.assert_allclose(found, (45 + 19 / 2, 32), atol=0.2)
+
+
+def test_a_few_stray_pixels_do_not_move_the_place():
+    image = draw(("red", share("circle", 13)))
+    stray = image.copy()
+    stray[5, 5:8] = image[32, 32]
+    assert np.linalg.norm(find_centers(stray) - find_centers(image)) < 0.3
+
+
+@pytest.mark.parametrize(
+    "name", ["nothing", "a faint shape", "a speck", "two shapes of one color", "a full frame", "noise"]
+)
+def test_without_a_single_shape_the_place_is_infinite(name):
+    assert np.isinf(find_centers(NO_SHAPES[name])).all()
+
+
+def test_the_place_is_told_for_each_frame_by_itself():
+    frames = FRAMES.copy()
+    frames[6] = 0
+    assert np.isinf(find_centers(frames)).all(axis=1).tolist() == [number == 6 for number in range(17)]

@@ -60,8 +60,11 @@ def test_what_was_asked_for_is_right(task, kind, split):
             verdict = check(example, dataset[index]["source"])
             assert verdict == {
                 "changed": False,
-                "kept": True,
+                "attributes kept": True,
+                "attributes right": False,
                 f"changed {example.attribute}": False,
+                "place kept": example.attribute != "motion",
+                "outside kept": example.attribute != "background",
                 "all": False,
             }
 
@@ -76,7 +79,7 @@ def test_what_was_not_asked_for_is_wrong():
         "all": False,
     }
     also_smaller = check_edit(V2V, render(replace(V2V.target, size="small")))
-    assert (also_smaller["changed"], also_smaller["kept"], also_smaller["all"]) == (True, False, False)
+    assert (also_smaller["changed"], also_smaller["attributes kept"], also_smaller["all"]) == (True, False, False)
     assert not any(check_generation(T2V, np.zeros((17, 64, 64, 3)))[name] for name in ("color", "shape", "all"))
 
 
@@ -136,6 +139,39 @@ def test_bars_are_the_lines():
     assert Score.of("t2v", "composition", right(160, 200)).passed is True
     assert Score.of("t2v_text_only", "seen", right(0, 200)).passed is None
     assert Score.of("routing", "composition", right(0, 200)).passed is None
+
+
+def test_places_have_bars_of_their_own():
+    near, far = [0.5] * 97, [9.0] * 3
+    score = Score.of("v2v", "seen", right(1, 1), near + far)
+    assert score.place.passed
+    assert score.place.median == 0.5
+    assert score.place.within == Count(97, 100)
+    assert Report((score,)).passed
+    for distances in (near + far * 2, [0.71] * 100):
+        missed = Score.of("v2v", "seen", right(1, 1), distances)
+        assert missed.passed
+        assert not missed.place.passed
+        assert not Report((missed,)).passed
+    assert Score.of("v2v", "composition", right(1, 1), [0.8] * 95 + [9.0] * 5).place.passed
+
+
+def test_frames_without_a_shape_count_as_far():
+    score = Score.of("i2i", "seen", right(1, 1), [0.1, np.inf, np.inf])
+    stored = json.loads(json.dumps(score.to_dict(), allow_nan=False))["place"]
+    assert stored["median_pixels"] is None
+    assert (stored["frames"], stored["frames_without_shape"]) == (3, 2)
+    assert stored["share_within"] == 1 / 3
+    assert not score.place.passed
+    assert "place" not in Score.of("t2v", "seen", right(1, 1)).to_dict()
+
+
+def test_the_table_shows_places():
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(Report((Score.of("v2v", "composition", right(1, 1), [0.25] * 3 + [9.0]),)).table())
+    row = next(line for line in console.export_text().splitlines() if "place kept" in line)
+    assert "0.2 px, 75.0 % of 4, wanted 0.8 px, 95 %" in row
+    assert "v2v, place kept: median distance, frames within 2 px" in row
 
 
 def test_a_report_is_json_and_a_table():

@@ -1,5 +1,6 @@
 """What `omni-video eval shapes` takes and does; light until it runs."""
 
+from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -17,20 +18,33 @@ Count = Annotated[int, typer.Option(min=1, help="Examples of each line and split
 Seed = Annotated[int, typer.Option(min=0, help="Seed of examples and noise.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples drawn at once.")]
 Lines = Annotated[list[str] | None, typer.Option("--line", help="Only this line of the table. Repeatable.")]
+
+
+class Sources(StrEnum):
+    """What draws the sources of edits."""
+
+    renderer = "renderer"
+    other_renderer = "other-renderer"
+
+
+SourcesOption = Annotated[
+    Sources,
+    typer.Option(help="What draws the sources of edits: that of the training data, or another."),
+]
 Folder = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for JSON and contact sheets.")]
 
 
-def check(lines: list[str] | None, output: Path | None) -> None:
+def check(lines: list[str] | None, output: Path | None, sources: str) -> None:
     """
     Refuse what would fail after the work.
 
     Raises:
-        UsageProblem: for a line that the table does not have, and a folder that cannot be written.
+        UsageProblem: for a line that is not measured (with such sources), and a folder that cannot be written.
     """
-    known = import_module("..shapes.evaluate", __package__).LINES
-    unknown = sorted(set(lines or ()) - set(known))
-    if unknown:
-        raise UsageProblem(f"`--line`: `lines` must be among {', '.join(known)}, got {', '.join(unknown)}.")
+    try:
+        import_module("..shapes.evaluate", __package__).checked_lines(lines, sources)
+    except ValueError as error:
+        raise UsageProblem(f"`--line`: {error}") from error
     if output is not None:
         try:
             output.mkdir(parents=True, exist_ok=True)
@@ -48,15 +62,16 @@ def evaluate(
     steps: int | None,
     lines: list[str] | None,
     output: Path | None,
+    sources: str,
 ) -> None:
     """Print the table of a checkpoint, and write JSON and pictures (see `shapes.evaluate.Evaluation`)."""
     module = import_module("..shapes.evaluate", __package__)
     pipe.set_progress_bar_config(disable=True)
-    evaluation = module.Evaluation(pipe, count, seed, batch_size, steps)
-    report = evaluation.run(lines) if lines else evaluation.run()
+    evaluation = module.Evaluation(pipe, count, seed, batch_size, steps, sources)
+    report = evaluation.run(lines)
     Console().print(report.table())
     if output is not None:
         module.save_evaluation(report, evaluation.shown, output)
 
 
-__all__ = ["BatchSize", "Count", "Folder", "Lines", "Seed", "check", "evaluate"]
+__all__ = ["BatchSize", "Count", "Folder", "Lines", "Seed", "Sources", "SourcesOption", "check", "evaluate"]

@@ -368,6 +368,7 @@ def evaluate_shapes(
     batch_size: shapes_cli.BatchSize = 20,
     steps: Steps = None,
     line: shapes_cli.Lines = None,
+    sources: shapes_cli.SourcesOption = shapes_cli.Sources.renderer,
     output: shapes_cli.Folder = None,
     device: Device = None,
     dtype: DtypeOption = None,
@@ -383,10 +384,10 @@ def evaluate_shapes(
     with one_line_errors(verbose, light=True):
         loading = Loading(model, dtype, device, revision=revision, token=token)
         work = _generation(verbose)
-        shapes_cli.check(line, output)
+        shapes_cli.check(line, output, sources.value)
         work.check_device(loading)
         pipe = work.load(loading)
-        shapes_cli.evaluate(pipe, count, seed, batch_size, steps, line, output)
+        shapes_cli.evaluate(pipe, count, seed, batch_size, steps, line, output, sources.value)
 
 
 @app.command("add-source-channels")

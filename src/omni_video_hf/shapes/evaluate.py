@@ -1,6 +1,6 @@
 """Runs a checkpoint on examples of Omni-Video Shapes and judges what comes out: every line of the table."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from rich.progress import track
 from ..media.sources import Source
 from ..pipelines.pipeline_omni_video import OmniVideoPipeline
 from ..utils.files import complete_or_absent, write_json
-from .dataset import ShapesDataset
+from .dataset import Example, ShapesDataset
+from .edits import EditReading, read_edit
+from .other_renderer import WIDER, render_otherwise
 from .pictures import Shown, results_sheet
 from .scene import FPS
 from .scores import (
@@ -23,13 +25,14 @@ from .scores import (
     Report,
     Score,
     check_answer,
-    check_edit,
     check_generation,
     check_routing,
 )
 
 ROUTED = ("t2v", "t2i", "v2v", "i2i", "understand")
 LONGEST_ANSWER = 32  # tokens; the longest right one takes about 16
+EDITS = ("v2v", "i2i")
+SOURCES = ("renderer", "other-renderer")  # what draws the sources of edits: the training data's renderer, or another
 SHOWN = 4  # results of each line and split on its contact sheet
 STRIP = ("t2v", "v2v", "t2i", "i2i", "understand")  # whose first results, of seen combinations, are on the strip
 
@@ -45,12 +48,14 @@ class Evaluation:
         seed: of the examples and of the noise. Splits draw from other streams than training, so any seed is unseen.
         batch_size: examples drawn at once.
         steps: denoising steps; by default those of the checkpoint.
+        sources: `"other-renderer"`: of edits only; their sources, and the targets that they are compared with, come
+            from [`render_otherwise`].
 
     Attributes:
         shown: by line and split, the first results: not chosen, so that they show what the scores say.
 
     Raises:
-        ValueError: unless `count` and `batch_size` are positive.
+        ValueError: unless `count` and `batch_size` are positive, and `sources` one of `SOURCES`.
     """
 
     pipe: OmniVideoPipeline
@@ -58,42 +63,61 @@ class Evaluation:
     seed: int = 0
     batch_size: int = 20
     steps: int | None = None
+    sources: str = SOURCES[0]
     shown: dict[tuple[str, str], list[Shown]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("count", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        checked_lines(None, self.sources)
 
-    def run(self, lines: Sequence[str] = tuple(LINES)) -> Report:
+    def run(self, lines: Sequence[str] | None = None) -> Report:
         """
         Measure the lines, on both splits where the table has both.
 
+        Args:
+            lines: of the table; by default all, with sources of another renderer those of edits.
+
         Raises:
-            ValueError: for a line that the table does not have.
+            ValueError: for a line that the table does not have, or that has no such sources.
         """
-        unknown = sorted(set(lines) - set(LINES))
-        if unknown:
-            raise ValueError(f"`lines` must be among {', '.join(LINES)}, got {', '.join(unknown)}.")
-        measure: dict[str, Callable[[str], list[dict[str, bool]]]] = {
-            "understand": self._understand,
-            "routing": self._routing,
-        }
-        scores = []
-        for line in lines:
-            for split in SHOWN_SPLITS if line != "routing" else SHOWN_SPLITS[:1]:
-                verdicts = measure[line](split) if line in measure else self._draw(line, split)
-                scores.append(Score.of(line, split, verdicts))
-        settings = {"count": self.count, "seed": self.seed, "num_inference_steps": self.steps}
+        lines = checked_lines(lines, self.sources)
+        scores = [
+            self._score(line, split)
+            for line in lines
+            for split in (SHOWN_SPLITS if line != "routing" else SHOWN_SPLITS[:1])
+        ]
+        settings = {"count": self.count, "seed": self.seed, "num_inference_steps": self.steps, "sources": self.sources}
         return Report(tuple(scores), settings | {"checkpoint": self.pipe.config.get("_name_or_path")})
 
-    def _draw(self, line: str, split: str) -> list[dict[str, bool]]:
-        """Draw and judge the examples of a line that makes pictures."""
+    def _score(self, line: str, split: str) -> Score:
+        if line in EDITS:
+            edits = [self._read_edit(example, clip) for example, clip in self._draw(line, split)]
+            distances = [distance for edit in edits for distance in edit.distances]
+            return Score.of(line, split, [edit.verdicts for edit in edits], distances)
+        if line == "understand":
+            return Score.of(line, split, self._understand(split))
+        if line == "routing":
+            return Score.of(line, split, self._routing(split))
+        return Score.of(line, split, [check_generation(*result) for result in self._draw(line, split)])
+
+    def _read_edit(self, example: Example, clip: np.ndarray) -> EditReading:
+        """Compare with what the renderer of the source makes of the target."""
+        if self.sources == SOURCES[0]:
+            return read_edit(example, clip)
+        return read_edit(example, clip, render_otherwise(example.target, example.num_frames), WIDER)
+
+    def _draw(self, line: str, split: str) -> list[tuple[Example, np.ndarray]]:
+        """Draw the examples of a line that makes pictures: each with its clip, uint8 `[frames, 64, 64, 3]`."""
         task = line.partition("_")[0]
         dataset = ShapesDataset(task, split, self.count, self.seed)
-        verdicts, shown = [], []
+        results, shown = [], []
         for numbers in self._batches(range(self.count), f"{line}, {split}"):
-            items = [dataset[number] for number in numbers]
+            examples, items = zip(*((dataset.example(number), dataset[number]) for number in numbers), strict=True)
+            if self.sources != SOURCES[0]:
+                for example, item in zip(examples, items, strict=True):
+                    item["source"] = render_otherwise(example.source, example.num_frames)
             prompts = [item["prompt"] for item in items]
             frames = self.pipe(
                 prompts,
@@ -105,11 +129,10 @@ class Evaluation:
                 **self._nulled(line, len(prompts)),
             ).frames
             clips = (np.asarray(frames) * 255).round().astype(np.uint8)
-            check = check_edit if "source" in items[0] else check_generation
-            verdicts += [check(dataset.example(n), clip) for n, clip in zip(numbers, clips, strict=True)]
+            results += zip(examples, clips, strict=True)
             shown += [Shown(i["prompt"], i.get("source"), clip) for i, clip in zip(items, clips, strict=True)][:SHOWN]
         self.shown[line, split] = shown[:SHOWN]
-        return verdicts
+        return results
 
     def _nulled(self, line: str, count: int) -> dict[str, Any]:
         """What stands in place of the text or of the MLLM's states: the stored null ones."""
@@ -159,6 +182,23 @@ class Evaluation:
             yield numbers[start : start + (size or self.batch_size)]
 
 
+def checked_lines(lines: Sequence[str] | None, sources: str) -> tuple[str, ...]:
+    """
+    The lines to measure: by default all that have such sources.
+
+    Raises:
+        ValueError: as [`Evaluation.run`], and for unknown `sources`.
+    """
+    if sources not in SOURCES:
+        raise ValueError(f"`sources` must be one of {', '.join(SOURCES)}, got {sources!r}.")
+    known = tuple(LINES) if sources == SOURCES[0] else EDITS
+    unknown = sorted(set(lines or ()) - set(known))
+    if unknown:
+        of = "" if known != EDITS else f" with `sources={sources!r}`"
+        raise ValueError(f"`lines` must be among {', '.join(known)}{of}, got {', '.join(unknown)}.")
+    return tuple(lines or known)
+
+
 def media_of(dataset: ShapesDataset, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The sources of examples as the pipeline takes them."""
     if "source" not in items[0]:
@@ -183,4 +223,4 @@ def save_evaluation(report: Report, shown: dict[tuple[str, str], list[Shown]], f
     write_json(folder / "scores.json", report.to_dict())
 
 
-__all__ = ["Evaluation", "media_of", "save_evaluation"]
+__all__ = ["EDITS", "SOURCES", "Evaluation", "checked_lines", "media_of", "save_evaluation"]

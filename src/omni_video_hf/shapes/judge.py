@@ -4,6 +4,8 @@ Reads a clip of Omni-Video Shapes off its pixels; nothing in here is learned.
 In every frame: the background is what lies along the frame's edge, the shape is what differs from it. Its area and
 centre of mass say where each of the three shapes would have to lie and how large it would be; the one that lies like
 it is read. The frame must then be explained: nothing elsewhere, one colour within. All frames must agree.
+
+The place of the shape is measured frame by frame, whatever its outline: also of what is not read as any shape.
 """
 
 from dataclasses import dataclass
@@ -38,6 +40,10 @@ SIZE_RANGES = {"small": (6.8, 9.4), "large": (11.2, 14.8)}  # radius in pixels
 MAX_STILL_TRAVEL = 3.0  # pixels over the clip, along x or y, where there should be none
 MAX_TRAVEL_ERROR = 6.0  # pixels over the clip, from the 24 of a motion
 MAX_UNSTEADINESS = 1.3  # pixels from the straight, steady path, in any frame
+BOX_TRIM = 0.02  # share of the shape beyond either side of its box, so that few stray pixels do not move the box
+MIN_FILL = 0.4  # share of the box that must be shape; a triangle fills half of it
+MAX_GAP = 3  # rows or columns of the box without any shape; the tip of a triangle is that thin
+MAX_AREA = 0.5  # share of the frame
 
 
 @dataclass(frozen=True)
@@ -86,14 +92,7 @@ def read_scene(frames: Any) -> Reading:
     Raises:
         ValueError: for another size, or values that are no pictures.
     """
-    if getattr(frames, "ndim", None) == 3:
-        frames = frames[None]
-    pixels = load_video(frames).frames
-    if pixels.shape[1:3] != (SIDE, SIDE):
-        raise ValueError(
-            f"`frames` must be {SIDE}x{SIDE} pixels, got {pixels.shape[2]}x{pixels.shape[1]}: generate at that size."
-        )
-    pixels = pixels.astype(np.float32)
+    pixels = _pixels(frames)
     edge = _edge(pixels)
     background = np.median(edge, axis=1)
     values: dict[str, str | None] = {"background": _one_color(background, BACKGROUNDS, MAX_BACKGROUND_DISTANCE)}
@@ -117,6 +116,72 @@ def read_scene(frames: Any) -> Reading:
         if values["motion"] is None:
             reasons.append("The shape neither stands still nor moves steadily by the right distance.")
     return Reading(**values, reasons=tuple(reasons))
+
+
+def find_centers(frames: Any) -> np.ndarray:
+    """
+    Where the shape lies in every frame: the middle of its box, to fractions of a pixel.
+
+    The box holds what differs from the frame's background, less `BOX_TRIM` of it on each side. The middle of this box
+    lies up to 2 pixels below that of the whole triangle, and a shape that is partly cut off has the box of what is
+    visible: compare with what this function finds in rendered frames of the wanted scene, see [`shapes.edits`].
+
+    Args:
+        frames: as in [`read_scene`].
+
+    Returns:
+        (x, y) in pixels from the upper left corner, float64 `[frames, 2]`; infinite for a frame in which no single
+        shape is found.
+
+    Raises:
+        ValueError: as [`read_scene`].
+    """
+    pixels = _pixels(frames)
+    difference = _smooth(pixels) - np.median(_edge(pixels), axis=1)[:, None, None]
+    contrast = np.sqrt((difference**2).sum(-1))
+    strongest = np.partition(contrast.reshape(len(contrast), -1), -MIN_PIXELS, axis=1)[:, -MIN_PIXELS]
+    color = _mean_color(difference, contrast > 0.9 * strongest[:, None, None])
+    color = _mean_color(difference, _share(difference, color) > 0.5)
+    share = _share(difference, color)
+    mask = share > 0.5
+    shown = share.clip(0, 1) * _dilated(mask)  # shades of the background do not belong
+
+    sides = np.stack([_trimmed(shown.sum(axis)) for axis in (1, 2)], axis=1)  # [n, axis, low and high]
+    middles = np.arange(SIDE) + 0.5
+    x, y = ((sides[:, axis, :1] <= middles) & (middles <= sides[:, axis, 1:]) for axis in (0, 1))
+    box = y[:, :, None] & x[:, None, :]
+    fill = (mask & box).sum((1, 2)) / box.sum((1, 2)).clip(1)
+    gap = np.maximum((x & ~mask.any(1)).sum(1), (y & ~mask.any(2)).sum(1))
+    area = mask.sum((1, 2))
+    found = (strongest >= MIN_CONTRAST) & (area >= MIN_PIXELS) & (area <= MAX_AREA * SIDE**2)
+    found &= (fill >= MIN_FILL) & (gap <= MAX_GAP)
+    return np.where(found[:, None], sides.mean(axis=2), np.inf)
+
+
+def _pixels(frames: Any) -> np.ndarray:
+    """Frames in the size of the data set, float32 `[n, 64, 64, 3]` in 0..255."""
+    if getattr(frames, "ndim", None) == 3:
+        frames = frames[None]
+    pixels = load_video(frames).frames
+    if pixels.shape[1:3] != (SIDE, SIDE):
+        raise ValueError(
+            f"`frames` must be {SIDE}x{SIDE} pixels, got {pixels.shape[2]}x{pixels.shape[1]}: generate at that size."
+        )
+    return pixels.astype(np.float32)
+
+
+def _dilated(mask: np.ndarray) -> np.ndarray:
+    """`[n, 64, 64]` with the pixels up to two around it, which antialiasing and blur reach."""
+    padded = np.pad(mask, ((0, 0), (2, 2), (2, 2)))
+    rows = np.logical_or.reduce([padded[:, step : step + SIDE] for step in range(5)])
+    return np.logical_or.reduce([rows[:, :, step : step + SIDE] for step in range(5)])
+
+
+def _trimmed(profile: np.ndarray) -> np.ndarray:
+    """The places `[n, 2]` beyond which `BOX_TRIM` of each profile `[n, 64]` lies, in pixels."""
+    total = np.cumsum(np.pad(profile, ((0, 0), (1, 0))), axis=1, dtype=np.float64)
+    edges, wanted = np.arange(SIDE + 1), np.array([BOX_TRIM, 1 - BOX_TRIM])
+    return np.stack([np.interp(wanted, row / max(row[-1], 1e-9), edges) for row in total])
 
 
 def _find_shape(difference: np.ndarray) -> tuple[_Match, np.ndarray] | str:
@@ -235,4 +300,4 @@ def _read_motion(centers: np.ndarray) -> str | None:
     return None
 
 
-__all__ = ["Reading", "read_scene"]
+__all__ = ["Reading", "find_centers", "read_scene"]

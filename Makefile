@@ -93,8 +93,14 @@ $(SHAPES)/finish/stage.json: $(SHAPES)/polish/stage.json
 $(SHAPES)/settle/stage.json: $(SHAPES)/finish/stage.json
 	$(STAGE) $(<D)/pipeline
 
-$(SHAPES)/omni-video-shapes/model_index.json: $(SHAPES)/settle/stage.json
-	$(RUN).assemble finished --model $(<D)/pipeline --output $(@D)
+$(SHAPES)/edit_pairs/videos.json: $(SHAPES)/settle/stage.json
+	$(RUN).training.edit_pairs --model $(<D)/pipeline --output $(@D)
+
+$(SHAPES)/edit/edit.json: $(SHAPES)/edit_pairs/videos.json
+	$(RUN).training.train_edit --model $(SHAPES)/settle/pipeline --pairs $(<D) --output $(@D)
+
+$(SHAPES)/omni-video-shapes/model_index.json: $(SHAPES)/edit/edit.json
+	$(RUN).assemble finished --model $(SHAPES)/settle/pipeline --transformer $(<D)/transformer --output $(@D)
 
 $(SHAPES)/scores/scores.json: $(SHAPES)/omni-video-shapes/model_index.json
 	$(BIN)/omni-video eval shapes --model $(<D) --output $(@D)

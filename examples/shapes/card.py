@@ -13,6 +13,7 @@ from omni_video_hf.hub.model_card import TAGS
 from omni_video_hf.shapes.scores import LINES, SHOWN_SPLITS
 from omni_video_hf.training.recipe import overridden
 
+from .training.train_edit import PHASES as EDIT_PHASES
 from .training.train_text_to_video import PHASES
 
 TEMPLATE = "omni-video-shapes.md.jinja"
@@ -36,11 +37,16 @@ RUNS = {
     "polish": "stage `polish`",
     "finish": "stage `finish`",
     "settle": "stage `settle`",
+    **{f"edit/{name}": f"Wan transformer, edits, {name}" for name in EDIT_PHASES},
 }
 BATCHES = {
     "vae/images": "image_batch_size",
     "mllm/vision": "vision_batch_size",
     "text_to_video/images": "image_batch_size",
+    **{
+        f"edit/{name}": f"{'video' if phase.video_share else 'image'}_batch_size"
+        for name, phase in EDIT_PHASES.items()
+    },
 }
 
 

@@ -222,11 +222,11 @@ def encode_pairs(pipe: OmniVideoPipeline, stream: str, kind: str, count: int, fo
 
 def _features(pipe: OmniVideoPipeline, kind: str, pairs: list[Pair]) -> dict[str, torch.Tensor]:
     prompts = [pair.prompt for pair in pairs]
-    features = {"target": _encode(pipe, [pair.target for pair in pairs])}
+    features = {"target": encode(pipe, [pair.target for pair in pairs])}
     source, task = None, {"video": "t2v", "image": "t2i"}[kind]
     if pairs[0].source is not None:
         clips = [pair.source for pair in pairs]
-        features["source"], task = _encode(pipe, clips), EDITS[kind]
+        features["source"], task = encode(pipe, clips), EDITS[kind]
         media = clips if kind == "video" else [Image.fromarray(clip[0]) for clip in clips]
         source = Source.of(media, None, len(pairs)) if kind == "video" else Source.of(None, media, len(pairs))
     vision = pipe.encode_instruction(task, prompts, source)
@@ -241,7 +241,7 @@ def _features(pipe: OmniVideoPipeline, kind: str, pairs: list[Pair]) -> dict[str
     return features | {"prompt_length": torch.tensor([len(text) for text in texts])}
 
 
-def _encode(pipe: OmniVideoPipeline, clips: list[np.ndarray]) -> torch.Tensor:
+def encode(pipe: OmniVideoPipeline, clips: list[np.ndarray]) -> torch.Tensor:
     """uint8 clips -> normalised latents."""
     config = pipe.vae.config
     mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))

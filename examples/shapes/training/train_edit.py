@@ -28,7 +28,7 @@ from omni_video_hf.models.source_channels import add_source_channels
 from omni_video_hf.pipelines.pipeline_omni_video import OmniVideoPipeline
 
 from .edit_pairs import STREAMS, EditFeatures
-from .runs import check_settings, fit, multiplies_bfloat16, save_folder, the_batch
+from .runs import check_settings, fit, multiplies_bfloat16, save_folder, the_batch, write_json
 
 EDIT_STREAMS = {"edits": 0.55, "others": 0.38, "keep": 0.07}  # shares of the edits
 TEXTS = 0.25  # share of a batch that has no source
@@ -256,6 +256,7 @@ def train(
             bf16=multiplies_bfloat16(),
         )
     save_folder(objective.eval().to("cpu").decoder.save_pretrained, output / "transformer")
+    write_json({"settings": settings}, output / "edit.json")
 
 
 __all__ = ["EditBatches", "EditObjective", "train"]

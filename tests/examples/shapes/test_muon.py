@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from examples.shapes.training.muon import MuonOfStacks, MuonWithAdamW, split_parameters
+from examples.shapes.training.muon import MuonOfStacks, MuonWithAdamW, orthogonalize, split_parameters
 
 
 class Net(nn.Module):
@@ -24,6 +24,12 @@ class Net(nn.Module):
     def forward(self, ids):
         features = self.conv(self.embed(ids).mT[..., None, None])[..., 0, 0].mT
         return self.lm_head(self.frozen(self.linear(features))).square().mean()
+
+
+@pytest.fixture(autouse=True)
+def _in_bfloat16(monkeypatch):
+    """As torch's own, on any processor."""
+    monkeypatch.setattr("examples.shapes.training.muon.multiplies_bfloat16", lambda: True)
 
 
 @pytest.fixture
@@ -142,3 +148,13 @@ def test_a_model_that_is_moved_afterwards_trains_as_if_it_had_not_been(net):
     run(other, optimizer, 2)
     for parameter, moved in zip(net.parameters(), other.parameters(), strict=True):
         assert torch.equal(parameter, moved)
+
+
+def test_without_instructions_for_bfloat16_the_iteration_runs_in_float32(monkeypatch):
+    matrices = torch.randn(3, 8, 6, generator=torch.Generator().manual_seed(0))
+    settings = ((3.4445, -4.775, 2.0315), 5, 1e-7)
+    rounded = orthogonalize(matrices, *settings)
+    monkeypatch.setattr("examples.shapes.training.muon.multiplies_bfloat16", lambda: False)
+    exact = orthogonalize(matrices, *settings)
+    assert (rounded.dtype, exact.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(rounded.float(), exact, atol=0.05, rtol=0.05)

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.trainer_utils import get_last_checkpoint
 
 from omni_video_hf.hub.model_card import TAGS
-from omni_video_hf.shapes.scores import LINES, SHOWN_SPLITS
+from omni_video_hf.shapes.scores import LINES, PLACE_BARS, SHOWN_SPLITS, place_title
 from omni_video_hf.training.recipe import overridden
 
 from .training.train_edit import PHASES as EDIT_PHASES
@@ -91,7 +91,19 @@ def score_rows(report: dict[str, Any]) -> list[list[str]]:
         if any(scores):
             cells = [(_with_interval(score), _bar(score)) if score else ("", "") for score in scores]
             rows.append([line.title, *(text for cell in cells for text in cell)])
+        places = [(score or {}).get("place") for score in scores]
+        if any(places):
+            cells = [_place(place, PLACE_BARS[split]) for place, split in zip(places, SHOWN_SPLITS, strict=True)]
+            rows.append([place_title(key), *(text for cell in cells for text in cell)])
     return rows
+
+
+def _place(place: dict[str, Any] | None, bar: tuple[float, float]) -> tuple[str, str]:
+    """Median distance and share of the frames that are near, and what is wanted of both."""
+    if place is None:
+        return "", ""
+    found = f"{place['median']:.1f} px, {100 * place['within']['rate']:.1f} %"
+    return found, f"{bar[0]:g} px, {100 * bar[1]:.0f} %"
 
 
 def training_row(build: Path, folder: str) -> list[str]:

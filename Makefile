@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(INSTALLED) ## draw, edit and ask with the model that comes along
+demo: $(INSTALLED) ## generate, edit and ask with the default checkpoint
 	$(BIN)/python demo.py
 
 test: $(INSTALLED) quality ## check style, and run the tests of the package

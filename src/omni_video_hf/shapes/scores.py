@@ -37,7 +37,7 @@ LINES = {
     "t2v": Line("t2v, all of colour, shape, size, background, motion right", 0.95, 0.80),
     "t2i": Line("t2i, all right", 0.97, 0.85),
     "v2v": Line("v2v, asked attribute changed and all others kept", 0.95, 0.85),
-    "i2i": Line("i2i, likewise", 0.95, 0.90),
+    "i2i": Line("i2i, asked attribute changed and all others kept", 0.95, 0.90),
     "understand": Line("understanding, exact answers", 0.98, 0.90),
     "routing": Line("routing without `task`", 0.99),
     "t2v_visual_only": Line("t2v, umT5 text nulled", 0.80),

@@ -164,7 +164,7 @@ def test_conversation_with_a_video_and_a_closing_answer(processor):
         ("t2v", None, {}, "non-empty"),
         ("t2v", "look: <image>", {}, "'<image>'"),
         ("t2v", "stop<|eot_id|>", {}, "'<|eot_id|>'"),
-        ("t2v", "a", {"images": [IMAGE]}, "no media"),
+        ("t2v", "a", {"images": [IMAGE]}, "no images and no videos"),
         ("i2i", "a", {}, "`images` was not given"),
         ("v2v", "a", {"images": [IMAGE]}, "`images` was given"),
         ("i2i", ["a", "b"], {"images": [IMAGE]}, "1 entries for 2 prompts"),

@@ -1,4 +1,4 @@
-"""What `omni-video eval shapes` takes and does; light until it runs."""
+"""The command `eval shapes`: its flags, checks and output. The evaluation is imported when it runs."""
 
 from importlib import import_module
 from pathlib import Path
@@ -13,31 +13,33 @@ from .console import UsageProblem
 if TYPE_CHECKING:
     from ..pipelines.pipeline_omni_video import OmniVideoPipeline
 
-Count = Annotated[int, typer.Option(min=1, help="Examples of each line and split.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of examples and noise.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Examples drawn at once.")]
-Lines = Annotated[list[str] | None, typer.Option("--line", help="Only this line of the table. Repeatable.")]
-Folder = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for JSON and contact sheets.")]
+Count = Annotated[int, typer.Option(min=1, help="Number of examples for each line and split of the table.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the examples and of the noise.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Number of examples generated at once.")]
+Lines = Annotated[list[str] | None, typer.Option("--line", help="Measure only this line of the table. Repeatable.")]
+Folder = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the JSON file and the images.")]
 
 
 def check(lines: list[str] | None, output: Path | None) -> None:
     """
-    Refuse what would fail after the work.
+    Check the arguments before the evaluation.
 
     Raises:
-        UsageProblem: for a line that the table does not have, and a folder that cannot be written.
+        UsageProblem: for a line that is not in the table, and for a folder that cannot be written to.
     """
     known = import_module("..shapes.evaluate", __package__).LINES
     unknown = sorted(set(lines or ()) - set(known))
     if unknown:
-        raise UsageProblem(f"`--line`: `lines` must be among {', '.join(known)}, got {', '.join(unknown)}.")
+        raise UsageProblem(f"`--line` must be one of {', '.join(known)}, got {', '.join(unknown)}.")
     if output is not None:
         try:
             output.mkdir(parents=True, exist_ok=True)
             with TemporaryFile(dir=output):
                 pass
         except OSError as error:
-            raise UsageProblem(f"`--output {output}`: is no folder that takes files ({error.strerror}).") from error
+            raise UsageProblem(
+                f"`--output {output}`: no file can be written to this folder ({error.strerror}). Choose another."
+            ) from error
 
 
 def evaluate(
@@ -49,7 +51,7 @@ def evaluate(
     lines: list[str] | None,
     output: Path | None,
 ) -> None:
-    """Print the table of a checkpoint, and write JSON and pictures (see `shapes.evaluate.Evaluation`)."""
+    """Print the table of a checkpoint, and write JSON and images (see `shapes.evaluate.Evaluation`)."""
     module = import_module("..shapes.evaluate", __package__)
     pipe.set_progress_bar_config(disable=True)
     evaluation = module.Evaluation(pipe, count, seed, batch_size, steps)

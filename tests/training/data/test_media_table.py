@@ -149,7 +149,7 @@ def test_everything_that_is_wrong_is_found_at_once(tmp_path):
         "missing": ({"media": "nowhere.mp4"}, "nowhere.mp4: no such file"),
         "cut": ({"media": "cut.mp4"}, "cut.mp4"),
         "empty": ({"media": "empty.mp4"}, "the file is empty"),
-        "noise": ({"media": "noise.mp4"}, "is not a video this reader knows"),
+        "noise": ({"media": "noise.mp4"}, "is not a video of a known format"),
         "no media": ({"media": None}, "`media` is empty; the task 't2v' needs the target video"),
         "image for video": ({"media": "a.png"}, "is an image; the task 't2v' needs a video"),
         "video for image": ({"task": "t2i"}, "is a video; the task 't2i' needs an image"),

@@ -248,7 +248,7 @@ def test_incomplete_and_damaged_repositories_are_refused(repository, tmp_path, h
         check_complete(tmp_path / "model")
     weights.unlink()
     (tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"index\.json: names transformer/.* not there"):
+    with pytest.raises(ValueError, match=r"index\.json: names transformer/.* does not exist"):
         check_complete(tmp_path / "model")
     with pytest.raises(ValueError, match=r"has no model_index\.json"):
         complete_repository(tmp_path / "model", tmp_path)
@@ -407,7 +407,7 @@ def test_a_card_that_a_person_edited_stays(repository, tmp_path):
 
 def test_an_unknown_entry_of_the_summary_is_refused(repository, tmp_path):
     (tmp_path / "training_summary.json").write_text('{"stages": "joint"}')
-    with pytest.raises(ValueError, match=r"unknown entries stages; known are .*stage"):
+    with pytest.raises(ValueError, match=r"unknown entries stages; allowed are .*stage"):
         render_model_card(tmp_path, NAME)
 
 

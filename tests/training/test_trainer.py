@@ -320,7 +320,7 @@ def test_a_checkpoint_holds_what_trains_and_knows_its_stage(tmp_path):
     with pytest.raises(OSError):
         OmniVideoForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-4")
     other = training.trainer(tmp_path, samples, stage="connect", **settings)
-    with pytest.raises(ValueError, match="written in the stage 'decoder', this run's `stage` is 'connect'"):
+    with pytest.raises(ValueError, match="written in the stage 'decoder', but the `stage` of this run is 'connect'"):
         other.train(resume_from_checkpoint=True)
 
 

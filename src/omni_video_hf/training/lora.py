@@ -1,4 +1,4 @@
-"""Low-rank matrices in every part of the model, by peft."""
+"""LoRA training: add LoRA layers of peft to components of the model, and save them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..utils.names import check_known
 from .arguments import LORA_PARTS, LORA_SETTINGS
 
 ADAPTER_NAME = "default"
-# Projections of attention and feed-forward layers, part by part; not the MLLM's vision tower.
+# Projections of attention and feed-forward layers, by component; not in the vision tower of the MLLM.
 TARGETS = {
     "mllm": r"mllm\.(?!.*vision).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
     "vision_head": r"vision_head\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
@@ -26,15 +26,16 @@ DEFAULTS = {"r": 16, "lora_alpha": 16}
 
 def add_lora(model: OmniVideoForConditionalGeneration, settings: Mapping[str, Any] | None = None) -> None:
     """
-    Put low-rank matrices into a model; they train, and nothing else does.
+    Add LoRA layers to a model and freeze all other weights.
 
     Args:
-        settings: fields of peft's [`LoraConfig`], and `parts`: which of `mllm`, `vision_head`, `adapter`, `decoder`
-            get matrices, by default all that the model has. `target_modules` is a pattern over the whole model's
-            names.
+        model: the model, changed in place.
+        settings: fields of [`LoraConfig`] of peft, and `parts`: those of `mllm`, `vision_head`, `adapter`, `decoder`
+            that get LoRA layers. Default: all that the model has. `target_modules` is a pattern for names in the whole
+            model.
 
     Raises:
-        ValueError: for unknown settings, and parts that are unknown or not there.
+        ValueError: for unknown settings, and for parts that are unknown or that the model does not have.
     """
     settings = dict(settings or {})
     check_known("lora", settings, LORA_SETTINGS)
@@ -43,14 +44,14 @@ def add_lora(model: OmniVideoForConditionalGeneration, settings: Mapping[str, An
     check_known("lora.parts", parts, LORA_PARTS)
     missing = [part for part in parts if part not in present]
     if missing:
-        raise ValueError(f"`lora.parts` names {', '.join(missing)}, which this model does not have ({present}).")
+        raise ValueError(f"`lora.parts` has {', '.join(missing)}, but this model has only {present}.")
     settings.setdefault("target_modules", "|".join(TARGETS[part] for part in parts))
     model.requires_grad_(False)
     model.add_adapter(LoraConfig(**(DEFAULTS | settings)), adapter_name=ADAPTER_NAME)
 
 
 def checkpoint_metadata(model: OmniVideoForConditionalGeneration) -> dict[str, Any]:
-    """What a checkpoint of the `lora` stage says of its layers, so that `load_lora_weights` reads it, too."""
+    """Metadata for a checkpoint of the `lora` stage with rank and alpha, so that `load_lora_weights` can read it."""
     layers = collect_lora_layers(model, ADAPTER_NAME)
     settings = {}
     for name, values in layers.items():
@@ -60,5 +61,5 @@ def checkpoint_metadata(model: OmniVideoForConditionalGeneration) -> dict[str, A
 
 
 def save_lora(model: OmniVideoForConditionalGeneration, folder: Path) -> None:
-    """Write the matrices of every part into one file, which `OmniVideoPipeline.load_lora_weights` reads."""
+    """Save the LoRA layers of all components in one file, for `OmniVideoPipeline.load_lora_weights`."""
     OmniVideoPipeline.save_lora_weights(folder, **collect_lora_layers(model, ADAPTER_NAME))

@@ -46,8 +46,8 @@ def test_a_pattern_that_is_no_expression():
         check_lora_metadata({"transformer.rank_pattern": {"(unclosed": 2}}, "fox.safetensors")
 
 
-def test_not_a_table():
-    with pytest.raises(ValueError, match="must be a table"):
+def test_settings_that_are_not_an_object():
+    with pytest.raises(ValueError, match="must be a JSON object"):
         check_lora_metadata(["target_modules"], "fox.safetensors")
 
 

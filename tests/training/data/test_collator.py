@@ -48,7 +48,7 @@ def test_inputs_that_would_not_reach_the_model_are_refused():
     samples = [
         training.sample("t2v", number) | {"prompt": "a fox", "timesteps": torch.zeros(2)} for number in range(2)
     ]
-    with pytest.raises(ValueError, match="task 't2v' hold prompt, timesteps, which would not reach the model"):
+    with pytest.raises(ValueError, match="task 't2v' contain prompt, timesteps, which the model does not use"):
         OmniVideoDataCollator()(samples)
 
 
@@ -171,7 +171,7 @@ def test_collator_refuses_what_does_not_go_together():
         collate([training.sample("t2v"), other])
     other = training.sample("t2v", 1)
     other["latents"] = other["latents"][:, :1]
-    with pytest.raises(ValueError, match="`latents` of a batch must have one shape"):
+    with pytest.raises(ValueError, match="`latents` must have the same shape in all samples of a batch"):
         collate([training.sample("t2v"), other])
 
 

@@ -405,7 +405,7 @@ class TestFramesInMemory:
             (np.zeros((1, 2, 8, 8, 3), np.uint8), "shape"),
             (np.zeros((0, 8, 8, 3), np.uint8), "shape"),
             ([], "no frames"),
-            ([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 9, 3), np.uint8)], "one size"),
+            ([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 9, 3), np.uint8)], "the same size"),
             (Image.new("RGB", (8, 8)), "Image"),
             (7, "int"),
         ],
@@ -439,7 +439,7 @@ class TestBrokenFiles:
         pictures = [Image.fromarray(frame) for frame in noise]
         pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
         message = error_of(load_video, tmp_path / "a.gif")
-        assert "5 of the GIF's 6 frames" in message and "MP4" in message
+        assert "5 of the 6 frames of the GIF" in message and "MP4" in message
 
     def test_both_numbers_are_said(self, tmp_path):
         path = write(tmp_path / "a.mp4", numbered(48), container={"movflags": "+faststart"}, bf=0, g=1)
@@ -577,7 +577,7 @@ class TestImages:
     def test_animation(self, tmp_path):
         pictures = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN)]
         pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
-        assert "2 pictures" in error_of(load_image, tmp_path / "a.gif")
+        assert "2 images" in error_of(load_image, tmp_path / "a.gif")
 
 
 class TestOpening:
@@ -719,7 +719,7 @@ class TestBudget:
     def test_a_codec_that_nobody_knows(self, tmp_path, call):
         path = write(tmp_path / "a.mkv", numbered(4))
         path.write_bytes(path.read_bytes().replace(b"V_MPEG4/ISO/AVC", b"V_MPEG9/ISO/XYZ"))
-        assert "a.mkv: its codec is not known" in error_of(call, path)
+        assert "a.mkv: this FFmpeg does not know its codec" in error_of(call, path)
 
     def test_a_clip_that_stands_still(self, tmp_path, monkeypatch):
         """Ten frames, the last of them five minutes late: at a steady rate they are thousands."""

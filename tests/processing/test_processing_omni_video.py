@@ -297,7 +297,7 @@ def test_frames_of_a_conversation_are_counted_wherever_that_is_said(processor, p
     assert processor.apply_chat_template(conversation, **CHAT, **place(3))["pixel_values"].shape[0] == 3
     with pytest.raises(ValueError, match="`num_frames` was given twice, as 3 and 4"):
         processor.apply_chat_template(conversation, num_frames=3, processor_kwargs={"num_frames": 4})
-    with pytest.raises(TypeError, match="`fps` is not supported: say `num_frames`"):
+    with pytest.raises(TypeError, match="`fps` is not supported: pass `num_frames`"):
         processor.apply_chat_template(conversation, **CHAT, processor_kwargs={"videos_kwargs": {"fps": 2}})
 
 

@@ -83,8 +83,8 @@ def token_timesteps(timesteps: torch.Tensor, latents: torch.Tensor, patch_size: 
     frames, height, width = latents.shape[2:]
     if timesteps.shape != (len(latents), frames) or patch_size[0] != 1:
         raise ValueError(
-            f"Timesteps of frames need the shape {(len(latents), frames)}, [batch, frames], and tokens of 1 frame; "
-            f"got {tuple(timesteps.shape)} and tokens of {patch_size[0]} frames. Pass timesteps of samples, `[batch]`."
+            f"`timesteps` of frames must be {(len(latents), frames)}, [batch, frames], with tokens of 1 frame; got "
+            f"{tuple(timesteps.shape)} and tokens of {patch_size[0]} frames. Pass one timestep per sample, `[batch]`."
         )
     return timesteps.repeat_interleave((height // patch_size[1]) * (width // patch_size[2]), dim=1)
 

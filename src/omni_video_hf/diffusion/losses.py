@@ -97,8 +97,8 @@ def alignment_loss(features: torch.Tensor, target: torch.Tensor, kind: Alignment
     """
     if features.shape != target.shape:
         raise ValueError(
-            f"The target of an alignment loss must have the shape {tuple(features.shape)} of the features, got "
-            f"{tuple(target.shape)}."
+            f"The target of an alignment loss must be {tuple(features.shape)}, got {tuple(target.shape)}: pass one "
+            "with the shape of the features."
         )
     features, target = features.float(), target.float()
     if kind == "cosine":

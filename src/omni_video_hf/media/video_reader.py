@@ -207,7 +207,8 @@ def check_pixels(path: Path, width: int, height: int) -> None:
     limit = current_budget().max_pixels
     if width * height > limit:
         raise MediaError(
-            f"{path}: has {width}x{height} pixels, more than the limit of {limit:,}. Save it with fewer pixels. "
+            f"{path}: has {width}x{height} pixels, more than {limit:,}, and would take too much memory. Save it with "
+            "fewer pixels. "
             f"{how_to_raise('max_pixels')}"
         )
 
@@ -217,8 +218,8 @@ def _too_large(error: Exception) -> str:
     found = str(error).partition(", could be")[0]
     reason = found[:1].lower() + found[1:]
     return (
-        f"{reason}. Save it with fewer pixels. {how_to_raise('max_pixels')} The limit of Pillow, "
-        "`PIL.Image.MAX_IMAGE_PIXELS`, must be raised as well."
+        f"{reason}: it would take too much memory. Save it with fewer pixels. {how_to_raise('max_pixels')} The limit "
+        "of Pillow, `PIL.Image.MAX_IMAGE_PIXELS`, must be raised as well."
     )
 
 

@@ -109,8 +109,8 @@ def _wait_for(thread: int, wanted: frozenset[int]) -> None:
                 return
             if _waits_for(wanted, thread):
                 raise RuntimeError(
-                    "Deadlock: the callbacks of two calls in two threads each started a call on the components of the "
-                    "other one. Start these calls after the first ones."
+                    "Two calls in two threads would wait for each other without end: the callback of each started a "
+                    "call on the components of the other. Start these calls after the first ones."
                 )
             _CONDITION.wait()
     finally:

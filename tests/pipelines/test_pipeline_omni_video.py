@@ -406,7 +406,7 @@ def test_a_call_leaves_the_scheduler_as_it_was(pipe):
         ({"task": "i2i", "video": CLIP}, "needs `image`"),
         ({"task": "v2v", "video": CLIP, "image": IMAGE}, "not both"),
         ({"task": "t2v", "num_frames": 6}, "5 and 9"),
-        ({"task": "t2i", "num_frames": 5}, "draws one image"),
+        ({"task": "t2i", "num_frames": 5}, "generates one image"),
         ({"task": "t2v", "height": 32}, "together"),
         ({"task": "t2v", "height": 40, "width": 64}, "multiple of 16"),
         ({"task": "i2i", "image": IMAGE, "height": 48, "width": 64}, "multiple of 32"),

@@ -121,7 +121,7 @@ def test_all_bad_samples_are_named_before_anything_trains(base, tmp_path):
     refused(
         base, data, tmp_path / "run", "2 problems in 5 samples: repair or remove them, or pass `--on_bad_data skip`"
     )
-    refused(base, data, tmp_path / "run", "`latents` holds 1 values that are NaN or infinite")
+    refused(base, data, tmp_path / "run", "`latents` contains 1 values that are NaN or infinite")
     refused(base, data, tmp_path / "run", "`latents` have 2 frames; the task 't2i' draws one image")
     skipped = command(base, data, tmp_path / "run", "decoder", "--on_bad_data", "skip", "--learning_rate", "1e-2")
     assert skipped.exit_code == 0, skipped.output
@@ -136,7 +136,7 @@ def test_data_that_do_not_fit_the_stage_are_refused(base, data, tmp_path):
         refused("none/none", data, tmp_path / "run", said, "--report_to", "wandb")
     said = "nowhere: is neither a folder nor a Hub repository"
     refused("nowhere", data, tmp_path / "run", said, exit_code=2)
-    refused(base, tmp_path / "none", tmp_path / "run", "holds no manifest.json, so it is no feature cache")
+    refused(base, tmp_path / "none", tmp_path / "run", "contains no manifest.json, so it is not a feature cache")
     questions = write_samples(tmp_path / "data", [training.sample("understand"), training.sample("t2v")])
     useless = (
         "`data`: 1 samples of the tasks understand allow none of the losses of the stage 'decoder' (flow_matching)"

@@ -87,7 +87,7 @@ def test_a_part_that_is_not_there_and_an_empty_stage_are_refused():
         ({"condition_dropout": 1.2}, "`condition_dropout` must be between 0 and 1, got 1.2"),
         ({"condition_dropout": 0.7, "prompt_dropout": 0.4}, "add up to 1 at most"),
         ({"ema_decay": 1.0}, "`ema_decay` must be 0"),
-        ({"preview_steps": 2}, "`previews` names nothing"),
+        ({"preview_steps": 2}, "`previews` is empty"),
         ({"frozen_dtype": "bfloat16"}, "needs `bf16: true`"),
         ({"frozen_dtype": "float61"}, "unknown 'float61'"),
         ({"lora": {"r": 4}}, "use `stage: lora`"),

@@ -190,7 +190,7 @@ def test_batches_that_cannot_train_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`task`: unknown 'v2x' \(did you mean"):
         run([sample | {"task": "v2x"} for sample in samples])
     bare = [{key: sample[key] for key in ("task", "latents", "prompt_embeds")} for sample in samples]
-    with pytest.raises(ValueError, match="must bring `input_ids` or `mllm_hidden_states`, got"):
+    with pytest.raises(ValueError, match="must have `input_ids` or `mllm_hidden_states`, got"):
         run(bare)
     for sample in samples:
         sample.pop("latents")

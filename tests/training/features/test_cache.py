@@ -138,7 +138,7 @@ def test_all_bad_files_are_listed_at_once(pickles, tmp_path, monkeypatch):
     assert "Nothing in it was run" in found["evil.pkl"]
     assert not (tmp_path / "evil").exists()
     assert str(caught.value).startswith("15 problems in 23 samples")
-    with pytest.raises(ValueError, match=r"holds no manifest.json"):
+    with pytest.raises(ValueError, match=r"contains no manifest.json"):
         FeatureCache(tmp_path / "cache")
 
     report = import_features([pickles], tmp_path / "cache", on_bad_data="skip")
@@ -155,7 +155,7 @@ def test_nothing_is_left_of_bad_data_alone(tmp_path):
 def test_sources_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
         import_features([tmp_path / "nowhere"], tmp_path / "cache")
-    with pytest.raises(ValueError, match="holds no feature files"):
+    with pytest.raises(ValueError, match="contains no feature files"):
         import_features([tmp_path], tmp_path / "cache")
     for folder in ("a", "b"):
         write_pickle(tmp_path / folder / "x.pkl")

@@ -380,7 +380,7 @@ def test_a_killed_run_goes_on_where_it_stopped(many, repository, pipeline, tmp_p
     assert process.returncode == -signal.SIGKILL
     done = set(read_records(cache))
     assert 3 <= len(done) < 12
-    with pytest.raises(ValueError, match=r"holds no manifest\.json"):
+    with pytest.raises(ValueError, match=r"contains no manifest\.json"):
         FeatureCache(cache)
 
     rules = FramingRules([(64, 32)], [5])

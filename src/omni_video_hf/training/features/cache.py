@@ -1,5 +1,5 @@
 """
-The cache of features: what a sample's image, video and texts become before they train, written once and read often.
+`FeatureCache`: a dataset of latents, embeddings and MLLM states that are computed once; and the writing of its shards.
 
     cache/
       manifest.json                 what the cache is, and which index counts: its rename is the commit
@@ -103,7 +103,7 @@ class FeatureCache(Dataset):
 
     @property
     def is_precomputed(self) -> bool:
-        """Whether every sample that draws brings the MLLM's states, so that the MLLM is needed for answers only."""
+        """Whether all samples of generation tasks have MLLM states, so that only text answers need the MLLM."""
         return all(
             record["instruction"] == "states"
             for record in self.records
@@ -183,7 +183,7 @@ def tensor_problems(task: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[
             yield f"`{name}` must have {wanted} dimensions, none of them 0, got {list(tensor.shape)}"
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
-            yield f"`{name}` holds {bad} values that are NaN or infinite, of {tensor.numel()}"
+            yield f"`{name}` contains {bad} values that are NaN or infinite, of {tensor.numel()}"
         if tensor.is_floating_point() == (name in ("input_ids", "attention_mask", "labels")):
             yield f"`{name}` has the type {tensor.dtype}"
     latents, source = tensors.get("latents"), tensors.get("source_latents")
@@ -191,7 +191,7 @@ def tensor_problems(task: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[
         yield f"`source_latents` {list(source.shape)} and `latents` {list(latents.shape)} differ"
     output = TASKS[task].output
     if latents is not None and latents.ndim == 4 and output == "image" and latents.shape[1] != 1:
-        yield f"`latents` have {latents.shape[1]} frames; the task {task!r} draws one image"
+        yield f"`latents` have {latents.shape[1]} frames; the task {task!r} generates one image"
 
 
 def unequal_widths(records: Sequence[Record]) -> Iterator[Offender]:

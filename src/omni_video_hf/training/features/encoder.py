@@ -1,4 +1,4 @@
-"""Features of images, videos and texts, by the parts of a pipeline that do not train, and what they depend on."""
+"""`FeatureEncoder`: features of images, videos and texts from VAE, text encoder and MLLM, with their provenance."""
 
 import hashlib
 import json
@@ -35,10 +35,10 @@ TARGET_FRAMES = 8  # of a video, whose features are averaged
 @dataclass(frozen=True)
 class PrecomputeSettings:
     """
-    What is computed.
+    Settings of the features.
 
     Args:
-        framing: sizes, frames and rate.
+        framing: buckets of sizes and frame numbers, and the frame rate.
         instruction: `"states"` stores the MLLM's hidden states, for stages that leave the MLLM as it is; `"tokens"`
             the ids, images and labels from which a stage that trains the MLLM computes them.
         mllm_frames: for v2v, the MLLM sees the `"first"` frame as upstream's does, or `"all"`; by default what the
@@ -139,10 +139,10 @@ class FeatureEncoder:
         Args:
             row: its texts, task and files.
             framing: what to take of the target; `None` for a question.
-            source_framing: likewise of the source.
+            source_framing: part of the source that is used; `None` without a source.
 
         Returns:
-            Tensors by name, on the CPU, in the components' formats; latents in float32.
+            Tensors by name, on the CPU, with the dtypes of the components; latents in float32.
         """
         if get_task(row.task).answers_in_text:
             return self._question(row)
@@ -188,7 +188,7 @@ class FeatureEncoder:
             width=framing.width,
             num_frames=len(clip.frames),
             fps=framing.fps,
-            num_inference_steps=1,  # nothing is drawn: the pipeline reads the size
+            num_inference_steps=1,  # nothing is generated: the pipeline only needs the size
             guidance_scale=1.0,
             flow_shift=1.0,
         )

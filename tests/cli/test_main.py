@@ -100,7 +100,7 @@ def test_ask(run, tmp_path):
 @pytest.mark.parametrize(("answer", "note"), [("a fox", ""), ("", "the answer of the model is empty")])
 def test_an_empty_answer_is_reported(capsys, answer, note):
     job = cli_generation.Job("a", 0, OutputFile(None), {})
-    cli_generation._tell_answer(job, answer, cli_generation.Printing())
+    cli_generation._print_answer(job, answer, cli_generation.Printing())
     printed = capsys.readouterr()
     assert printed.out == f"{answer}\n"
     assert note in printed.err

@@ -72,7 +72,7 @@ def test_a_part_that_is_not_there_and_an_empty_stage_are_refused():
     names = freeze_all_but(model, stage, stage.loss_config({"answer_weight": 0.0}))
     assert {name.split(".")[0] for name in names} == {"vision_head"}
     model.requires_grad_(False)
-    with pytest.raises(ValueError, match="Nothing would train: add low-rank matrices first"):
+    with pytest.raises(ValueError, match="Nothing would train: add LoRA layers first"):
         freeze_all_but(model, STAGES["lora"], STAGES["lora"].loss_config())
 
 

@@ -92,16 +92,16 @@ def as_usage() -> Iterator[None]:
     except UsageProblem:
         raise
     except ValueError as error:
-        raise UsageProblem(_words(error)) from error
+        raise UsageProblem(_message(error)) from error
 
 
 def one_line(error: BaseException) -> str:
     """The message of an error on one line, with access tokens masked."""
-    text = mask_tokens(" ".join(_words(error).split())) or type(error).__name__
+    text = mask_tokens(" ".join(_message(error).split())) or type(error).__name__
     return text if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: {text}"
 
 
-def _words(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     """The message of an error; a `SizeError` then names flags instead of Python arguments."""
     return getattr(error, "for_command_line", error.__str__)()
 

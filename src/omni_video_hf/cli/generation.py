@@ -208,7 +208,7 @@ def _run(
             job_task = _edit_task(job.media) if job.media else task
             output = pipe(job.prompt, **job.media, task=job_task, generator=_generator(job.seed), **settings)
             if output.text is not None:
-                _tell_answer(job, output.text[0], printing)
+                _print_answer(job, output.text[0], printing)
             else:
                 _write(job, output, _record(job, output, loading, outline), printing)
 
@@ -257,7 +257,7 @@ def _write(job: Job, output: OmniVideoPipelineOutput, record: dict[str, Any], pr
     result(str(path))
 
 
-def _tell_answer(job: Job, text: str, printing: Printing) -> None:
+def _print_answer(job: Job, text: str, printing: Printing) -> None:
     """Print a text that the model answered instead of generating a file."""
     if not text and not printing.quiet:
         note("the answer of the model is empty.")

@@ -44,7 +44,7 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) 
         sigmas: `[batch]`, or `[batch, frames]` if every latent frame has its own sigma (diffusion forcing,
             arXiv 2407.01392).
     """
-    sigmas = _beside(latents, sigmas)
+    sigmas = _broadcastable(latents, sigmas)
     return (1 - sigmas) * latents + sigmas * noise
 
 
@@ -62,7 +62,7 @@ def flow_matching_loss(velocity: torch.Tensor, target: torch.Tensor, weights: to
         weights: `[batch]` or `[batch, frames]`, as the sigmas.
     """
     error = (velocity.float() - target.float()) ** 2
-    return (_beside(error, weights) * error).mean()
+    return (_broadcastable(error, weights) * error).mean()
 
 
 def token_timesteps(timesteps: torch.Tensor, latents: torch.Tensor, patch_size: Sequence[int]) -> torch.Tensor:
@@ -89,7 +89,7 @@ def token_timesteps(timesteps: torch.Tensor, latents: torch.Tensor, patch_size: 
     return timesteps.repeat_interleave((height // patch_size[1]) * (width // patch_size[2]), dim=1)
 
 
-def _beside(latents: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def _broadcastable(latents: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Reshape values `[batch]` or `[batch, frames]` so that they broadcast with `[batch, channels, frames, ...]`."""
     if values.ndim == 2:
         values = values[:, None]

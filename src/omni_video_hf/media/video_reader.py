@@ -127,7 +127,7 @@ def read_index(path: str | Path) -> VideoIndex:
     timing = _timing(stamps, packets[-1][1], tick, float(average or 0))
     times, slack = _times(stamps, tick, timing)
     has_exact_stamps = has_stamps and len(np.unique(stamps)) == len(stamps)
-    info, orientation, stored_size = _look_at_first_frame(path, len(stamps), timing)
+    info, orientation, stored_size = _probe_first_frame(path, len(stamps), timing)
     keyframes = np.union1d([0], [number for number, packet in enumerate(packets) if packet[2]]).astype(np.int64)
     return VideoIndex(
         path=path,
@@ -432,7 +432,7 @@ def _times(stamps: np.ndarray, tick: float, timing: _Timing) -> tuple[np.ndarray
     return (stamps - stamps[0]) * tick, min(tick, 0.25 / timing.fps)
 
 
-def _look_at_first_frame(
+def _probe_first_frame(
     path: Path, num_frames: int, timing: _Timing
 ) -> tuple[VideoInfo, tuple[bool, bool, bool], tuple[int, int]]:
     with open_video(path) as (container, stream):

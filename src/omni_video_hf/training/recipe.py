@@ -95,7 +95,7 @@ def read_recipe(config: str | Path, overrides: Sequence[str] = ()) -> tuple[RunA
     check_known(path.name, values, types)
     values = overridden(values, overrides)
     check_known("command line", values, types)
-    values = {name: _meant(value, types[name]) for name, value in values.items()}
+    values = {name: _corrected(value, types[name]) for name, value in values.items()}
     for name, value in values.items():
         check_setting(name, value, types[name])
     run = RunArguments(**{name: value for name, value in values.items() if name in run_types})
@@ -128,12 +128,12 @@ def overridden(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any
         if inner:
             if not isinstance(values.get(outer) or {}, dict):
                 raise ValueError(f"`--{key}`: `{outer}` is not a mapping in the recipe.")
-            value = dict(values.get(outer) or {}) | {inner: _meant(value, "float | bool")}
+            value = dict(values.get(outer) or {}) | {inner: _corrected(value, "float | bool")}
         values[outer] = value
     return values
 
 
-def _meant(value: Any, kind: Any) -> Any:
+def _corrected(value: Any, kind: Any) -> Any:
     """Correct values that YAML reads differently: `1e-5`, which it reads as text, and the word `no`, as false."""
     if isinstance(value, bool) and "bool" not in str(kind) and "str" in str(kind):
         return "yes" if value else "no"

@@ -42,7 +42,7 @@ def check_setting(name: str, value: Any, kind: Any) -> None:
         return
     if name in NESTED and isinstance(value, str) and not value.startswith("{"):
         raise ValueError(f"`{name}` must be a mapping such as {{name: value}}, got {value!r}.")
-    words = _words(kind)
+    words = _allowed_words(kind)
     if words and isinstance(value, str):
         check_known(name, [value], words)
     elif not _fits(value, kind):
@@ -64,7 +64,7 @@ def describe(kind: Any) -> str:
     return words.get(origin, getattr(origin, "__name__", str(origin)))
 
 
-def _words(kind: Any) -> list[str]:
+def _allowed_words(kind: Any) -> list[str]:
     """The allowed words of a `Literal` or enumeration; empty for other types."""
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     for entry in kinds:

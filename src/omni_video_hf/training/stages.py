@@ -150,7 +150,7 @@ def freeze_all_but(model: OmniVideoForConditionalGeneration, stage: Stage, losse
     if not trained:
         raise ValueError(
             "Nothing would train: "
-            + ("add low-rank matrices first (`add_lora`)." if stage.lora else "the weights of all its losses are 0.")
+            + ("add LoRA layers first (`add_lora`)." if stage.lora else "the weights of all its losses are 0.")
         )
     return trained
 

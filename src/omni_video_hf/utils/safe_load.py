@@ -140,7 +140,7 @@ def _load_archive(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 raise UnsafeCheckpointError("contains TorchScript code; only tensors are read.")
-            _rehearse(path, archive)
+            _dry_run(path, archive)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f"{path}: {error} Nothing in it was run.") from None
@@ -158,7 +158,7 @@ def _load_archive(path: Path) -> Any:
         ) from error
 
 
-def _rehearse(path: Path, archive: zipfile.ZipFile) -> None:
+def _dry_run(path: Path, archive: zipfile.ZipFile) -> None:
     """
     Go through the pickle of an archive without creating any object of it.
 
@@ -177,7 +177,7 @@ def _rehearse(path: Path, archive: zipfile.ZipFile) -> None:
                 file.seek(record.header_offset + 26)
                 name_length, extra_length = struct.unpack("<HH", file.read(4))
                 file.seek(name_length + extra_length, io.SEEK_CUR)
-                _Rehearsal(io.BytesIO(file.read(record.file_size))).load()
+                _DryRun(io.BytesIO(file.read(record.file_size))).load()
 
 
 def _named_global(message: str) -> str:
@@ -195,7 +195,7 @@ class _Frozen:
     __slots__ = ()
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise UnsafeCheckpointError(f"sets the attribute {name!r} of a {_plainly(self)}.")
+        raise UnsafeCheckpointError(f"sets the attribute {name!r} of a {_type_name(self)}.")
 
 
 class _Storage(_Frozen):
@@ -248,14 +248,14 @@ class _Function(_Frozen):
         return self.call(*args)
 
 
-def _plainly(value: _Frozen) -> str:
+def _type_name(value: _Frozen) -> str:
     return type(value).__name__.lstrip("_").lower()
 
 
 def _with_tensors(value: Any, built: dict[int, Any]) -> Any:
     """Replace every [`_Tensor`] in `value` by a torch tensor; an object that occurs twice is created once."""
     if isinstance(value, _Frozen) and not isinstance(value, _Tensor):
-        raise UnsafeCheckpointError(f"contains a bare {_plainly(value)}.")
+        raise UnsafeCheckpointError(f"contains a bare {_type_name(value)}.")
     if not isinstance(value, (_Tensor, dict, list, tuple)):
         return value
     if id(value) not in built:
@@ -354,7 +354,7 @@ def _ordered_dict(*pairs: Any) -> OrderedDict:
 
 
 class _Anything:
-    """Placeholder for every object that is neither a container nor a plain value, see [`_Rehearsal`]."""
+    """Placeholder for every object that is neither a container nor a plain value, see [`_DryRun`]."""
 
     def __init__(self, name: tuple[str, str] | None = None) -> None:
         self.name = name
@@ -378,7 +378,7 @@ class _Anything:
         """Ignore a value, with the interface of a set."""
 
 
-class _Rehearsal(_GuardedUnpickler):
+class _DryRun(_GuardedUnpickler):
     """Goes through a pickle of any classes without importing one of them."""
 
     dispatch: ClassVar = dict(_GuardedUnpickler.dispatch)

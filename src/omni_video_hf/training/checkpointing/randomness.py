@@ -45,10 +45,10 @@ def draw_dropouts(
     Returns:
         Two boolean tensors `[batch]`: instruction dropped, prompt dropped.
     """
-    draws = torch.cat([torch.rand(1, generator=generator) for generator in generators])
-    drops_both = draws < both
-    drops_instruction = (draws >= both) & (draws < both + instruction)
-    drops_prompt = (draws >= both + instruction) & (draws < both + instruction + prompt)
+    numbers = torch.cat([torch.rand(1, generator=generator) for generator in generators])
+    drops_both = numbers < both
+    drops_instruction = (numbers >= both) & (numbers < both + instruction)
+    drops_prompt = (numbers >= both + instruction) & (numbers < both + instruction + prompt)
     return drops_both | drops_instruction, drops_both | drops_prompt
 
 

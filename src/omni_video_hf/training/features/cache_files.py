@@ -43,7 +43,7 @@ PROVENANCE = {
     "fps": pa.float64(),
     "crop": pa.list_(pa.int32()),  # left, top, right, bottom in the file's pixels
     "source_crop": pa.list_(pa.int32()),
-    "vae": pa.string(),  # hash of weights and configuration, likewise below
+    "vae": pa.string(),  # hash of weights and configuration, as for the components below
     "vae_dtype": pa.string(),
     "mllm": pa.string(),
     "mllm_dtype": pa.string(),

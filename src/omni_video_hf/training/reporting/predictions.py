@@ -33,11 +33,11 @@ def check_metrics(
     if only_loss:
         raise ValueError("`compute_metrics` is never called with `prediction_loss_only=True`: leave one of them out.")
     tasks = sorted({bucket.task for bucket in getattr(data, "buckets", ())})
-    drawn = [task for task in tasks if not get_task(task).answers_in_text]
-    if drawn:
+    generating = [task for task in tasks if not get_task(task).answers_in_text]
+    if generating:
         raise ValueError(
             f"`compute_metrics` gets logits and labels of {_answering()}, but `eval_dataset` contains samples of "
-            f"{', '.join(drawn)}: evaluate these in another Trainer without `compute_metrics`."
+            f"{', '.join(generating)}: evaluate these in another Trainer without `compute_metrics`."
         )
 
 

@@ -98,31 +98,31 @@ class DrawnPreviews:
 
 
 def log_previews(
-    callbacks: Sequence[TrainerCallback], drawn: DrawnPreviews, previews: Sequence[Mapping[str, Any]], step: int
+    callbacks: Sequence[TrainerCallback], results: DrawnPreviews, previews: Sequence[Mapping[str, Any]], step: int
 ) -> None:
     """
     Show previews in TensorBoard and Weights & Biases, if the Trainer reports to them.
 
     Args:
         callbacks: callbacks of the Trainer; those of TensorBoard and Weights & Biases have the writers.
-        drawn: results of the previews.
+        results: results of the previews.
         previews: arguments of the previews, for captions.
         step: training step.
     """
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            for number, row in drawn.rows.items():
+            for number, row in results.rows.items():
                 callback.tb_writer.add_image(f"previews/{number}", np.asarray(row), step, dataformats="HWC")
-            for number, text in drawn.answers.items():
+            for number, text in results.answers.items():
                 callback.tb_writer.add_text(f"previews/{number}", text, step)
             callback.tb_writer.flush()
         elif isinstance(callback, WandbCallback) and callback._wandb is not None:
             wandb = callback._wandb
             shown: dict[str, Any] = {
                 f"previews/{number}": wandb.Image(row, caption=str(previews[number].get("prompt", "")))
-                for number, row in drawn.rows.items()
+                for number, row in results.rows.items()
             }
-            shown |= {f"previews/{number}": text for number, text in drawn.answers.items()}
+            shown |= {f"previews/{number}": text for number, text in results.answers.items()}
             wandb.log(shown | {"train/global_step": step})
 
 
@@ -144,7 +144,7 @@ def draw_previews(
         The results, with the path of `step-N.png` as `sheet`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = DrawnPreviews()
+    results = DrawnPreviews()
     pipeline.set_progress_bar_config(leave=False, desc="preview")
     for number, preview in enumerate(previews):
         arguments = dict(preview)
@@ -153,21 +153,21 @@ def draw_previews(
                 arguments[name] = open_media(arguments[name])[1]
         output = pipeline(**arguments, generator=torch.Generator().manual_seed(PREVIEW_SEED))
         if output.text is not None:
-            drawn.answers[number] = output.text[0]
+            results.answers[number] = output.text[0]
             continue
-        drawn.rows[number] = contact_sheet(output.frames[0])
+        results.rows[number] = contact_sheet(output.frames[0])
         if output.fps is not None:
             save_video(output.frames[0], folder / f"step-{step:06d}-{number}.mp4", fps=output.fps)
-    if drawn.answers:
-        text = "".join(f"{number}: {answer}\n" for number, answer in drawn.answers.items())
+    if results.answers:
+        text = "".join(f"{number}: {answer}\n" for number, answer in results.answers.items())
         (folder / f"step-{step:06d}.txt").write_text(text, encoding="utf-8")
-    if drawn.rows:
-        rows = drawn.rows.values()
+    if results.rows:
+        rows = results.rows.values()
         sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)))
         top = 0
         for row in rows:
             sheet.paste(row, (0, top))
             top += row.height
-        drawn.sheet = folder / f"step-{step:06d}.png"
-        save_image(sheet, drawn.sheet)
-    return drawn
+        results.sheet = folder / f"step-{step:06d}.png"
+        save_image(sheet, results.sheet)
+    return results

@@ -363,7 +363,7 @@ class TestSelection:
 
     @pytest.mark.parametrize("name", ["fps", "num_frames", "max_frames", "source_fps"])
     @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
-    def test_unusable_wishes(self, name, value):
+    def test_unusable_arguments(self, name, value):
         assert name in error_of(load_video, numbered(3), **{name: value})
 
 
@@ -441,7 +441,7 @@ class TestBrokenFiles:
         message = error_of(load_video, tmp_path / "a.gif")
         assert "5 of the 6 frames of the GIF" in message and "MP4" in message
 
-    def test_both_numbers_are_said(self, tmp_path):
+    def test_the_message_contains_both_numbers(self, tmp_path):
         path = write(tmp_path / "a.mp4", numbered(48), container={"movflags": "+faststart"}, bf=0, g=1)
         path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.7)])
         message = error_of(probe_video, path)
@@ -704,19 +704,19 @@ class TestBudget:
         with read_budget(max_pixels=48 * 32 * 2):
             assert "has 192x32 pixels" in error_of(probe_video, path)
 
-    @pytest.mark.parametrize("wishes", [{}, {"fps": 7}, {"num_frames": 5}, {"fps": 5, "num_frames": 4}])
+    @pytest.mark.parametrize("arguments", [{}, {"fps": 7}, {"num_frames": 5}, {"fps": 5, "num_frames": 4}])
     @pytest.mark.parametrize("name", ["steady", "varying"])
-    def test_the_number_of_frames_is_known_before_decoding(self, name, wishes, request, monkeypatch):
+    def test_the_number_of_frames_is_known_before_decoding(self, name, arguments, request, monkeypatch):
         path = request.getfixturevalue(name)
-        expected = len(load_video(path, **wishes).frames)
-        assert probe_frames(path, **wishes)[1] == expected
+        expected = len(load_video(path, **arguments).frames)
+        assert probe_frames(path, **arguments)[1] == expected
         monkeypatch.setattr(video_loading, "decode_frames", lambda *_: pytest.fail("decoded"))
         with read_budget(max_bytes=expected * 48 * 32 * 3 - 1):
-            message = error_of(load_video, path, **wishes)
+            message = error_of(load_video, path, **arguments)
         assert f"{expected} frames of 48x32" in message and "num_frames" in message
 
     @pytest.mark.parametrize("call", [open_media, load_video, probe_video])
-    def test_a_codec_that_nobody_knows(self, tmp_path, call):
+    def test_an_unknown_codec(self, tmp_path, call):
         path = write(tmp_path / "a.mkv", numbered(4))
         path.write_bytes(path.read_bytes().replace(b"V_MPEG4/ISO/AVC", b"V_MPEG9/ISO/XYZ"))
         assert "a.mkv: this FFmpeg does not know its codec" in error_of(call, path)

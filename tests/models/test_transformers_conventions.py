@@ -109,7 +109,7 @@ def test_the_whole_configuration_answers_for_the_mllm(tmp_path: Path) -> None:
     assert config.image_token_id == IMAGE
     assert config.vision_config is config.mllm_config.vision_config
     assert config.get_text_config() is config.mllm_config.text_config
-    assert not {"image_token_id", "vision_config"} & set(config.to_dict())  # said once on the disk
+    assert not {"image_token_id", "vision_config"} & set(config.to_dict())  # stored once on the disk
     assert not hasattr(config, "video_token_id")  # VILA has no token for videos
 
 

@@ -262,7 +262,7 @@ def test_truncation_never_cuts_placeholders(processor, side, monkeypatch):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_what_the_assistant_says_is_marked(processor, side):
+def test_messages_of_the_assistant_are_marked(processor, side):
     batch = [question("a very round circle"), question()[:2], [{"role": "user", "content": "hello"}]]
     inputs = processor.apply_chat_template(
         batch, **CHAT, return_assistant_tokens_mask=True, processor_kwargs={"padding_side": side}
@@ -292,7 +292,7 @@ def test_a_template_that_marks_nothing_gives_no_mask(processor):
         lambda n: {"processor_kwargs": {"videos_kwargs": {"num_frames": n}}},
     ],
 )
-def test_frames_of_a_conversation_are_counted_wherever_that_is_said(processor, place):
+def test_num_frames_of_a_conversation_is_accepted_in_every_place(processor, place):
     conversation = [{"role": "user", "content": [{"type": "video", "video": CLIP}, {"type": "text", "text": "what?"}]}]
     assert processor.apply_chat_template(conversation, **CHAT, **place(3))["pixel_values"].shape[0] == 3
     with pytest.raises(ValueError, match="`num_frames` was given twice, as 3 and 4"):

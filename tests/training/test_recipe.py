@@ -122,7 +122,7 @@ def test_all_bad_samples_are_named_before_anything_trains(base, tmp_path):
         base, data, tmp_path / "run", "2 problems in 5 samples: repair or remove them, or pass `--on_bad_data skip`"
     )
     refused(base, data, tmp_path / "run", "`latents` contains 1 values that are NaN or infinite")
-    refused(base, data, tmp_path / "run", "`latents` have 2 frames; the task 't2i' draws one image")
+    refused(base, data, tmp_path / "run", "`latents` have 2 frames; the task 't2i' generates one image")
     skipped = command(base, data, tmp_path / "run", "decoder", "--on_bad_data", "skip", "--learning_rate", "1e-2")
     assert skipped.exit_code == 0, skipped.output
     assert TrainingSummary.read(tmp_path / "run" / "pipeline").num_samples == 3

@@ -31,7 +31,7 @@ def gradients(run):
 # --- chance ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_sample_draws_depends_on_its_place_in_the_step_alone():
+def test_random_numbers_of_a_sample_depend_only_on_its_place_in_the_step():
     def draws(first, size, stride, step=7):
         return [torch.rand(1, generator=g).item() for g in sample_generators(1, step, first, size, stride)]
 
@@ -253,7 +253,7 @@ def test_the_moving_average_is_one_and_is_what_is_saved(tmp_path):
     assert torch.equal(run.trained_parameters()[name], weights[-1])
 
 
-def test_previews_are_drawn_with_the_weights_of_their_step(tmp_path):
+def test_previews_are_generated_with_the_weights_of_their_step(tmp_path):
     pipe = tiny.pipeline()
     question = {"prompt": "what?", "task": "understand", "image": str(tmp_path / "i.png"), "max_new_tokens": 2}
     Image.new("RGB", (32, 32), (200, 30, 30)).save(tmp_path / "i.png")
@@ -292,7 +292,7 @@ def test_previews_are_drawn_with_the_weights_of_their_step(tmp_path):
         )
 
 
-def test_the_card_says_what_the_run_knows_and_an_edited_one_stays(tmp_path):
+def test_the_card_has_the_facts_of_the_run_and_an_edited_one_stays(tmp_path):
     run = training.trainer(tmp_path, [training.sample("t2v", number) for number in range(4)])
     run.train()
     run.save_model()

@@ -63,7 +63,7 @@ def is_quantized(tensor):
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_profiles_switch_on_what_they_say(repository, name):
+def test_profiles_apply_their_settings(repository, name):
     profile = PROFILES[name]
     pipe = load(repository, memory=name, memory_device="cpu")
     quantized = {part for part in COMPONENTS if any(is_quantized(p) for p in getattr(pipe, part).parameters())}

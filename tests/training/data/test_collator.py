@@ -113,7 +113,7 @@ def test_the_ids_are_those_of_the_whole_conversation():
     assert sample["input_ids"].tolist() == processor.tokenize_prompt(text)
 
 
-def test_a_drawing_task_learns_to_ask_for_its_output():
+def test_a_generation_task_learns_to_request_its_output():
     processor = tiny.processor()
     sample = encode_conversation(processor, "t2v", "a fox")
     assert sample["labels"][sample["labels"] != -100].tolist() == [99, 97]  # [GEN_VID] and the end
@@ -175,7 +175,7 @@ def test_collator_refuses_what_does_not_go_together():
         collate([training.sample("t2v"), other])
 
 
-def test_buckets_tell_shapes_and_inputs_apart():
+def test_buckets_distinguish_shapes_and_inputs():
     base = bucket_of("t2v", {"latents": (16, 2, 8, 4), "prompt_embeds": (5, 32)})
     assert base == bucket_of("t2v", {"prompt_embeds": (9, 32), "latents": (16, 2, 8, 4)})
     assert base != bucket_of("t2v", {"latents": (16, 2, 8, 4)})

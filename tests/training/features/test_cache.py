@@ -23,7 +23,7 @@ from omni_video_hf.training.features.import_features import import_features
 
 @pytest.fixture
 def pickles(tmp_path):
-    """One file of every task that can be told, twice."""
+    """One file of every task that latents determine, twice."""
     folder = tmp_path / "pickles"
     for number in range(2):
         write_pickle(folder / f"t2v_{number}.pkl", number)
@@ -71,7 +71,7 @@ def test_upstreams_older_names_are_read(tmp_path):
     assert torch.equal(sample["prompt_embeds"], old["text_emb"])
 
 
-def test_a_task_that_latents_do_not_tell(tmp_path):
+def test_a_task_that_latents_do_not_determine(tmp_path):
     write_pickle(tmp_path / "a.pkl", source=True, latent_feature=torch.randn(16, 1, 8, 4))
     import_features([tmp_path / "a.pkl"], tmp_path / "cache", task="i2v")
     sample = FeatureCache(tmp_path / "cache")[0]

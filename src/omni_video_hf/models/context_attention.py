@@ -155,9 +155,9 @@ class ConstantContext:
     Contexts of the branches of guidance, with their keys and values in the decoder's blocks.
 
     Args:
-        processors: those of the blocks' cross-attention.
-        first: that of the first block's self-attention, `None` where it is not shared.
-        length: tokens a context acts like.
+        processors: processors of the blocks' cross-attention.
+        first: processor of the first block's self-attention, `None` if branches do not share it.
+        length: number of tokens of the padded contexts.
         can_fold: whether padding may become a key with a bias.
         compiled: blocks are compiled; see [`enter`].
     """

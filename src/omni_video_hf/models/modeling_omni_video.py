@@ -338,7 +338,7 @@ class OmniVideoForConditionalGeneration(
             latents: `[batch, channels, frames, height, width]`, normalised latents of the target; give
                 `flow_matching_loss`, with `prompt_embeds`, `prompt_embeds_mask`, `source_latents` and
                 `reference_latents` as in [`encode_condition`].
-            output_kind: by default `"image"` for latents of one frame, else `"video"`.
+            output_kind: kind of the output. Default: `"image"` for latents of one frame, else `"video"`.
             noise: same shape as `latents`. Default: sampled.
             timesteps: `[batch]`, 0..1000, rounded to the nearest timestep of the training table; or `[batch, frames]`,
                 one per latent frame. With little noise in the first frame and much in the others, the model learns

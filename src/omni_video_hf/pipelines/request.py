@@ -286,7 +286,7 @@ class OmniVideoRequestMixin:
         max_context_length: int | None,
         output_kind: str,
     ) -> list[str]:
-        """What `context_overflow="truncate"` cuts: of the prompts for the text encoder, and of the context."""
+        """Notes about what `context_overflow="truncate"` cuts from the text encoder's prompts and the context."""
         notes = []
         for name, texts in (("prompt", prompts), ("negative_prompt", negative_prompt)):
             longest = max(self._text_lengths(texts), default=0)

@@ -63,7 +63,8 @@ class FeatureCache(Dataset):
     `buckets` has the bucket of every sample, for [`OmniVideoBatchSampler`]; `records` everything the index says.
 
     Raises:
-        ValueError: when it is no cache, is unfinished or damaged, lacks shards, or names files outside of its folder.
+        ValueError: for a folder that is not a cache, or a cache that is unfinished, damaged or incomplete, or that
+            names files outside its folder.
     """
 
     def __init__(self, folder: str | Path, tasks: Sequence[str] | None = None) -> None:
@@ -73,7 +74,7 @@ class FeatureCache(Dataset):
         if left:
             raise ValueError(
                 f"{self.folder}: the run that computes these features did not finish ({len(left)} shards are not in "
-                "the index): run the same command again, it goes on where it stopped."
+                "the index): run the same command again to resume it."
             )
         records = read_index(self.folder, self.manifest)
         self.records = [record for record in records if tasks is None or record["task"] in tasks]
@@ -174,7 +175,7 @@ def tensor_problems(task: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[
 
     Args:
         task: its task.
-        tensors: by name of `TENSORS`.
+        tensors: tensors of the entry, by names of `TENSORS`.
     """
     dimensions = {"target_features": 1, "pixel_values": 4} | dict.fromkeys(PADDED, 2)
     for name, tensor in tensors.items():
@@ -286,7 +287,7 @@ def commit(folder: Path, records: Sequence[Record], about: Mapping[str, Any]) ->
     Args:
         folder: the cache.
         records: in the order in which readers number them.
-        about: what else the manifest is to say.
+        about: further entries of the manifest.
     """
     offenders = list(unequal_widths(records))
     if offenders:

@@ -60,7 +60,7 @@ class BuildReport:
 
 @dataclass
 class _Share:
-    """What one process found and did."""
+    """Results of one process: computed entries and bad samples."""
 
     report: BuildReport
     offenders: list[Offender]
@@ -85,13 +85,13 @@ def build_cache(
         samples: all samples of the cache.
         on_bad_data: `"stop"` or `"skip"`, see [`stop_or_count`]. Samples that fail while they are computed do not stop
             the others: what was computed is kept for the next run.
-        about: what the manifest is to say besides.
+        about: further entries of the manifest.
         shard_entries: most entries of a shard; what a kill costs at most, per process.
-        description: of the progress bar.
+        description: text of the progress bar.
 
     Raises:
         BadDataError: with all samples that cannot be used.
-        ValueError: when another run works on this cache, or `folder` is none.
+        ValueError: if another run uses this cache, or if `folder` is not a cache.
     """
     state, folder = PartialState(), Path(folder)
     with _only_run(folder, state):
@@ -171,7 +171,7 @@ def _joined(shares: Sequence[_Share], total: int) -> BuildReport:
 
 @contextmanager
 def _only_run(folder: Path, state: PartialState) -> Iterator[None]:
-    """Refuse to work on a cache that another run works on; the lock goes with the process that holds it."""
+    """Refuse a cache that another run uses; the lock is released when its process ends."""
     with ExitStack() as stack:
         problem = []
         if state.is_main_process:

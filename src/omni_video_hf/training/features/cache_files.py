@@ -119,7 +119,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def _row_problem(row: dict[str, Any]) -> str | None:
-    """What is wrong with an entry, in words."""
+    """Describe what is wrong with an entry of an index; `None` for a valid one."""
     wrong = {
         f"`key` is {row['key']!r}": not row["key"],
         f"unknown task {row['task']!r}; known: {', '.join(TASKS)}": row["task"] not in TASKS,

@@ -24,7 +24,7 @@ TEMPORAL_FACTOR = 4  # of Wan's VAEs: `frame_num` frames are this many times few
 
 class FeatureFile:
     """
-    One of upstream's files as a sample of a cache.
+    A feature file of the authors' code as a sample of a cache.
 
     Args:
         path: the file.
@@ -187,12 +187,12 @@ def import_features(
     Args:
         sources: files, or folders of them.
         folder: the cache.
-        task: of all of them, where their latents do not tell; `i2v` for example.
+        task: task of all files, if their latents do not determine it, such as `i2v`.
         on_bad_data: `"stop"` or `"skip"`.
 
     Raises:
         BadDataError: with every file that cannot be used.
-        ValueError: when `folder` holds anything but a cache.
+        ValueError: if `folder` contains anything but a cache.
     """
     check_output(folder)
     if task is not None:

@@ -25,9 +25,9 @@ class TableSample:
 
     Args:
         table: the data.
-        number: of the row.
+        number: number of the row.
         encoder: computes its features.
-        framing: what is taken of the target; `None` for a question.
+        framing: part of the target that is used; `None` for a question.
         source_framing: part of the source that is used; `None` without a source.
     """
 

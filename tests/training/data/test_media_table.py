@@ -111,7 +111,7 @@ def test_parquet(tmp_path):
         ([{"prompt": "x"}], {}, "have no column `task`"),
         ([{"task": "t2v"}], {"columns": {"promt": "x"}}, r"unknown 'promt' \(did you mean 'prompt'\?\)"),
         ([{"task": "t2v"}], {"columns": {"prompt": "caption"}}, "`columns`: unknown 'caption'"),
-        ([{"task": "t2v", "id": 1}, {"task": "t2v", "id": 1}], {}, "must be unique, but these come twice: 1"),
+        ([{"task": "t2v", "id": 1}, {"task": "t2v", "id": 1}], {}, "must be unique, but these occur twice: 1"),
         ([{"task": "t2v"}], {"data_format": "jsonl"}, r"unknown 'jsonl'"),
     ],
 )
@@ -160,7 +160,7 @@ def test_everything_that_is_wrong_is_found_at_once(tmp_path):
         "no source": ({"task": "v2v"}, "`source` is empty; the task 'v2v' needs a video"),
         "wrong source": ({"task": "v2v", "source": "a.png"}, "`source` a.png: is an image; the task 'v2v' needs a"),
         "bad source": ({"task": "v2v", "source": "noise.mp4"}, "`source`"),
-        "spare source": ({"source": "a.png"}, "`source` has a value, which the task 't2v' does not read"),
+        "spare source": ({"source": "a.png"}, "`source` has a value, but the task 't2v' does not use it"),
         "no answer": ({"task": "understand", "prompt": None, "question": "what?"}, "`answer` is empty"),
         "no question": ({"task": "understand", "prompt": None, "answer": "a"}, "`question` is empty"),
     }

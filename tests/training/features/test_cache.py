@@ -108,7 +108,7 @@ BAD = {
     "flat.pkl": ({"latent_feature_tgt": torch.zeros(16, 8, 4)}, "`latent_feature_tgt` must have 4 dimensions"),
     "no_states.pkl": ({"vlm_last_hidden_states": None}, "`vlm_last_hidden_states` must be a tensor, got NoneType"),
     "two_states.pkl": ({"vlm_last_hidden_states": torch.zeros(2, 7, 48)}, "must be of one sample"),
-    "whole_numbers.pkl": ({"t5_emb": torch.ones(4, 32, dtype=torch.int64)}, "`t5_emb` must hold floats"),
+    "whole_numbers.pkl": ({"t5_emb": torch.ones(4, 32, dtype=torch.int64)}, "`t5_emb` must contain floats"),
     "no_text.pkl": ({"prompt": ["x"]}, "`prompt` must be a text, got list"),
     "no_number.pkl": ({"frame_num": "17"}, "`frame_num` must be a whole number, got str"),
     "frames.pkl": ({"frame_num": 17}, "`frame_num` is 17, but the latents have 2 frames"),

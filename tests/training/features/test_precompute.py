@@ -450,7 +450,7 @@ def test_one_video_of_an_unknown_codec_is_skipped_and_reported(pipeline, tmp_pat
     report = precompute(table, encoder(pipeline), tmp_path / "cache", on_bad_data="skip")
     (offender,) = report.skipped
     assert offender.sample == "t2v:odd.mp4"
-    assert "odd.mp4: its codec is not known to this FFmpeg; convert it to H.264" in offender.problem
+    assert "odd.mp4: this FFmpeg does not know its codec; convert the file to H.264" in offender.problem
     assert len(FeatureCache(tmp_path / "cache")) == 1
 
 

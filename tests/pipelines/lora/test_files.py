@@ -363,7 +363,7 @@ def put(value):
 
 
 REFUSED = {
-    "nan": (put(math.nan), r"vision_head.* holds \d+ values that are NaN or infinite"),
+    "nan": (put(math.nan), r"vision_head.* contains \d+ values that are NaN or infinite"),
     "inf": (put(math.inf), "NaN or infinite"),
     "half": (broken(lambda tensors, key: tensors.pop(key)), "must have both matrices"),
     "integers": (broken(lambda t, key: t.__setitem__(key, t[key].int())), "is torch.int32"),

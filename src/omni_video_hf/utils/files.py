@@ -132,7 +132,7 @@ def workspaces(target: str | Path | None, parent: str | Path) -> list[Path]:
     for folder in sorted(parent.iterdir()) if parent.is_dir() else []:
         if folder.name.startswith(prefix) and folder.name.endswith(WORKSPACE_SUFFIX):
             mark = read_mark(folder)
-            if (mark is None and _has_just_begun(folder)) or (mark is not None and name in (None, mark["target"])):
+            if (mark is None and _killed_before_mark(folder)) or (mark is not None and name in (None, mark["target"])):
                 found.append(folder)
     return found
 
@@ -140,7 +140,7 @@ def workspaces(target: str | Path | None, parent: str | Path) -> list[Path]:
 @contextmanager
 def unlocked(folder: Path) -> Iterator[bool]:
     """Yield whether the process of a workspace has ended; if so, the block holds the workspace's lock."""
-    has_just_begun = _has_just_begun(folder)  # the lock changes the folder's time
+    was_killed_before_mark = _killed_before_mark(folder)  # the lock changes the folder's time
     try:
         lock = WeakFileLock(folder / LOCK, timeout=0.05)
         lock.__enter__()
@@ -148,7 +148,7 @@ def unlocked(folder: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        yield read_mark(folder) is not None or has_just_begun
+        yield read_mark(folder) is not None or was_killed_before_mark
     finally:
         lock.__exit__(None, None, None)
 
@@ -166,8 +166,8 @@ def read_mark(folder: Path) -> dict[str, Any] | None:
     return mark if is_ours else None
 
 
-def _has_just_begun(folder: Path) -> bool:
-    """Whether an unmarked workspace is younger than a minute, so that its process may still be about to mark it."""
+def _killed_before_mark(folder: Path) -> bool:
+    """Whether a process was killed before it marked its workspace: no mark, and older than a minute."""
     if folder.is_symlink() or not folder.is_dir() or time.time() - folder.stat().st_mtime < 60:
         return False
     return all(path.name in (LOCK, f"{MARK}.new") for path in folder.iterdir())

@@ -28,7 +28,7 @@ def sample_generators(seed: int, step: int, first: int, batch_size: int, stride:
         step: number of optimiser steps before this one; another number for other purposes, such as evaluation.
         first: number of the batch within its step.
         batch_size: number of samples in the batch.
-        stride: full batch size; sample `i` of the batch is number `first * stride + i` of the step.
+        stride: usual batch size; sample `i < stride` of the batch is number `first * stride + i` of its step.
     """
     return [
         torch.Generator().manual_seed(derive_seed(seed, step, first * stride + index % stride, index // stride))

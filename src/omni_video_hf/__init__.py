@@ -1,11 +1,11 @@
 """
 Omni-Video (arXiv 2507.06119) for transformers and diffusers.
 
-Importing the package registers its classes with transformers' Auto classes. The `omni-video` command alone does so
-later, when it loads a model: `--help`, completion and a wrong flag need neither torch nor transformers.
+Importing the package registers its classes with the Auto classes of transformers. The `omni-video` command registers
+them later, when it loads a model: `--help`, completion and a wrong flag need neither torch nor transformers.
 """
 
-from .utils.command_start import is_command  # first: it takes care of Ctrl-C
+from .utils.command_start import is_command  # must be first: it handles Ctrl-C during the imports
 
 # isort: split
 from importlib import import_module
@@ -47,12 +47,12 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """A class or function of the package, from the module that defines it; all classes are registered then."""
+    """Import a public class or function from its module, after registering all classes."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module(".processing.registration", __name__).register_auto_classes()
     value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value  # the next access does not come here
+    globals()[name] = value  # the next access does not call this function
     return value
 
 

@@ -1,7 +1,7 @@
 """
-Entry point of the `omni-video` command, which is also `python -m omni_video_hf`.
+Entry point of the `omni-video` command and of `python -m omni_video_hf`.
 
-Ctrl-C is one line and exit code 130 at any moment: see `command_start` for the time until the flags are known.
+Ctrl-C prints one line and exits with code 130 at any moment; `utils.command_start` handles it during the imports.
 """
 
 import os
@@ -22,14 +22,14 @@ def main() -> NoReturn:
         if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, leave):
             signal.signal(signal.SIGINT, interruption)
         code = cli.run()
-    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except BaseException as error:
         if isinstance(error, SystemExit) or not (interruption.happened or isinstance(error, KeyboardInterrupt)):
             raise
         code = INTERRUPTED
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done and said; Python may take a while to end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done, but Python may need a while to end
     if interruption.happened:
         code = INTERRUPTED
     if code == INTERRUPTED:

@@ -1,7 +1,7 @@
 """
-The table of tasks. A task is added by one row: every other module asks the table.
+The table of tasks (t2i, t2v, i2i, v2v, i2v, understand). Add a task by adding one row: other modules read this table.
 
-Messages to the MLLM and forced answers must match the released model: it was trained with them, word for word.
+The messages to the MLLM and the forced answers must match the released model, which was trained with exactly these.
 """
 
 from collections.abc import Mapping
@@ -15,17 +15,17 @@ VIDEO_GENERATION_TOKEN = "[GEN_VID]"
 @dataclass(frozen=True)
 class Task:
     """
-    What goes into a task and what comes out.
+    One task: its message to the MLLM, its inputs, its output and its default settings.
 
     Args:
-        user: message of the user to the MLLM; `{prompt}` stands for the prompt.
-        answer: answer of the MLLM, which is forced in all tasks that generate; `None` lets the MLLM answer in text.
-        source: kind of the source, or `None` for a task without one.
+        user: message of the user to the MLLM; `{prompt}` is replaced by the prompt.
+        answer: forced answer of the MLLM, for every task that generates; `None` lets the MLLM answer in text.
+        source: kind of the source, `None` for a task without one.
         output: kind of the result.
-        latents: argument of the adapter that takes the latents of the source.
+        latents: argument of the adapter that gets the latents of the source.
         keeps_size: whether the result has the size of its source.
-        mllm_sees_first_frame: whether the MLLM may be shown the first frame of a video only (`mllm_frames`).
-        preset: default settings of the released model, in diffusers' convention of guidance.
+        mllm_sees_first_frame: whether `mllm_frames` may restrict the MLLM to the first frame of a video.
+        preset: default settings of the released model; `guidance_scale` follows the convention of diffusers.
     """
 
     user: str
@@ -39,12 +39,12 @@ class Task:
 
     @property
     def answers_in_text(self) -> bool:
-        """Whether the MLLM's answer is the result, so that nothing is generated."""
+        """Whether the result is the text answer of the MLLM, so that no image or video is generated."""
         return self.output == "text"
 
     @property
     def fingerprint(self) -> str:
-        """What features that are computed for this task depend on; part of every feature cache."""
+        """Text that changes when cached features of this task become stale; stored in every feature cache."""
         return f"Task(user={self.user!r}, answer={self.answer!r}, source={self.source!r}, output={self.output!r})"
 
 
@@ -62,7 +62,7 @@ def _preset(
     }
 
 
-# Upstream has no defaults for i2v: those of t2v.
+# The authors' code has no defaults for i2v, so those of t2v are used.
 TASKS: dict[str, Task] = {
     "t2i": Task(
         "Generate an image about:\n{prompt}",
@@ -111,7 +111,7 @@ TASKS: dict[str, Task] = {
 
 def get_task(task: str) -> Task:
     """
-    The row of a task.
+    Look a task up by its name.
 
     Raises:
         ValueError: for an unknown name.
@@ -123,10 +123,10 @@ def get_task(task: str) -> Task:
 
 def find_task(source: str | None, output: str) -> str:
     """
-    The first task of the table that turns a source of one kind into an output of another.
+    Find the task for the kind of the source and the kind of the output: the first fitting row of the table.
 
-    With a source, the MLLM asks for an edit (a result of the source's own kind) with either of its two tokens, as in
-    upstream.
+    With a source, the task is the edit whose result has the kind of the source, whichever of its two generation
+    tokens the MLLM emits, as in the authors' code.
     """
     kind = output if source is None else source
     return next(name for name, task in TASKS.items() if (task.source, task.output) == (source, kind))

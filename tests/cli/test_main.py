@@ -97,10 +97,10 @@ def test_ask(run, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".mp4"]
 
 
-@pytest.mark.parametrize(("answer", "note"), [("a fox", ""), ("", "the model ended its answer before the first word")])
-def test_an_empty_answer_is_said_to_be_one(capsys, answer, note):
+@pytest.mark.parametrize(("answer", "note"), [("a fox", ""), ("", "the answer of the model is empty")])
+def test_an_empty_answer_is_reported(capsys, answer, note):
     job = cli_generation.Job("a", 0, OutputFile(None), {})
-    cli_generation._tell_answer(job, answer, cli_generation.Printing())
+    cli_generation._print_answer(job, answer, cli_generation.Printing())
     printed = capsys.readouterr()
     assert printed.out == f"{answer}\n"
     assert note in printed.err
@@ -129,13 +129,13 @@ def test_info(run, converted):
         (["generate", "a", "--guidance-scale", "inf"], "--guidance-scale inf"),
         (["generate", "a", "--flow-shift", "0"], "--flow-shift 0"),
         (["generate", "a", "--seed", "-1"], "--seed -1"),
-        (["generate", "a", "-o", "x.webp", "--size", "32x16400"], "up to 16383 pixels"),
+        (["generate", "a", "-o", "x.webp", "--size", "32x16400"], "up to 16383 pixels per side"),
         (["generate", "long " * 600, "-o", "x.mp4"], "tokens for the text encoder"),
         (["generate", "a", "--negative-prompt", "long " * 600], "tokens for the text encoder"),
         (["generate", "a", "-o", "x.png", "--frames", "5"], "the output is one image"),
         (["generate", "a", "--device", "quick"], "--device quick"),
         (["generate", "a", "--lora", "{no json"], "not JSON"),
-        (["generate", "--prompts-file", "empty.mp4"], "holds no prompt"),
+        (["generate", "--prompts-file", "empty.mp4"], "contains no prompt"),
         (["generate", "--prompts-file", "nothing.txt"], "No such file"),
         (["generate", "a", "b", "-o", "there.mp4"], "exists already"),
         (["generate", "a", "-o", "x.mp4", "--size", "big"], "must be WIDTHxHEIGHT"),
@@ -151,7 +151,7 @@ def test_info(run, converted):
         (["edit", "empty.mp4", "a"], "empty"),
         (["edit", "cut.mp4", "a"], "cut.mp4"),
         (["edit", CLIP, "a"], "What works: `--size 256x128 --frames 1`. Raise `--max-context-length`"),
-        (["edit", CLIP, "a", "-o", "x.png"], "does not fit an edit of the video"),
+        (["edit", CLIP, "a", "-o", "x.png"], "choose a suffix for video files"),
         (["ask", "empty.mp4", "a"], "empty"),
         (["ask", "nothing.png", "a"], "no such file"),
     ],

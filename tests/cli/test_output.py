@@ -97,8 +97,8 @@ def test_names_that_cannot_be_written_are_refused_before_the_work():
         assert "suffix" in refusal(Path("a.gif"), overwrite=overwrite)
 
 
-def test_a_folder_that_takes_no_file_is_refused_when_it_is_opened():
-    assert "takes no new file" in refusal(Path("/proc/a.mp4"))
+def test_a_folder_that_cannot_be_written_to_is_refused_when_it_is_opened():
+    assert "cannot be written to" in refusal(Path("/proc/a.mp4"))
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".png"])

@@ -58,7 +58,7 @@ def start(*arguments, heavy=HEAVY, stdin="", before="", env=None):
         (["generate", "a", "--nothing"], 2, ["No such option: --nothing", "omni-video generate --help"]),
         (["generate", "a", "--fps", "nan"], 2, ["--fps nan"]),
         (["generate", "a", "-o", "x.gif"], 2, ["suffix"]),
-        (["edit", "nothing.mp4", "a"], 2, ["nothing.mp4: no such file"]),
+        (["edit", "nothing.mp4", "a"], 2, ["`SOURCE` nothing.mp4: no such file"]),
         ([], 2, ["Usage: omni-video"]),
     ],
 )
@@ -206,7 +206,7 @@ def test_a_token_with_a_line_end_works(hub_server, tmp_path):
 # --- repositories ---------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_is_not_there_is_said_before_the_hub_is_asked(hub_server, tmp_path, monkeypatch):
+def test_a_missing_folder_is_reported_without_a_request_to_the_hub(hub_server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
     Path("file.txt").touch()
@@ -215,7 +215,7 @@ def test_a_folder_that_is_not_there_is_said_before_the_hub_is_asked(hub_server, 
         ("./run/pipeline", "there is no such folder"),
         ("run/pipeline/x", "there is no such folder"),
         ("run/pipeline/", "there is no such folder"),
-        ("file.txt", "cannot be read as a picture or video"),
+        ("file.txt", "cannot be read as an image or video"),
     ):
         done, lines, imported = start("info", name, env=client_env(hub_server))
         assert done.returncode == (1 if name == "file.txt" else 2)

@@ -86,7 +86,9 @@ def test_what_cannot_be_exported_is_refused_with_the_checkpoints_that_can(base, 
     assert "nosuchfolder" in refused(place / "checkpoint-3", tmp_path / "out")
     assert listed in refused(place, tmp_path / "out")
     assert "existsandisnotanemptyfolder" in refused(place / "checkpoint-4", place)
-    assert "Ittakesno--learning_rate" in refused(place / "checkpoint-4", tmp_path / "out", "--learning_rate", "1")
+    assert "Itdoesnotaccept--learning_rate" in refused(
+        place / "checkpoint-4", tmp_path / "out", "--learning_rate", "1"
+    )
     assert "--exportRUN/checkpoint-NDIR" in refused(place / "checkpoint-4")
     assert not (tmp_path / "out").exists()
 

@@ -107,7 +107,7 @@ def test_layout(converted):
     assert all((converted / file).is_file() for file in index["weight_map"].values())
 
 
-def test_both_front_doors_load_the_same(converted):
+def test_both_libraries_load_the_same(converted):
     whole, report = OmniVideoForConditionalGeneration.from_pretrained(converted, output_loading_info=True)
     assert not any(report.values())
     pipe = OmniVideoPipeline.from_pretrained(converted)

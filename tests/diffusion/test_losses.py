@@ -41,7 +41,7 @@ def model():
     return tiny.model(enable_mllm=False)
 
 
-# --- tables and draws -----------------------------------------------------------------------------------------------
+# --- tables and sampling of timesteps --------------------------------------------------------------------------------
 
 
 def test_default_tables_are_upstreams():
@@ -63,7 +63,7 @@ def test_other_tables(weighting):
     assert torch.allclose(weights, expected[weighting])
 
 
-def test_draws_follow_their_distribution():
+def test_timesteps_follow_their_distribution():
     def quartiles(**settings):
         generator = torch.Generator().manual_seed(0)
         indices = draw_timestep_indices(20_000, OmniVideoLossConfig(**settings), generator)
@@ -78,7 +78,7 @@ def test_draws_follow_their_distribution():
     assert not torch.allclose(quartiles(timestep_sampling="mode"), torch.tensor([250.0, 500.0, 750.0]), atol=12)
 
 
-def test_a_samples_draw_does_not_depend_on_its_batch():
+def test_the_timestep_of_a_sample_does_not_depend_on_its_batch():
     config = OmniVideoLossConfig()
     together = draw_timestep_indices(3, config, generators(5, 6, 7))
     alone = [draw_timestep_indices(1, config, generators(seed)) for seed in (5, 6, 7)]
@@ -164,7 +164,7 @@ def test_text_alignment_with_a_text_on_the_target_instead_of_the_prompt(model):
 
 
 @torch.no_grad()
-def test_text_alignment_looks_away_from_what_a_text_cannot_say(model):
+def test_text_alignment_ignores_the_given_directions(model):
     inputs = {key: value for key, value in batch().items() if key in ("mllm_hidden_states", "prompt_embeds")}
     config = OmniVideoLossConfig(text_alignment_weight=1.0, alignment="squared_l2")
     width = inputs["prompt_embeds"].shape[-1]
@@ -220,7 +220,7 @@ def test_weights_scale_losses_and_zero_leaves_them_out(model):
 
 
 @torch.no_grad()
-def test_generators_decide_what_is_drawn(model):
+def test_generators_determine_noise_and_timesteps(model):
     first = model(**batch(), generator=generators(0, 1))
     torch.manual_seed(99)
     assert torch.equal(model(**batch(), generator=generators(0, 1)).velocity, first.velocity)

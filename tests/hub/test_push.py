@@ -66,7 +66,7 @@ print(pipe.push_to_hub({NAME!r}, private=True).commit_url)
     assert len(hub_server.calls("POST", "/commit/")) == 1
 
 
-def test_a_fine_tune_is_pushed_whole_and_opens_both_doors(repository, hub_server):
+def test_a_fine_tune_is_pushed_whole_and_loads_with_both_libraries(repository, hub_server):
     hub_server.add_repo(BASE, repository)
     code = f"""
 import torch
@@ -130,7 +130,7 @@ def test_a_push_that_is_cut_changes_nothing_and_is_completed_by_the_next(reposit
     output = run_client(command("push", repository, NAME), hub_server)
     assert f"/{NAME}/commit/" in output
     sent = [oid for _, oid, _ in hub_server.uploads]
-    assert len(sent) == len(set(sent)), "what has arrived is not sent again"
+    assert len(sent) == len(set(sent)), "uploaded files are not sent again"
     if method == "POST":
         assert len(hub_server.uploads) == before
     assert set(served(hub_server, NAME)) == {
@@ -248,7 +248,7 @@ def test_incomplete_and_damaged_repositories_are_refused(repository, tmp_path, h
         check_complete(tmp_path / "model")
     weights.unlink()
     (tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"index\.json: names transformer/.* not there"):
+    with pytest.raises(ValueError, match=r"index\.json: names transformer/.* does not exist"):
         check_complete(tmp_path / "model")
     with pytest.raises(ValueError, match=r"has no model_index\.json"):
         complete_repository(tmp_path / "model", tmp_path)
@@ -361,7 +361,7 @@ SUMMARY = TrainingSummary(
 )
 
 
-def test_a_card_says_what_the_run_knows(repository, tmp_path):
+def test_a_card_has_the_facts_of_the_run(repository, tmp_path):
     folder = tmp_path / "repo"
     OmniVideoPipeline.from_pretrained(repository).save_pretrained(folder)
     (folder / "assets").mkdir()
@@ -379,7 +379,7 @@ def test_a_card_says_what_the_run_knows(repository, tmp_path):
     assert "No scores were measured" not in text
 
 
-def test_a_card_without_facts_says_so_and_names_no_path(repository, tmp_path):
+def test_a_card_without_facts_omits_them_and_names_no_path(repository, tmp_path):
     text = render_model_card(repository, NAME, base_model=repository)
     data = ModelCard(text).data
     assert data.base_model is None
@@ -407,7 +407,7 @@ def test_a_card_that_a_person_edited_stays(repository, tmp_path):
 
 def test_an_unknown_entry_of_the_summary_is_refused(repository, tmp_path):
     (tmp_path / "training_summary.json").write_text('{"stages": "joint"}')
-    with pytest.raises(ValueError, match=r"unknown entries stages; known are .*stage"):
+    with pytest.raises(ValueError, match=r"unknown entries stages; allowed are .*stage"):
         render_model_card(tmp_path, NAME)
 
 

@@ -103,7 +103,7 @@ def test_a_repository_carries_what_loading_and_running_need_and_nothing_else(rep
     assert not re.findall(r"create_commit|ModelCard|MEDIA_SUFFIXES|hf_\[A-Z|rich\.table", text)
 
 
-def test_what_is_not_carried_says_so(repository, tmp_path):
+def test_code_that_is_not_exported_raises_an_error(repository, tmp_path):
     code = f"""
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({str(repository)!r}, trust_remote_code=True)
@@ -155,14 +155,14 @@ def test_two_meanings_of_a_name_in_one_folder_are_refused(monkeypatch, tmp_path)
         code_files()
 
 
-# --- both doors -----------------------------------------------------------------------------------------------------
+# --- loading with both libraries ------------------------------------------------------------------------------------
 
 
-def test_both_doors_of_a_folder(repository, expected, tmp_path):
+def test_both_libraries_load_a_folder(repository, expected, tmp_path):
     assert last_json(run_stranger(open_doors(repository), tmp_path)) == expected
 
 
-def test_both_doors_of_a_hub_repository_a_pinned_revision_and_the_cache(repository, expected, hub_server):
+def test_both_libraries_load_a_hub_repository_a_pinned_revision_and_the_cache(repository, expected, hub_server):
     server = hub_server
     repo = server.add_repo(NAME, repository)
     pinned = repo.refs["refs/heads/main"]
@@ -178,7 +178,7 @@ def test_both_doors_of_a_hub_repository_a_pinned_revision_and_the_cache(reposito
     assert last_json(run_client(open_doors(NAME, revision=pinned), server)) == expected
 
 
-def test_both_doors_of_the_offline_cache(repository, expected, hub_server):
+def test_both_libraries_load_the_offline_cache(repository, expected, hub_server):
     hub_server.add_repo(NAME, repository)
     folder = run_client(
         f"from huggingface_hub import snapshot_download; print(snapshot_download({NAME!r}))", hub_server
@@ -207,9 +207,11 @@ def test_diffusers_finds_its_cache_by_name(repository, hub_server):
     run_client(WITHOUT_PACKAGE + code, hub_server, HF_HUB_OFFLINE="1")
 
 
-@pytest.mark.parametrize("door", ["AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"])
-def test_transformers_refuses_without_the_flag(repository, tmp_path, door):
-    code = WITHOUT_PACKAGE + f"from transformers import {door}; {door}.from_pretrained({str(repository)!r})"
+@pytest.mark.parametrize("auto_class", ["AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"])
+def test_transformers_refuses_without_the_flag(repository, tmp_path, auto_class):
+    code = (
+        WITHOUT_PACKAGE + f"from transformers import {auto_class}; {auto_class}.from_pretrained({str(repository)!r})"
+    )
     assert "trust_remote_code=True" in run_stranger(code, tmp_path, fails=True).splitlines()[-1]
 
 
@@ -312,7 +314,7 @@ def test_saving_what_was_loaded_gives_the_same_files(repository, tmp_path):
     assert same_files(repository, tmp_path / "again")
 
 
-def test_what_a_stranger_saves_is_the_same_repository(repository, tmp_path):
+def test_saving_without_the_package_writes_the_same_repository(repository, tmp_path):
     code = f"""
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({str(repository)!r}, trust_remote_code=True)

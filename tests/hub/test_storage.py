@@ -214,7 +214,7 @@ def test_an_index_that_names_files_elsewhere_is_neither_read_nor_pushed(reposito
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "\xff"])
 def test_a_damaged_index_is_named(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json: (cannot be read|is no index)"):
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json: (cannot be read|is not a weight index)"):
         check_indices(tmp_path)
 
 
@@ -230,7 +230,7 @@ def test_saving_over_another_models_files_is_refused(repository, tmp_path):
         folder = tmp_path / name.replace("/", "_")
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text(text)
-        with pytest.raises(ValueError, match=f"{name}: no save of an Omni-Video model wrote it"):
+        with pytest.raises(ValueError, match=f"{name}: was not written by a save of an Omni-Video model"):
             pipe.save_pretrained(folder)
         assert {file: data.decode() for file, data in tree(folder).items()} == {name: text}
 
@@ -270,7 +270,7 @@ def test_an_unfinished_repository_is_refused_and_finished(tmp_path):
     assert not (folder / "config.json").exists()
     assert not (folder / "model_index.json").exists()
     for load in (OmniVideoForConditionalGeneration.from_pretrained, OmniVideoPipeline.from_pretrained, check_complete):
-        with pytest.raises(ValueError, match="is unfinished: a save to it was interrupted"):
+        with pytest.raises(ValueError, match="is unfinished: a save was interrupted"):
             load(folder)
     name = str(folder)
     generate = ["generate", "a fox", "-m", name, "-o", str(tmp_path / "fox.mp4")]

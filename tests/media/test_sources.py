@@ -72,5 +72,5 @@ def test_sources_of_one_call_must_agree():
         with pytest.raises(ValueError, match=message):
             Source.of([clip(), other], None, 2).check_equal(None, None, None)
     Source.of([clip(), clip(height=64)], None, 2).check_equal(32, None, None)
-    with pytest.raises(ValueError, match="one size"):
+    with pytest.raises(ValueError, match="the same size"):
         Source.of(None, [PICTURES[0], PICTURES[0].resize((8, 8))], 2).check_equal(None, None, None)

@@ -236,7 +236,7 @@ def test_attention_implementation_reaches_every_part(saved, model):
 
 
 def test_eager_and_sdpa_run_different_code(model):
-    """Guards the test above: equality must not come from a setting that reaches nobody."""
+    """Guards the test above: equality must not come from a setting without effect."""
     assert connectors.ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None) is not connectors.eager_attention_forward
     reference = run(model)
     model.set_attn_implementation("eager")

@@ -52,7 +52,7 @@ def test_a_loss_put_in_place_of_forward_gets_labels_without_placeholders(model, 
 def test_labels_outside_the_vocabulary_are_named(model, text, label) -> None:
     labels = text["input_ids"].clone()
     labels[0, 3] = label
-    with pytest.raises(ValueError, match=rf"`labels` hold {label}, but the vocabulary has the ids 0 to 159"):
+    with pytest.raises(ValueError, match=rf"`labels` contain {label}, but the vocabulary has the ids 0 to 159"):
         model(**text, labels=labels)
 
 
@@ -109,7 +109,7 @@ def test_the_whole_configuration_answers_for_the_mllm(tmp_path: Path) -> None:
     assert config.image_token_id == IMAGE
     assert config.vision_config is config.mllm_config.vision_config
     assert config.get_text_config() is config.mllm_config.text_config
-    assert not {"image_token_id", "vision_config"} & set(config.to_dict())  # said once on the disk
+    assert not {"image_token_id", "vision_config"} & set(config.to_dict())  # stored once on the disk
     assert not hasattr(config, "video_token_id")  # VILA has no token for videos
 
 
@@ -140,7 +140,7 @@ def test_generate_from_embeddings_that_hold_image_features(model) -> None:
     embeds = embeds.masked_scatter((ids == IMAGE)[..., None], features)
     answer = model.generate(inputs_embeds=embeds, attention_mask=mask, **GREEDY)
     assert torch.equal(answer, model.generate(**inputs, **GREEDY)[:, ids.shape[1] :])
-    with pytest.raises(ValueError, match="Put their features"):
+    with pytest.raises(ValueError, match="insert the features"):
         model.generate(inputs_embeds=embeds, pixel_values=inputs["pixel_values"], **GREEDY)
 
 

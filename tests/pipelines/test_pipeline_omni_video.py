@@ -114,7 +114,7 @@ def test_null_branch_is_the_stored_one(converted_pipe):
         ("i2v", {"image": IMAGE}, (32, 64), 5),
     ],
 )
-def test_every_task_draws(pipe, task, media, size, frames):
+def test_every_task_generates(pipe, task, media, size, frames):
     output = pipe("a red hat", task=task, generator=seeded(), **media)
     assert isinstance(output, OmniVideoPipelineOutput)
     assert output.text is None
@@ -169,7 +169,7 @@ def test_source_is_read_from_a_file(pipe, tmp_path):
     assert shorter.frames.shape == (1, 1, 32, 64, 3)
 
 
-def test_edits_keep_their_source_and_say_what_they_cannot_keep(pipe):
+def test_edits_keep_size_and_rate_of_their_source_and_note_what_they_cannot_keep(pipe):
     clip = VideoClip(RANDOM.integers(0, 255, (7, 40, 70, 3), dtype=np.uint8), 24.0)
     output = pipe("a red hat", video=clip, task="v2v", generator=seeded())
     assert output.frames[0][0].size == (64, 32)
@@ -237,7 +237,7 @@ def test_same_seed_same_result_and_another_seed_another(pipe):
     assert not torch.equal(pipe("a dog", task="t2i", generator=seeded(0), output_type="latent").frames, first)
 
 
-def test_a_seed_is_drawn_and_named_where_none_is_given(pipe):
+def test_a_random_seed_is_chosen_and_reported_where_none_is_given(pipe):
     arguments = {"task": "t2i", "num_inference_steps": 1, "output_type": "pt"}
     first, second = (pipe("a hat", **arguments) for _ in range(2))
     assert first.settings["seed"] != second.settings["seed"]
@@ -406,7 +406,7 @@ def test_a_call_leaves_the_scheduler_as_it_was(pipe):
         ({"task": "i2i", "video": CLIP}, "needs `image`"),
         ({"task": "v2v", "video": CLIP, "image": IMAGE}, "not both"),
         ({"task": "t2v", "num_frames": 6}, "5 and 9"),
-        ({"task": "t2i", "num_frames": 5}, "draws one image"),
+        ({"task": "t2i", "num_frames": 5}, "generates one image"),
         ({"task": "t2v", "height": 32}, "together"),
         ({"task": "t2v", "height": 40, "width": 64}, "multiple of 16"),
         ({"task": "i2i", "image": IMAGE, "height": 48, "width": 64}, "multiple of 32"),

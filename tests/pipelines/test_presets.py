@@ -44,7 +44,7 @@ def test_size_without_source_is_the_presets():
     assert resolve_size(GRID, 16, 48, PRESET) == (16, 48, [])
 
 
-def test_an_edit_keeps_its_sources_size_and_says_when_it_cannot():
+def test_an_edit_keeps_the_size_of_its_source_and_notes_when_it_cannot():
     assert resolve_size(GRID, None, None, PRESET, (480, 832)) == (480, 832, [])
     height, width, notes = resolve_size(GRID, None, None, PRESET, (1080, 1920))
     assert (height, width) == (1088, 1920)

@@ -81,7 +81,7 @@ def test_the_public_steps_check_their_numbers(pipe):
             pipe.prepare_scheduler(*arguments)
     with pytest.raises(ValueError, match="`fps` must be"):
         pipe.prepare_settings("t2v", Source(), None, None, None, 0, None, None, None)
-    with pytest.raises(ValueError, match="`latents` holds 1 values of"):
+    with pytest.raises(ValueError, match="`latents` contains 1 NaN or infinite values of"):
         pipe.decode(spoiled(torch.zeros(1, 16, 1, 2, 2)))
 
 
@@ -107,7 +107,7 @@ def spoiled(tensor, value=math.nan):
 def test_one_value_that_is_not_finite_is_refused_by_the_name_of_its_argument(pipe, name, shape, arguments, value):
     tensor = spoiled(torch.zeros(shape), value)
     for given in (tensor, list(tensor)) if name.endswith(("embeds", "states")) else (tensor,):
-        with pytest.raises(ValueError, match=f"`{name}` holds 1 values of .* NaN or infinite"):
+        with pytest.raises(ValueError, match=f"`{name}` contains 1 NaN or infinite values of"):
             generate(pipe, **arguments, **{name: given})
     with pytest.raises(ValueError, match=f"`{name}` must be a floating point tensor.*got torch.int64"):
         generate(pipe, **arguments, **{name: torch.zeros(shape, dtype=torch.int64)})

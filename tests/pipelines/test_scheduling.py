@@ -132,7 +132,7 @@ def test_repositories_that_do_not_know_their_schedulers_shift():
         (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting"),
         (
             DPMSolverMultistepInverseScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-            "DPMSolverMultistepInverseScheduler, which does not step",
+            "DPMSolverMultistepInverseScheduler, whose `step` needs more than",
         ),
         (None, "without `scheduler`"),
     ],

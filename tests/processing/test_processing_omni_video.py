@@ -164,7 +164,7 @@ def test_conversation_with_a_video_and_a_closing_answer(processor):
         ("t2v", None, {}, "non-empty"),
         ("t2v", "look: <image>", {}, "'<image>'"),
         ("t2v", "stop<|eot_id|>", {}, "'<|eot_id|>'"),
-        ("t2v", "a", {"images": [IMAGE]}, "no media"),
+        ("t2v", "a", {"images": [IMAGE]}, "no images and no videos"),
         ("i2i", "a", {}, "`images` was not given"),
         ("v2v", "a", {"images": [IMAGE]}, "`images` was given"),
         ("i2i", ["a", "b"], {"images": [IMAGE]}, "1 entries for 2 prompts"),
@@ -262,7 +262,7 @@ def test_truncation_never_cuts_placeholders(processor, side, monkeypatch):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_what_the_assistant_says_is_marked(processor, side):
+def test_messages_of_the_assistant_are_marked(processor, side):
     batch = [question("a very round circle"), question()[:2], [{"role": "user", "content": "hello"}]]
     inputs = processor.apply_chat_template(
         batch, **CHAT, return_assistant_tokens_mask=True, processor_kwargs={"padding_side": side}
@@ -292,12 +292,12 @@ def test_a_template_that_marks_nothing_gives_no_mask(processor):
         lambda n: {"processor_kwargs": {"videos_kwargs": {"num_frames": n}}},
     ],
 )
-def test_frames_of_a_conversation_are_counted_wherever_that_is_said(processor, place):
+def test_num_frames_of_a_conversation_is_accepted_in_every_place(processor, place):
     conversation = [{"role": "user", "content": [{"type": "video", "video": CLIP}, {"type": "text", "text": "what?"}]}]
     assert processor.apply_chat_template(conversation, **CHAT, **place(3))["pixel_values"].shape[0] == 3
     with pytest.raises(ValueError, match="`num_frames` was given twice, as 3 and 4"):
         processor.apply_chat_template(conversation, num_frames=3, processor_kwargs={"num_frames": 4})
-    with pytest.raises(TypeError, match="`fps` is not supported: say `num_frames`"):
+    with pytest.raises(TypeError, match="`fps` is not supported: pass `num_frames`"):
         processor.apply_chat_template(conversation, **CHAT, processor_kwargs={"videos_kwargs": {"fps": 2}})
 
 

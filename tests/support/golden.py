@@ -23,7 +23,7 @@ TASKS = ("t2v", "t2i", "v2v", "i2i")
 
 
 def kind(case: str) -> str:
-    """What a golden case draws."""
+    """Outputs of a golden case."""
     return "video" if case.startswith(("t2v", "v2v")) else "image"
 
 

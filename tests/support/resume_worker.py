@@ -2,7 +2,7 @@
 A training run that is killed again and again, as a program of its own: `resume_worker.py FOLDER`.
 
 The folder gets three runs: `whole` is left alone,
-`killed` dies at chosen points, `timed` at moments that nobody chose.
+`killed` dies at chosen points, `timed` at random moments.
 
 Every attempt is a process that dies by SIGKILL at its point and leaves what it wrote; the next one goes on from the
 last complete checkpoint. Attempts are forked, so that the libraries are imported once.

@@ -1,4 +1,4 @@
-"""Processes of people who have transformers and diffusers, but not this package."""
+"""Processes that have transformers and diffusers, but not this package: load repositories with their own code."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from hub_server import HubServer, client_env, run_client
 # The package lies in the tests' environment: a `None` in `sys.modules` makes importing it fail.
 WITHOUT_PACKAGE = "import sys\nsys.modules['omni_video_hf'] = None\n"
 
-# What both doors do with a repository. The same lines run in the process that wrote it; `results` go out as JSON.
+# Loads a repository with both libraries. The process that wrote it runs the same lines; `results` are printed as JSON.
 OUTPUTS = """
 import hashlib, torch
 from PIL import Image
@@ -57,10 +57,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 options = dict(trust_remote_code=True, **extra)
 processor = AutoProcessor.from_pretrained(repo, **options)
 results["config"] = type(AutoConfig.from_pretrained(repo, **options)).__name__
-for door in (AutoModel, AutoModelForImageTextToText):
-    model, report = door.from_pretrained(repo, output_loading_info=True, **options)
+for auto_class in (AutoModel, AutoModelForImageTextToText):
+    model, report = auto_class.from_pretrained(repo, output_loading_info=True, **options)
     assert not any(report.values()), report
-    results[door.__name__] = model_outputs(model.eval(), processor)
+    results[auto_class.__name__] = model_outputs(model.eval(), processor)
 model = AutoModel.from_pretrained(repo, device_map="auto", **options)
 results["device_map"] = model_outputs(model, processor)
 parts += [model, processor]
@@ -68,7 +68,7 @@ parts += [model, processor]
 
 
 def open_doors(repo: str | Path, *doors: str, **extra: Any) -> str:
-    """Code that opens doors of a repository, both by default, and prints what comes out."""
+    """Code that loads a repository with diffusers and transformers (or only with `doors`), and prints the outputs."""
     arguments = f"repo, extra, results, parts = {str(repo)!r}, {extra!r}, {{}}, []\n"
     modules = 'results["modules"] = sorted({type(part).__module__.partition(".")[0] for part in parts})\n'
     code = arguments + "".join(doors or (DIFFUSERS_DOOR, TRANSFORMERS_DOOR)) + modules

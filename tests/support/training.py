@@ -33,7 +33,7 @@ def sample(task: str, number: int = 0) -> dict:
 
 
 def instructed(task: str, number: int = 0) -> dict:
-    """A sample to draw with its instruction as ids, and the answer that asks for it."""
+    """A sample of a generation task with token ids of its instruction and of the forced answer."""
     features = sample(task, number)
     features.pop("mllm_hidden_states")
     return sample("understand", number) | features

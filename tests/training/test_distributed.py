@@ -70,7 +70,7 @@ def test_sharded_processes_equal_one_and_resume(one_process, tmp_path):
 
 def test_sharded_processes_with_different_tasks_are_refused_instead_of_waiting_for_each_other(tmp_path):
     error = launch(tmp_path, 2, ("t2v", "understand"), fsdp=True)
-    assert "the processes must run the same parts of the model in every step" in error
+    assert "the processes must run the same components in every step" in error
 
 
 @pytest.mark.parametrize("file", sorted(LAUNCH_CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)

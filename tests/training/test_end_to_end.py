@@ -79,7 +79,7 @@ def test_data_become_a_fine_tune_on_the_hub(make_cache, hub_server, tmp_path):
     state = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())
     assert {"eval_flow_matching_loss_t2v", "eval_flow_matching_loss_v2v"} <= set().union(*state["log_history"])
     pipe = OmniVideoPipeline.from_pretrained(output / "pipeline")
-    # What the model drew while it trained, and what it draws from where it was saved.
+    # Images of the model during training, and of the saved model.
     seen = np.asarray(Image.open(output / "previews" / "step-000004.png"))
     assert np.array_equal(seen, np.asarray(contact_sheet(draw(pipe)[0])))
     untrained = OmniVideoPipeline.from_pretrained(tmp_path / "base")

@@ -69,10 +69,10 @@ def test_wrong_recipes_are_refused(tmp_path):
             read_recipe(file, words)
 
     refused("learning_rat: 1\n", r"`mine.yaml`: unknown 'learning_rat' \(did you mean 'learning_rate'\?\)")
-    refused("- a\n", "a recipe is a mapping of settings, got list")
+    refused("- a\n", "a recipe must be a mapping of settings, got list")
     refused("a: [\n", "mine.yaml: not YAML")
     refused("stage: decoder\n", "`model` is missing", [])
-    refused("stage: decoder\n", "`data` is missing: name a feature cache", NEEDED[:2])
+    refused("stage: decoder\n", "`data` is missing: set a feature cache", NEEDED[:2])
     refused("stage: decoder\n", "`output_dir` is missing", NEEDED[:4])
     refused("stage: decoder\n", r"`command line`: unknown 'stge' \(did you mean 'stage'\?\)", [*NEEDED, "--stge", "x"])
     for words, message in (
@@ -95,8 +95,10 @@ def test_wrong_recipes_are_refused(tmp_path):
         refused("stage: decoder\n", message, [*NEEDED, *words])
     question = ["--previews", "[{prompt: what is it?, task: understand}]"]
     refused("stage: decoder\n", r"`--previews \[\{prompt: what is it\?, .*not YAML .*in quotes", [*NEEDED, *question])
-    refused("stage: decoder\n", "settings are given as `--key value`", ["stage"])
-    with pytest.raises(ValueError, match=r"no recipe of the package \(align, connect, connect_text"):
+    refused("stage: decoder\n", "settings must be passed as `--key value`", ["stage"])
+    with pytest.raises(
+        ValueError, match=r"no recipe of the package\. Pass a YAML file, or one of align, connect, connect_text"
+    ):
         read_recipe("jont", NEEDED)
 
 
@@ -119,8 +121,8 @@ def test_all_bad_samples_are_named_before_anything_trains(base, tmp_path):
     refused(
         base, data, tmp_path / "run", "2 problems in 5 samples: repair or remove them, or pass `--on_bad_data skip`"
     )
-    refused(base, data, tmp_path / "run", "`latents` holds 1 values that are NaN or infinite")
-    refused(base, data, tmp_path / "run", "`latents` have 2 frames; the task 't2i' draws one image")
+    refused(base, data, tmp_path / "run", "`latents` contains 1 values that are NaN or infinite")
+    refused(base, data, tmp_path / "run", "`latents` have 2 frames; the task 't2i' generates one image")
     skipped = command(base, data, tmp_path / "run", "decoder", "--on_bad_data", "skip", "--learning_rate", "1e-2")
     assert skipped.exit_code == 0, skipped.output
     assert TrainingSummary.read(tmp_path / "run" / "pipeline").num_samples == 3
@@ -134,7 +136,7 @@ def test_data_that_do_not_fit_the_stage_are_refused(base, data, tmp_path):
         refused("none/none", data, tmp_path / "run", said, "--report_to", "wandb")
     said = "nowhere: is neither a folder nor a Hub repository"
     refused("nowhere", data, tmp_path / "run", said, exit_code=2)
-    refused(base, tmp_path / "none", tmp_path / "run", "holds no manifest.json, so it is no feature cache")
+    refused(base, tmp_path / "none", tmp_path / "run", "contains no manifest.json, so it is not a feature cache")
     questions = write_samples(tmp_path / "data", [training.sample("understand"), training.sample("t2v")])
     useless = (
         "`data`: 1 samples of the tasks understand allow none of the losses of the stage 'decoder' (flow_matching)"
@@ -211,7 +213,7 @@ def test_a_run_from_recipe_to_pipeline_and_its_resumption(base, data, tmp_path):
 
     again = command(base, data, output, "decoder")
     assert again.exit_code == 1
-    assert "holds checkpoint-4 of an earlier run: pass `--resume`" in " ".join(again.output.split())
+    assert "contains checkpoint-4 of an earlier run: pass `--resume`" in " ".join(again.output.split())
     longer = command(base, data, output, "decoder", "--resume", "--max_steps", "6")
     assert longer.exit_code == 0, longer.output
     assert (output / "checkpoint-6").is_dir()

@@ -72,7 +72,7 @@ def test_a_part_that_is_not_there_and_an_empty_stage_are_refused():
     names = freeze_all_but(model, stage, stage.loss_config({"answer_weight": 0.0}))
     assert {name.split(".")[0] for name in names} == {"vision_head"}
     model.requires_grad_(False)
-    with pytest.raises(ValueError, match="Nothing would train: add low-rank matrices first"):
+    with pytest.raises(ValueError, match="Nothing would train: add LoRA layers first"):
         freeze_all_but(model, STAGES["lora"], STAGES["lora"].loss_config())
 
 
@@ -87,7 +87,7 @@ def test_a_part_that_is_not_there_and_an_empty_stage_are_refused():
         ({"condition_dropout": 1.2}, "`condition_dropout` must be between 0 and 1, got 1.2"),
         ({"condition_dropout": 0.7, "prompt_dropout": 0.4}, "add up to 1 at most"),
         ({"ema_decay": 1.0}, "`ema_decay` must be 0"),
-        ({"preview_steps": 2}, "`previews` names nothing"),
+        ({"preview_steps": 2}, "`previews` is empty"),
         ({"frozen_dtype": "bfloat16"}, "needs `bf16: true`"),
         ({"frozen_dtype": "float61"}, "unknown 'float61'"),
         ({"lora": {"r": 4}}, "use `stage: lora`"),

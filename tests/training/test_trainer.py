@@ -31,7 +31,7 @@ def gradients(run):
 # --- chance ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_sample_draws_depends_on_its_place_in_the_step_alone():
+def test_random_numbers_of_a_sample_depend_only_on_its_place_in_the_step():
     def draws(first, size, stride, step=7):
         return [torch.rand(1, generator=g).item() for g in sample_generators(1, step, first, size, stride)]
 
@@ -190,7 +190,7 @@ def test_batches_that_cannot_train_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`task`: unknown 'v2x' \(did you mean"):
         run([sample | {"task": "v2x"} for sample in samples])
     bare = [{key: sample[key] for key in ("task", "latents", "prompt_embeds")} for sample in samples]
-    with pytest.raises(ValueError, match="must bring `input_ids` or `mllm_hidden_states`, got"):
+    with pytest.raises(ValueError, match="must have `input_ids` or `mllm_hidden_states`, got"):
         run(bare)
     for sample in samples:
         sample.pop("latents")
@@ -253,7 +253,7 @@ def test_the_moving_average_is_one_and_is_what_is_saved(tmp_path):
     assert torch.equal(run.trained_parameters()[name], weights[-1])
 
 
-def test_previews_are_drawn_with_the_weights_of_their_step(tmp_path):
+def test_previews_are_generated_with_the_weights_of_their_step(tmp_path):
     pipe = tiny.pipeline()
     question = {"prompt": "what?", "task": "understand", "image": str(tmp_path / "i.png"), "max_new_tokens": 2}
     Image.new("RGB", (32, 32), (200, 30, 30)).save(tmp_path / "i.png")
@@ -292,7 +292,7 @@ def test_previews_are_drawn_with_the_weights_of_their_step(tmp_path):
         )
 
 
-def test_the_card_says_what_the_run_knows_and_an_edited_one_stays(tmp_path):
+def test_the_card_has_the_facts_of_the_run_and_an_edited_one_stays(tmp_path):
     run = training.trainer(tmp_path, [training.sample("t2v", number) for number in range(4)])
     run.train()
     run.save_model()
@@ -320,7 +320,7 @@ def test_a_checkpoint_holds_what_trains_and_knows_its_stage(tmp_path):
     with pytest.raises(OSError):
         OmniVideoForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-4")
     other = training.trainer(tmp_path, samples, stage="connect", **settings)
-    with pytest.raises(ValueError, match="written in the stage 'decoder', this run's `stage` is 'connect'"):
+    with pytest.raises(ValueError, match="written in the stage 'decoder', but the `stage` of this run is 'connect'"):
         other.train(resume_from_checkpoint=True)
 
 

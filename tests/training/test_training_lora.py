@@ -82,7 +82,7 @@ def test_parts_can_be_chosen(trained):
     add_lora(model, SETTINGS | {"parts": ["decoder"]})
     names = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert names == {"decoder"}
-    with pytest.raises(ValueError, match=r"`lora\.parts` names mllm, which this model does not have"):
+    with pytest.raises(ValueError, match=r"`lora\.parts` has mllm, but this model has only"):
         add_lora(tiny.model(enable_mllm=False), {"parts": ["mllm"]})
     with pytest.raises(ValueError, match=r"`lora`: unknown 'alpha' \(did you mean 'lora_alpha'\?\)"):
         add_lora(tiny.model(), {"alpha": 3})

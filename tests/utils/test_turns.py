@@ -109,7 +109,7 @@ def test_200_calls_from_4_threads_equal_the_same_calls_alone(pipe):
     assert all(same(result, alone[number]) for number, result in zip(numbers, results, strict=True))
 
 
-def test_turns_come_in_the_order_in_which_they_were_asked_for(pipe):
+def test_turns_come_in_the_order_of_their_requests(pipe):
     """Else the thread that just had its turn takes the next one as well, for as long as it calls in a loop."""
     order = []
 
@@ -129,7 +129,7 @@ def test_turns_come_in_the_order_in_which_they_were_asked_for(pipe):
     assert order == ["other", "this"]
 
 
-def test_a_call_waits_for_a_turn_that_somebody_else_has(pipe):
+def test_a_call_waits_for_a_component_that_another_thread_has(pipe):
     wanted = pipe("a cat", generator=seeded(), **SMALL).frames
     with turn(pipe.transformer):
         thread = threading.Thread(

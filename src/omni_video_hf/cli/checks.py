@@ -1,4 +1,4 @@
-"""What can be said about arguments of the command line by looking at them alone; nothing heavy is imported here."""
+"""Checks of command-line arguments that need no model; this module imports nothing slow."""
 
 import json
 import math
@@ -14,15 +14,15 @@ from ..shapes import CHECKPOINT, CHECKPOINT_NAME
 from ..utils.masking import clean_token
 from .console import UsageProblem
 
-SHAPES = str(CHECKPOINT)  # what there is to try without weights of one's own
+SHAPES = str(CHECKPOINT)  # default model of the commands
 FPS_RANGE = (0.01, 1000.0)  # as in `media.video_writer`
 MAX_SEED = 2**64 - 1
-MAX_SIDE = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".mp4": 16384}  # pixels that formats and encoders take
+MAX_SIDE = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".mp4": 16384}  # limits of formats and encoders, in pixels
 
 
 @dataclass(frozen=True)
 class Loading:
-    """Where the model comes from, and how it is loaded; one field a flag."""
+    """Options that say where the model is and how it is loaded, one field per flag."""
 
     model: str
     dtype: str | None = None
@@ -37,16 +37,24 @@ class Loading:
     def __post_init__(self) -> None:
         check_repository(self.model)
         if self.memory is not None and self.cpu_offload is not None:
-            raise UsageProblem(f"`--memory {self.memory}` chooses the offloading itself: leave `--cpu-offload` out.")
+            raise UsageProblem(
+                f"`--memory {self.memory}` chooses the offloading, so it excludes `--cpu-offload {self.cpu_offload}`: "
+                "leave one of them out."
+            )
         self.lora_arguments()
 
     @property
     def place(self) -> str:
-        """Folder or Hub repository; the shipped checkpoint goes by its name, too."""
+        """Folder or Hub repository of the model; the name of the default checkpoint becomes its folder."""
         return place_of(self.model)
 
     def lora_arguments(self) -> dict[str, Any] | None:
-        """Arguments of `load_lora_weights`; a [`UsageProblem`] for a file that is not there and for broken JSON."""
+        """
+        Arguments of `load_lora_weights`, or `None` without `--lora`.
+
+        Raises:
+            UsageProblem: for a missing file, broken JSON, or JSON without a path.
+        """
         if self.lora is None:
             return None
         given: Any = {"path": self.lora}
@@ -54,11 +62,15 @@ class Loading:
             try:
                 given = json.loads(self.lora)
             except ValueError as error:
-                raise UsageProblem(f'`--lora`: not JSON ({error}), such as \'{{"path": "fox-lora"}}\'.') from error
+                raise UsageProblem(
+                    f'`--lora {self.lora}`: not JSON ({error}). Write it as in \'{{"path": "fox-lora"}}\'.'
+                ) from error
         path = given.pop("path", None)
         path = given.pop("pretrained_model_name_or_path_or_dict", path)
         if not isinstance(path, str) or not path:
-            raise UsageProblem('`--lora`: the JSON must have a "path", a file, folder or Hub repository.')
+            raise UsageProblem(
+                f'`--lora {self.lora}`: the JSON must have the key "path", with a file, folder or Hub repository.'
+            )
         if path.endswith(".safetensors") and not Path(path).is_file():
             raise UsageProblem(f"`--lora {path}`: no such file.")
         if not Path(path).exists():
@@ -67,8 +79,8 @@ class Loading:
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """Numbers of what is generated; one field a flag."""
+class GenerationOptions:
+    """Options of what is generated, one field per flag."""
 
     size: str | None = None
     frames: int | None = None
@@ -86,7 +98,9 @@ class Drawing:
         if self.fps is not None and not FPS_RANGE[0] <= self.fps <= FPS_RANGE[1]:
             raise UsageProblem(f"`--fps {self.fps:g}` must be {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} frames per second.")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            raise UsageProblem(f"`--guidance-scale {self.guidance_scale:g}` must be a finite number; 1 turns it off.")
+            raise UsageProblem(
+                f"`--guidance-scale {self.guidance_scale:g}` must be a finite number; 1 turns guidance off."
+            )
         if self.source_guidance_scale is not None and not 0 <= self.source_guidance_scale < math.inf:
             raise UsageProblem(
                 f"`--source-guidance-scale {self.source_guidance_scale:g}` must be a finite number of at least 0."
@@ -98,7 +112,7 @@ class Drawing:
         self.height_and_width()
 
     def height_and_width(self) -> tuple[int | None, int | None]:
-        """Of `--size`; `None` both where it was not given."""
+        """Height and width in pixels from `--size`; `None` and `None` without it."""
         if self.size is None:
             return None, None
         width, _, height = self.size.lower().partition("x")
@@ -107,7 +121,7 @@ class Drawing:
         return int(height), int(width)
 
     def settings(self) -> dict[str, Any]:
-        """Arguments of the pipeline's call, without its seed."""
+        """The options as arguments of the pipeline's call, without the seed."""
         height, width = self.height_and_width()
         return {
             "height": height,
@@ -121,42 +135,48 @@ class Drawing:
         }
 
     def check_format(self, path: Path | None) -> None:
-        """Refuse a size that the format of `path` does not take."""
+        """Refuse a size that is too large for the file format of `path`."""
         side = max(filter(None, self.height_and_width()), default=0)
         limit = math.inf if path is None else MAX_SIDE.get(path.suffix.lower(), math.inf)
         if side > limit:
-            raise UsageProblem(f"`--size {self.size}`: a {path.suffix} file takes up to {limit} pixels a side.")
+            raise UsageProblem(
+                f"`--size {self.size}`: a {path.suffix} file has up to {limit} pixels per side. Choose a smaller size."
+            )
 
 
 def place_of(model: str) -> str:
-    """Folder or Hub repository behind the name of a model; the shipped checkpoint goes by its name alone."""
+    """Folder or Hub repository of a model; the name of the default checkpoint becomes its folder."""
     return SHAPES if model == CHECKPOINT_NAME and not Path(model).exists() else model
 
 
 def check_repository(name: str, flag: str = "") -> None:
     """
-    Refuse what can be neither a folder nor a Hub repository, before the Hub is asked.
+    Refuse a name that can be neither a folder nor a Hub repository, before any request to the Hub.
+
+    Args:
+        name: folder, or `owner/name` on the Hub.
+        flag: text before the name in the message, such as `--lora `.
 
     Raises:
-        UsageProblem: for another name, and for a folder that is not there though the folder around it is.
+        UsageProblem: for any other name, and for a missing folder whose parent folder exists.
     """
     place = Path(place_of(name))
     if place.is_dir():
         return
     if place.is_file():
-        raise UsageProblem(f"`{flag}{name}` is a file: give the folder of a repository, or `owner/name` on the Hub.")
+        raise UsageProblem(f"`{flag}{name}` is a file: pass the folder of a repository, or `owner/name` on the Hub.")
     if name.count("/") != 1 or name.startswith(("/", ".", "~")) or name.endswith("/"):
         missing = "; there is no such folder" if "/" in name else ""
         raise UsageProblem(f"{flag}{name}: is neither a folder nor a Hub repository (`owner/name`){missing}.")
     if place.parent.is_dir():
         raise UsageProblem(
-            f"{flag}{name}: there is a folder {place.parent} here, but no {place.name} in it. If the Hub's repository "
-            "of that name is meant, run the command in another folder."
+            f"{flag}{name}: the folder {place.parent} exists here, but there is no {place.name} in it. To use the "
+            "Hub repository of that name, run the command in another folder."
         )
 
 
 def checked_token(token: str | None) -> str | None:
-    """The callback of `--token`: strips it, and refuses one that no request can carry without repeating it."""
+    """Callback of `--token`: strip white space; refuse a malformed token without printing it."""
     try:
         return clean_token(token)
     except ValueError as error:
@@ -165,14 +185,14 @@ def checked_token(token: str | None) -> str | None:
 
 def read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[str]:
     """
-    All prompts of a call, in order.
+    Read all prompts of a command, in order.
 
     Args:
-        prompts: as they were given; `-` stands for the lines of stdin.
-        file: one prompt a line, `-` for stdin; empty lines are left out.
+        prompts: prompts on the command line; `-` stands for the lines of stdin.
+        file: file with one prompt per line, `-` for stdin; empty lines are ignored.
 
     Raises:
-        UsageProblem: without any prompt, for an empty one, and for a file that cannot be read.
+        UsageProblem: if there is no prompt, if one is empty, and for a file that cannot be read.
     """
     found: list[str] = []
     for prompt in prompts or ():
@@ -180,7 +200,7 @@ def read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[str]:
     if file is not None:
         found += _lines(file)
     if not found:
-        raise UsageProblem("`PROMPT` is missing: give one or several, - for the lines of stdin, or `--prompts-file`.")
+        raise UsageProblem("`PROMPT` is missing: pass prompts, - to read them from stdin, or `--prompts-file FILE`.")
     for prompt in found:
         check_text("PROMPT", prompt)
     return found
@@ -189,31 +209,33 @@ def read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[str]:
 def check_text(name: str, text: str) -> None:
     """Refuse an empty text of an argument called `name`."""
     if not text.strip():
-        raise UsageProblem(f"`{name}` must be a non-empty text.")
+        raise UsageProblem(f"`{name}` must be a non-empty text, got {text!r}.")
 
 
 def _lines(file: str) -> list[str]:
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UsageProblem(f"`--prompts-file {file}`: cannot be read, {reason}.") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise UsageProblem(f"{'stdin' if file == '-' else f'`--prompts-file {file}`'} holds no prompt.")
+        raise UsageProblem(
+            f"{'stdin' if file == '-' else f'`--prompts-file {file}`'} contains no prompt: write one prompt per line."
+        )
     return lines
 
 
 def check_sources(sources: Iterable[str]) -> None:
-    """Refuse files that are not there; what is in them is looked at later."""
+    """Refuse files that do not exist; their content is checked later."""
     for source in sources:
         if not source.startswith(("http://", "https://")) and not Path(source).exists():
-            raise UsageProblem(f"{source}: no such file.")
+            raise UsageProblem(f"`SOURCE` {source}: no such file. Pass an existing file or an http(s) URL.")
 
 
 __all__ = [
     "SHAPES",
-    "Drawing",
+    "GenerationOptions",
     "Loading",
     "check_repository",
     "check_sources",

@@ -1,4 +1,4 @@
-"""What the commands print: notes, one-line errors, exit codes; nothing heavy is imported here."""
+"""Output of the commands to the terminal: results, notes, one-line errors, exit codes; imports nothing slow."""
 
 import contextlib
 import logging
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130  # exit codes
 
 
-class UsageProblem(ValueError):  # noqa: N818 - what it is to the user
-    """An argument of the command line that cannot be used; exit code 2 instead of 1."""
+class UsageProblem(ValueError):  # noqa: N818 - named for the user's side
+    """A command-line argument that cannot be used. The exit code is 2 instead of 1."""
 
 
 def console() -> "Console":
-    """The terminal for everything but results: stderr as it is now."""
+    """A rich console on stderr, for everything but results."""
     return import_module("rich.console").Console(stderr=True)
 
 
 def note(text: str) -> None:
-    """Tell the user something that is no error, on stderr; `text` is printed as it is, markup included."""
+    """Print a note that is not an error to stderr. Markup in `text` is printed literally."""
     escape = import_module("rich.markup").escape
     console().print(f"[yellow]note:[/] {escape(mask_tokens(text))}", highlight=False, soft_wrap=True)
 
 
 def result(text: str) -> None:
-    """Print a result, which goes to stdout alone."""
+    """Print a result to stdout; nothing else is printed there."""
     print(mask_tokens(text), flush=True)  # noqa: T201
 
 
 def start_libraries(verbose: bool, quiet: bool = False) -> None:
-    """Import transformers and diffusers, register the package's classes, and set how much all of them say."""
+    """Import transformers and diffusers, register the package's classes, and set the log levels."""
     logging.getLogger(__package__.partition(".")[0]).setLevel(logging.INFO if verbose else logging.ERROR)
     import_module("..processing.registration", __package__).register_auto_classes()
     libraries = [import_module("transformers").logging, import_module("diffusers").logging]
-    libraries[0].disable_progress_bar()  # diffusers' own shows the components
+    libraries[0].disable_progress_bar()  # the progress bar of diffusers shows the components
     for library in libraries:
         library.set_verbosity_info() if verbose else library.set_verbosity_error()
     if quiet:
@@ -56,13 +56,13 @@ def start_libraries(verbose: bool, quiet: bool = False) -> None:
 
 class one_line_errors:  # noqa: N801 - used as a function
     """
-    Turn every error into one line on stderr and an exit code; `verbose` shows the traceback too.
+    Context manager that turns an error into one line on stderr and an exit code.
 
-    The code is 2 for a [`UsageProblem`], 130 for an interruption (Ctrl-C), else 1.
+    The exit code is 2 for a [`UsageProblem`], 130 for Ctrl-C, and 1 for any other error.
 
     Args:
-        verbose: show tracebacks and the libraries' messages.
-        light: do not import the libraries: for what runs without a model. See [`start_libraries`].
+        verbose: also show the traceback and the messages of the libraries.
+        light: do not import the libraries, for commands that run without a model; see [`start_libraries`].
     """
 
     def __init__(self, verbose: bool, light: bool = False) -> None:
@@ -76,8 +76,8 @@ class one_line_errors:  # noqa: N801 - used as a function
         if error is None or isinstance(error, (typer.Exit, typer.Abort, SystemExit, BrokenPipeError)):
             return
         if isinstance(error, KeyboardInterrupt) or interruption.happened:
-            return  # `__main__` says so: it may come at any other moment, too
-        if hasattr(error, "format_message"):  # typer's own: it says what is wrong with an option
+            return  # `__main__` reports it, because it can also happen outside of this block
+        if hasattr(error, "format_message"):  # an error of typer about an option; `run` prints it
             return
         if self.verbose:
             sys.stderr.write(mask_tokens("".join(traceback.format_exception(error))))
@@ -86,34 +86,34 @@ class one_line_errors:  # noqa: N801 - used as a function
 
 @contextlib.contextmanager
 def as_usage() -> Iterator[None]:
-    """Report a `ValueError` of the block, in which arguments alone are checked, as wrong usage."""
+    """Turn a `ValueError` into a [`UsageProblem`], for a block that only checks arguments."""
     try:
         yield
     except UsageProblem:
         raise
     except ValueError as error:
-        raise UsageProblem(_words(error)) from error
+        raise UsageProblem(_message(error)) from error
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line, without access tokens."""
-    text = mask_tokens(" ".join(_words(error).split())) or type(error).__name__
+    """The message of an error on one line, with access tokens masked."""
+    text = mask_tokens(" ".join(_message(error).split())) or type(error).__name__
     return text if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: {text}"
 
 
-def _words(error: BaseException) -> str:
-    """What an error says; a `SizeError` names flags instead of arguments."""
+def _message(error: BaseException) -> str:
+    """The message of an error; a `SizeError` then names flags instead of Python arguments."""
     return getattr(error, "for_command_line", error.__str__)()
 
 
 def fail(message: str, code: int = FAILURE) -> NoReturn:
-    """Print one line and end the command."""
+    """Print an error on one line and end the command."""
     print_error(message)
     raise typer.Exit(code)
 
 
 def print_error(message: str) -> None:
-    """`error: message` on stderr, in red where that is a terminal; plain text, so that it needs no import."""
+    """Print `error: message` to stderr, in red on a terminal; it needs no import of rich."""
     is_plain = os.environ.get("NO_COLOR") or not sys.stderr.isatty()
     start, end = ("", "") if is_plain else ("\x1b[1;31m", "\x1b[0m")
     sys.stderr.write(f"{start}error:{end} {mask_tokens(message)}\n")

@@ -1,4 +1,4 @@
-"""The `omni-video` commands that make feature caches, `precompute` and `import-features`; light until they run."""
+"""The commands `precompute` and `import-features`: their flags. The code behind them is imported when they run."""
 
 from enum import StrEnum
 from importlib import import_module
@@ -14,7 +14,7 @@ from .options import Dtype, Revision, Token, Verbose
 
 
 class DataFormat(StrEnum):
-    """What `datasets` is to read the data with."""
+    """Format of the training data, as in `datasets`."""
 
     videofolder = "videofolder"
     imagefolder = "imagefolder"
@@ -26,61 +26,72 @@ class DataFormat(StrEnum):
 
 
 class OnBadData(StrEnum):
-    """What to do with samples that cannot be used."""
+    """What to do when samples cannot be used: stop, or leave them out."""
 
     stop = "stop"
     skip = "skip"
 
 
 class Instruction(StrEnum):
-    """What the cache holds of instructions."""
+    """Form in which the cache stores an instruction: MLLM hidden states, or token ids."""
 
     states = "states"
     tokens = "tokens"
 
 
 class MllmFrames(StrEnum):
-    """Frames of a v2v source that the MLLM sees."""
+    """Frames of a v2v source that the MLLM gets."""
 
     first = "first"
     all = "all"
 
 
-Cache = Annotated[Path, typer.Option("--output", "-o", help="Folder of the cache; brought up to date if it is there.")]
-BadData = Annotated[OnBadData, typer.Option(help="List all samples that cannot be used and stop, or leave them out.")]
+Cache = Annotated[Path, typer.Option("--output", "-o", help="Folder of the feature cache; updated if it exists.")]
+BadData = Annotated[OnBadData, typer.Option(help="List all samples that cannot be used, then stop or skip them.")]
 
 
 def precompute_command(
     data: Annotated[
-        str, typer.Argument(help="JSONL, CSV, parquet or .tar file, or folder of videos, images, parquet or .tar.")
+        str, typer.Argument(help="JSONL, CSV, parquet or .tar file, or folder with videos, images, parquet or .tar.")
     ],
-    model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hub repository.", envvar="OMNI_VIDEO_MODEL")],
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", help="Folder of a model, or its Hub repository.", envvar="OMNI_VIDEO_MODEL"),
+    ],
     output: Cache,
     size: Annotated[
-        list[str] | None, typer.Option(metavar="WIDTHxHEIGHT", help="Size of a bucket. Repeatable.")
+        list[str] | None, typer.Option(metavar="WIDTHxHEIGHT", help="Size of a bucket in pixels. Repeatable.")
     ] = None,
-    frames: Annotated[list[int] | None, typer.Option(min=1, help="Frames of a bucket, 4n+1. Repeatable.")] = None,
-    fps: Annotated[str | None, typer.Option(help="Rate to resample to, or `source` to keep each video's own.")] = None,
-    task: Annotated[str | None, typer.Option(help="For data without the column `task`.")] = None,
+    frames: Annotated[
+        list[int] | None, typer.Option(min=1, help="Number of frames of a bucket, 4n+1. Repeatable.")
+    ] = None,
+    fps: Annotated[
+        str | None, typer.Option(help="Frame rate to resample to; `source` keeps the rate of each video.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Task of all samples, for data without the column `task`.")] = None,
     column: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=YOURS", help="Your name of a column, e.g. prompt=caption.")
+        list[str] | None,
+        typer.Option(metavar="NAME=YOURS", help="Name of a column in your data, e.g. prompt=caption. Repeatable."),
     ] = None,
     data_format: Annotated[
-        DataFormat | None, typer.Option("--format", help="What the data look like by default.")
+        DataFormat | None, typer.Option("--format", help="Format of the data. Default: found by the files.")
     ] = None,
-    instruction: Annotated[Instruction, typer.Option(help="MLLM states, or tokens for stages that train it.")] = (
-        Instruction.states
-    ),
+    instruction: Annotated[
+        Instruction, typer.Option(help="Store MLLM states, or tokens for stages that train the MLLM.")
+    ] = Instruction.states,
     mllm_frames: Annotated[
-        MllmFrames | None, typer.Option(help="What the MLLM sees of a v2v source, by default what the model says.")
+        MllmFrames | None, typer.Option(help="Frames of a v2v source for the MLLM. Default: the model's setting.")
     ] = None,
     target_encoder: Annotated[
-        str | None, typer.Option(help="SigLIP folder or repository for the features that visual tokens align with.")
+        str | None, typer.Option(help="SigLIP folder or repository that computes the targets of the alignment loss.")
     ] = None,
     on_bad_data: BadData = OnBadData.stop,
-    shard_entries: Annotated[int, typer.Option(min=1, help="Most samples of a shard: what a kill costs.")] = 64,
+    shard_entries: Annotated[
+        int, typer.Option(min=1, help="Samples per shard; a kill loses the work of at most one shard per process.")
+    ] = 64,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Of MLLM and text encoder, as stored by default; the VAE stays in float32.")
+        Dtype | None,
+        typer.Option(help="Dtype of MLLM and text encoder. Default: as stored. The VAE always uses float32."),
     ] = None,
     revision: Revision = None,
     token: Token = None,
@@ -89,8 +100,8 @@ def precompute_command(
     """
     Compute the features of images, videos and texts once, for training.
 
-    Run it again after an interruption or a change: only what is missing or stale is computed. Under `accelerate
-    launch -m omni_video_hf precompute ...` several processes or GPUs share the work.
+    After an interruption or a change of the data run the same command again: only missing and stale features are
+    computed. `accelerate launch -m omni_video_hf precompute ...` shares the work between processes or GPUs.
     """
     with one_line_errors(verbose):
         check_repository(model)
@@ -115,22 +126,26 @@ def precompute_command(
 
 
 def import_features_command(
-    sources: Annotated[list[Path], typer.Argument(help="Upstream's feature files, or folders of them.")],
+    sources: Annotated[list[Path], typer.Argument(help="Feature files of the authors' code, or folders with them.")],
     output: Cache,
-    task: Annotated[str | None, typer.Option(help="Of all of them, where latents do not tell, such as i2v.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Task of all files, where the latents do not determine it, such as i2v.")
+    ] = None,
     on_bad_data: BadData = OnBadData.stop,
     verbose: Verbose = False,
 ) -> None:
-    """Bring upstream's feature pickles into a cache. Nothing that is in them is run."""
+    """Import feature pickles of the authors' code into a cache. No code in the pickles is run."""
     with one_line_errors(verbose):
         print(_work().bring_in(sources, output, task, on_bad_data))  # noqa: T201
 
 
 def _work() -> ModuleType:
-    """What the commands do, with the packages that it needs."""
+    """Import and return the module behind the commands; an `ImportError` says how to install what is missing."""
     try:
         return import_module(".data_work", __package__)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith(__package__.partition(".")[0]):
             raise
-        raise ImportError(f"Preparing data needs {error.name}: `pip install 'omni-video-hf[train]'`.") from error
+        raise ImportError(
+            f"The package {error.name} is not installed: run `pip install 'omni-video-hf[train]'` to prepare data."
+        ) from error

@@ -1,4 +1,4 @@
-"""What the commands that make feature caches do, and how they report it."""
+"""The work of `precompute` and `import-features`, and their reports."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from ..training.features.precompute import precompute
 
 console = Console(stderr=True)
 
-LONGEST_WAIT = timedelta(days=7)  # for the others at the end: one process may have had the long clips
+LONGEST_WAIT = timedelta(days=7)  # processes wait for each other at the end; one may have had the longest videos
 
 
 def compute(
@@ -40,7 +40,7 @@ def compute(
     on_bad_data: str = "stop",
     shard_entries: int = 64,
 ) -> Path:
-    """Load what encodes, bring the cache up to date and say what was done; see [`precompute`]."""
+    """Load the encoders, update the cache and print a report; see [`precompute`] for the arguments."""
     start_processes()
     weights = None if dtype is None else getattr(torch, dtype)
     pipeline = load_encoders(model, weights, revision=revision, token=token)
@@ -51,25 +51,25 @@ def compute(
 
 
 def bring_in(sources: Sequence[Path], output: Path, task: str | None, on_bad_data: str) -> Path:
-    """Import feature files and say what was done; see [`import_features`]."""
+    """Import feature files and print a report; see [`import_features`] for the arguments."""
     return _reported(lambda: import_features(sources, output, task=task, on_bad_data=on_bad_data), output)
 
 
 def read_settings(
     sizes: Sequence[str], frames: Sequence[int], fps: str | None, instruction: str, mllm_frames: str | None
 ) -> PrecomputeSettings:
-    """The settings behind the command's words."""
+    """Parse the flags of `precompute` into its settings."""
     rules = FramingRules([_size(text) for text in sizes], tuple(frames), _fps(fps))
     return PrecomputeSettings(rules, instruction, mllm_frames)
 
 
 def check_cache(output: Path) -> None:
-    """Refuse an output folder that holds anything but a cache, before anything is read; see [`check_output`]."""
+    """Refuse an output folder that contains anything but a cache, before data are read; see [`check_output`]."""
     check_output(output)
 
 
 def read_table(data: str | Path, data_format: str | None, task: str | None, columns: Sequence[str]) -> MediaTable:
-    """The data, `columns` as NAME=YOURS."""
+    """Load the table of the data; `columns` are texts of the form NAME=YOURS."""
     for pair in columns:
         if "=" not in pair:
             raise ValueError(f"`--column {pair}` must be NAME=YOURS, such as prompt=caption.")
@@ -78,13 +78,13 @@ def read_table(data: str | Path, data_format: str | None, task: str | None, colu
 
 
 def start_processes() -> PartialState:
-    """Join the processes that a launcher has started, on CPUs too, which accelerate wants to be told."""
+    """Join the processes that a launcher has started; accelerate must be told when they run on CPUs."""
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpu, timeout=LONGEST_WAIT)
 
 
 def _reported(work: Callable[[], BuildReport], output: Path) -> Path:
-    """Do the work; show all bad samples as a table, so that what is left to say fits one line."""
+    """Do the work and print its report; print bad samples as a table, so that the error message fits one line."""
     state = start_processes()
     try:
         report = work()
@@ -92,17 +92,18 @@ def _reported(work: Callable[[], BuildReport], output: Path) -> Path:
         if state.is_main_process:
             console.print(offenders_table(error.offenders, error.total))
         raise ValueError(
-            f"{count_problems(error.offenders, error.total)}: repair or remove them, or pass `--on-bad-data skip`."
+            f"{count_problems(error.offenders, error.total)}: repair or remove the samples, or pass "
+            "`--on-bad-data skip`."
         ) from error
     finally:
-        state.destroy_process_group()  # a process that leaves its group open can die at its exit
+        state.destroy_process_group()  # a process that exits with an open group can crash
     if state.is_main_process:
         _show(report, output)
     return output
 
 
 def _show(report: BuildReport, output: Path) -> None:
-    """What had changed, what was left out, and what there is now."""
+    """Print the samples that changed, those that were skipped, and the buckets of the cache."""
     if report.changed:
         title = f"Changed and computed again: {len(report.changed)}"
         table = Table("sample", "what differs", title=title, title_justify="left")

@@ -1,4 +1,4 @@
-"""What `omni-video eval shapes` takes and does; light until it runs."""
+"""The command `eval shapes`: its flags, checks and output. The evaluation is imported when it runs."""
 
 from enum import StrEnum
 from importlib import import_module
@@ -14,14 +14,14 @@ from .console import UsageProblem
 if TYPE_CHECKING:
     from ..pipelines.pipeline_omni_video import OmniVideoPipeline
 
-Count = Annotated[int, typer.Option(min=1, help="Examples of each line and split.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of examples and noise.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Examples drawn at once.")]
-Lines = Annotated[list[str] | None, typer.Option("--line", help="Only this line of the table. Repeatable.")]
+Count = Annotated[int, typer.Option(min=1, help="Number of examples for each line and split of the table.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the examples and of the noise.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Number of examples generated at once.")]
+Lines = Annotated[list[str] | None, typer.Option("--line", help="Measure only this line of the table. Repeatable.")]
 
 
 class Sources(StrEnum):
-    """What draws the sources of edits."""
+    """Renderer of the sources of edits."""
 
     renderer = "renderer"
     other_renderer = "other-renderer"
@@ -29,17 +29,17 @@ class Sources(StrEnum):
 
 SourcesOption = Annotated[
     Sources,
-    typer.Option(help="What draws the sources of edits: that of the training data, or another."),
+    typer.Option(help="Renderer of the sources of edits: that of the training data, or another one."),
 ]
-Folder = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for JSON and contact sheets.")]
+Folder = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the JSON file and the images.")]
 
 
 def check(lines: list[str] | None, output: Path | None, sources: str) -> None:
     """
-    Refuse what would fail after the work.
+    Check the arguments before the evaluation.
 
     Raises:
-        UsageProblem: for a line that is not measured (with such sources), and a folder that cannot be written.
+        UsageProblem: for a line that is not measured (with such sources), and for a folder that cannot be written to.
     """
     try:
         import_module("..shapes.evaluate", __package__).checked_lines(lines, sources)
@@ -51,7 +51,9 @@ def check(lines: list[str] | None, output: Path | None, sources: str) -> None:
             with TemporaryFile(dir=output):
                 pass
         except OSError as error:
-            raise UsageProblem(f"`--output {output}`: is no folder that takes files ({error.strerror}).") from error
+            raise UsageProblem(
+                f"`--output {output}`: no file can be written to this folder ({error.strerror}). Choose another."
+            ) from error
 
 
 def evaluate(
@@ -64,7 +66,7 @@ def evaluate(
     output: Path | None,
     sources: str,
 ) -> None:
-    """Print the table of a checkpoint, and write JSON and pictures (see `shapes.evaluate.Evaluation`)."""
+    """Print the table of a checkpoint, and write JSON and images (see `shapes.evaluate.Evaluation`)."""
     module = import_module("..shapes.evaluate", __package__)
     pipe.set_progress_bar_config(disable=True)
     evaluation = module.Evaluation(pipe, count, seed, batch_size, steps, sources)

@@ -1,4 +1,4 @@
-"""What `generate`, `edit` and `ask` do, once their flags are read; imports the pipeline."""
+"""The work of `generate`, `edit` and `ask`: check the request, load the pipeline, run it, write files."""
 
 import json
 import secrets
@@ -21,17 +21,17 @@ from ..pipelines.pipeline_omni_video import OmniVideoPipeline
 from ..shapes import CHECKPOINT_NAME
 from ..tasks import find_task
 from ..utils.masking import mask_tokens
-from .checks import SHAPES, Drawing, Loading
+from .checks import SHAPES, GenerationOptions, Loading
 from .console import UsageProblem, as_usage, console, note, result
 from .output import OutputFile
 from .preflight import Outline
 
-SEEDS = 2**32  # a seed that is drawn lies below: short enough to be typed again
+SEEDS = 2**32  # random seeds lie below this number, so that they are short to type
 
 
 @dataclass(frozen=True)
 class Printing:
-    """How results are told: `quiet` leaves out notes, settings and progress; `as_json` prints an object a line."""
+    """How results are printed: `quiet` omits notes, settings and progress; `as_json` prints one object per line."""
 
     quiet: bool = False
     as_json: bool = False
@@ -39,7 +39,7 @@ class Printing:
 
 @dataclass(frozen=True)
 class Job:
-    """One call of the pipeline, and the file that it fills."""
+    """One call of the pipeline, and the file for its result."""
 
     prompt: str
     seed: int
@@ -49,37 +49,38 @@ class Job:
 
 
 def generate(
-    prompts: Sequence[str], outputs: Sequence[OutputFile], task: str | None, loading: Loading, drawing: Drawing,
-    printing: Printing,
+    prompts: Sequence[str], outputs: Sequence[OutputFile], task: str | None, loading: Loading,
+    options: GenerationOptions, printing: Printing,
 ) -> None:  # fmt: skip
     """Generate one file for every prompt and seed."""
     outline = Outline.of(loading)
-    negative = [] if drawing.negative_prompt is None else [drawing.negative_prompt]
-    outline.check(task, [*prompts, *negative], drawing, {})
-    seeds = _seeds(drawing)
+    negative = [] if options.negative_prompt is None else [options.negative_prompt]
+    outline.check(task, [*prompts, *negative], options, {})
+    seeds = _seeds(options)
     jobs = [
         Job(prompt, seed, output, {})
         for (prompt, seed), output in zip(((p, s) for p in prompts for s in seeds), outputs, strict=True)
     ]
-    _run(jobs, task, outline, loading, drawing, printing)
+    _run(jobs, task, outline, loading, options, printing)
 
 
 def edit(
     sources: Sequence[str], instruction: str, outputs: Sequence[OutputFile], output_kind: str | None,
-    loading: Loading, drawing: Drawing, printing: Printing,
+    loading: Loading, options: GenerationOptions, printing: Printing,
 ) -> None:  # fmt: skip
-    """Edit every source, with every seed."""
+    """Edit every source with every seed."""
     outline = Outline.of(loading)
-    texts = [instruction, *([] if drawing.negative_prompt is None else [drawing.negative_prompt])]
+    texts = [instruction, *([] if options.negative_prompt is None else [options.negative_prompt])]
     opened = [dict([open_media(source)]) for source in sources]
     for source, media in zip(sources, opened, strict=True):
         kind = next(iter(media))
         if output_kind not in (None, kind):
             raise UsageProblem(
-                f"`--output` names {output_kind} files: that does not fit an edit of the {kind} {source}."
+                f"`--output` has the suffix of {output_kind} files, but the source {source} is of kind {kind}, and an "
+                f"edit keeps it: choose a suffix for {kind} files."
             )
-        outline.check(_edit_task(media), texts, drawing, media)
-    seeds = _seeds(drawing)
+        outline.check(_edit_task(media), texts, options, media)
+    seeds = _seeds(options)
     jobs = [
         Job(instruction, seed, output, media, source)
         for (source, media, seed), output in zip(
@@ -88,7 +89,7 @@ def edit(
             strict=True,
         )
     ]
-    _run(jobs, None, outline, loading, drawing, printing)
+    _run(jobs, None, outline, loading, options, printing)
 
 
 def ask(
@@ -97,13 +98,13 @@ def ask(
     """Answer one question about every source."""
     check_device(loading)
     opened = [dict([open_media(source)]) for source in sources]
-    (seed,) = _seeds(Drawing(seed=seed))
+    (seed,) = _seeds(GenerationOptions(seed=seed))
     pipe = load(loading, printing)
     for source, media in zip(sources, opened, strict=True):
         options = {"task": find_task(None, "text"), "max_new_tokens": max_new_tokens, "generator": _generator(seed)}
         text = pipe(question, **media, **options).text[0]
         if not text and not printing.quiet:
-            note("the model ended its answer before the first word.")
+            note("the answer of the model is empty.")
         if printing.as_json:
             result(json.dumps({"source": source, "question": question, "text": text, "seed": seed}))
         else:
@@ -111,11 +112,11 @@ def ask(
 
 
 def load(loading: Loading, printing: Printing | None = None) -> OmniVideoPipeline:
-    """The pipeline, on its device and set up as asked."""
+    """Load the pipeline and place it on its device, with the LoRA, backend and offloading of the flags."""
     printing = printing or Printing()
     if loading.place == SHAPES and not printing.quiet:
         note(
-            f"without --model, {CHECKPOINT_NAME} draws and knows one shape, such as"
+            f"--model is not given, so {CHECKPOINT_NAME} is used. It generates one moving shape, such as"
             ' "a large red circle moving left on a black background".'
         )
     device = loading.device or _best_device()
@@ -146,7 +147,7 @@ def load(loading: Loading, printing: Printing | None = None) -> OmniVideoPipelin
 
 
 def check_device(loading: Loading) -> None:
-    """Refuse what the device cannot do, before anything is loaded."""
+    """Refuse a device that does not exist or does not support the flags, before anything is loaded."""
     device = loading.device or _best_device()
     try:
         kind = torch.device(device).type
@@ -156,7 +157,10 @@ def check_device(loading: Loading) -> None:
         raise UsageProblem(f"`--device {device}`: this machine, or this build of torch, has no CUDA device.")
     for flag, choice in (("--cpu-offload", loading.cpu_offload), ("--memory", loading.memory)):
         if choice is not None and kind == "cpu":
-            raise UsageProblem(f"`{flag} {choice}` needs an accelerator; the device is the CPU.")
+            raise UsageProblem(
+                f"`{flag} {choice}` needs an accelerator, but the device is {device}: leave `{flag}` out, or choose "
+                "another `--device`."
+            )
 
 
 def _best_device() -> str:
@@ -170,10 +174,10 @@ def _edit_task(media: dict[str, Any]) -> str:
     return find_task(kind, kind)
 
 
-def _seeds(drawing: Drawing) -> list[int]:
-    """One seed for each result of a prompt: the given one and those after it, or after one that is drawn."""
-    first = secrets.randbelow(SEEDS) if drawing.seed is None else drawing.seed
-    return [first + number for number in range(drawing.count)]
+def _seeds(options: GenerationOptions) -> list[int]:
+    """The seeds of the results of a prompt: consecutive numbers from `--seed`, or from a random number."""
+    first = secrets.randbelow(SEEDS) if options.seed is None else options.seed
+    return [first + number for number in range(options.count)]
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -181,9 +185,14 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def _run(
-    jobs: Sequence[Job], task: str | None, outline: Outline, loading: Loading, drawing: Drawing, printing: Printing
+    jobs: Sequence[Job],
+    task: str | None,
+    outline: Outline,
+    loading: Loading,
+    options: GenerationOptions,
+    printing: Printing,
 ) -> None:
-    """Load the model, and do one job after the other; what is written stays, whatever comes after it."""
+    """Load the model, and run the jobs one by one. Files of finished jobs stay when a later job fails."""
     check_device(loading)
     if loading.attention_backend is not None:
         with as_usage():
@@ -191,23 +200,23 @@ def _run(
     if any(job.output.kind != "image" for job in jobs):
         check_pyav()
     pipe = load(loading, printing)
-    settings = drawing.settings()
-    if drawing.max_context_length is not None:
-        settings["max_context_length"] = drawing.max_context_length
-    if drawing.source_guidance_scale is not None:
-        settings["source_guidance_scale"] = drawing.source_guidance_scale
+    settings = options.settings()
+    if options.max_context_length is not None:
+        settings["max_context_length"] = options.max_context_length
+    if options.source_guidance_scale is not None:
+        settings["source_guidance_scale"] = options.source_guidance_scale
     for job in jobs:
         with job.output:
             job_task = _edit_task(job.media) if job.media else task
             output = pipe(job.prompt, **job.media, task=job_task, generator=_generator(job.seed), **settings)
             if output.text is not None:
-                _tell_answer(job, output.text[0], printing)
+                _print_answer(job, output.text[0], printing)
             else:
                 _write(job, output, _record(job, output, loading, outline), printing)
 
 
 def _record(job: Job, output: OmniVideoPipelineOutput, loading: Loading, outline: Outline) -> dict[str, Any]:
-    """What a file says about how it was made: plain values, without access tokens."""
+    """The record of how a file was generated, stored in the file: plain values, with access tokens masked."""
     settings = {name: value for name, value in output.settings.items() if value is not None}
     record = {
         "prompt": job.prompt,
@@ -224,7 +233,7 @@ def _record(job: Job, output: OmniVideoPipelineOutput, loading: Loading, outline
 
 
 def _write(job: Job, output: OmniVideoPipelineOutput, record: dict[str, Any], printing: Printing) -> None:
-    """Write the file and say what was done."""
+    """Write the file, then print its name, the settings and the notes."""
     frames = output.frames[0]
 
     def write(path: Path) -> None:
@@ -236,7 +245,10 @@ def _write(job: Job, output: OmniVideoPipelineOutput, record: dict[str, Any], pr
     path = job.output.write(write, "image" if output.fps is None else "video")
     notes = list(output.notes)
     if job.output.path is not None and path != job.output.path:
-        notes.append(f"{job.output.path} was made by somebody else meanwhile and stays; the result is in {path}.")
+        notes.append(
+            f"{job.output.path} was created by another process during the generation and is not replaced; the result "
+            f"is in {path}."
+        )
     if printing.as_json:
         result(json.dumps({"file": str(path), "task": output.task, "fps": output.fps, "notes": notes} | record))
         return
@@ -247,15 +259,15 @@ def _write(job: Job, output: OmniVideoPipelineOutput, record: dict[str, Any], pr
     result(str(path))
 
 
-def _tell_answer(job: Job, text: str, printing: Printing) -> None:
-    """An answer in the place of a picture goes to stdout."""
+def _print_answer(job: Job, text: str, printing: Printing) -> None:
+    """Print a text that the model answered instead of generating a file."""
     if not text and not printing.quiet:
-        note("the model ended its answer before the first word.")
+        note("the answer of the model is empty.")
     result(json.dumps({"prompt": job.prompt, "text": text, "seed": job.seed}) if printing.as_json else text)
 
 
 def _print_settings(settings: dict[str, Any]) -> None:
-    """Every setting but the prompt as a table on stderr; values are shown as they are, markup included."""
+    """Print every setting but the prompt as a table to stderr. Markup in values is printed literally."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in settings.items():
         if value is not None and name != "prompt":

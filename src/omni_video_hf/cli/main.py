@@ -1,4 +1,4 @@
-"""The `omni-video` command: its flags. What a command does is imported when it runs."""
+"""The `omni-video` command: commands and their flags. The code that does the work is imported when a command runs."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ from . import evaluate as shapes_cli
 from . import train as training_cli
 from .checks import (
     SHAPES,
-    Drawing,
+    GenerationOptions,
     Loading,
     check_repository,
     check_sources,
@@ -43,7 +43,7 @@ app.add_typer(evaluations, name="eval")
 
 
 class CpuOffload(StrEnum):
-    """How weights are kept off the device while they are not needed."""
+    """How diffusers moves weights between main memory and the device."""
 
     model = "model"
     group = "group"
@@ -55,7 +55,11 @@ Memory = StrEnum("Memory", {name: name for name in ("24GB", "16GB", "12GB", "8GB
 Model = Annotated[
     str,
     typer.Option(
-        "--model", "-m", help="Folder or Hub repository.", envvar="OMNI_VIDEO_MODEL", show_default=CHECKPOINT_NAME
+        "--model",
+        "-m",
+        help="Folder of a model, or its Hub repository.",
+        envvar="OMNI_VIDEO_MODEL",
+        show_default=CHECKPOINT_NAME,
     ),
 ]
 Output = Annotated[
@@ -66,33 +70,41 @@ Output = Annotated[
         help="File to write: .mp4, or .png .jpg .webp. Several results are numbered: fox.mp4, fox-1.mp4 ...",
     ),
 ]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="As stored by default.")]
-Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu ...; the best there is by default.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the noise and of sampled answers; a new one by default.")]
-Count = Annotated[int, typer.Option("--count", "-n", min=1, help="Results of each prompt, of one seed after another.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
-SourceConditioning = StrEnum("SourceConditioning", {name: name for name in ("both", "channels")})
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Dtype of the weights. Default: as stored.")]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu ... Default: cuda, else mps, else cpu.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the noise and of sampled answers. Default: a random seed.")]
+Count = Annotated[
+    int, typer.Option("--count", "-n", min=1, help="Results per prompt or source, with seeds seed, seed+1 ...")
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Number of denoising steps.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="uncond + scale * (cond - uncond); 1 turns guidance off.")]
 SourceGuidanceScale = Annotated[
     float | None,
     typer.Option(help="Above 1, the result stays closer to the source; for models trained with source dropout."),
 ]
-FlowShift = Annotated[float | None, typer.Option(help="Shift of the sigmas towards noise.")]
+FlowShift = Annotated[float | None, typer.Option(help="Shift of the sigmas; above 1, more steps are at high noise.")]
+SourceConditioning = StrEnum("SourceConditioning", {name: name for name in ("both", "channels")})
 Size = Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Size in pixels, e.g. 832x480.")]
 Frames = Annotated[int | None, typer.Option(min=1, help="Number of frames, 4n+1.")]
-Fps = Annotated[float | None, typer.Option(help="Frames per second of the output; a source video is resampled.")]
-NegativePrompt = Annotated[str | None, typer.Option(help="The checkpoint's stored one by default.")]
-MaxContextLength = Annotated[int | None, typer.Option(min=1, help="Raise the limit of context tokens.")]
-Offload = Annotated[CpuOffload | None, typer.Option("--cpu-offload", help="Keep idle weights in main memory.")]
+Fps = Annotated[float | None, typer.Option(help="Frames per second of the output; a source video is resampled to it.")]
+NegativePrompt = Annotated[
+    str | None, typer.Option(help="Negative prompt. Default: the one stored in the checkpoint.")
+]
+MaxContextLength = Annotated[
+    int | None, typer.Option(min=1, help="Raise the limit of context tokens, for larger or longer sources.")
+]
+Offload = Annotated[
+    CpuOffload | None, typer.Option("--cpu-offload", help="Keep weights that are not in use in main memory.")
+]
 MemoryOption = Annotated[
     Memory | None,
-    typer.Option("--memory", help="Format, quantisation, offloading for an accelerator of this size."),
+    typer.Option("--memory", help="Choose dtype, quantisation and offloading for an accelerator of this size."),
 ]
-AttentionBackend = Annotated[str | None, typer.Option(help="A diffusers attention backend, e.g. flash, sage.")]
+AttentionBackend = Annotated[str | None, typer.Option(help="Attention backend of diffusers, e.g. flash, sage.")]
 Lora = Annotated[str | None, typer.Option(help="LoRA file or repository, or JSON arguments of load_lora_weights.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a result, on a line of its own.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print every result as a JSON object on one line.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -113,10 +125,10 @@ def omni_video(
 @app.command()
 def generate(
     prompt: Annotated[
-        list[str] | None, typer.Argument(help="What to draw; several texts, or - for the lines of stdin.")
+        list[str] | None, typer.Argument(help="Prompts. `-` reads them from stdin, one per line.")
     ] = None,
     prompts_file: Annotated[
-        str | None, typer.Option("--prompts-file", metavar="FILE", help="Prompts, one a line; - for stdin.")
+        str | None, typer.Option("--prompts-file", metavar="FILE", help="File with one prompt per line; - for stdin.")
     ] = None,
     model: Model = SHAPES,
     output: Output = None,
@@ -143,30 +155,30 @@ def generate(
     verbose: Verbose = False,
 ) -> None:
     """
-    Draw videos or images from text.
+    Generate videos or images from text.
 
-    The suffix of --output says which of the two; without --output the model decides, and may answer in text. Without
-    --output files are called output.mp4 or output.png, then output-1.mp4 and so on: nothing is replaced.
+    The suffix of --output selects video or image. Without --output the model decides, and may answer in text; files
+    are then named output.mp4 or output.png, and output-1.mp4 ... when the name is taken. No file is replaced.
     """
     with one_line_errors(verbose, light=True):
         loading = Loading(model, dtype, device, cpu_offload, memory, attention_backend, lora, revision, token)
-        drawing = Drawing(
+        options = GenerationOptions(
             size=size, frames=frames, fps=fps, steps=steps, guidance_scale=guidance_scale, flow_shift=flow_shift,
             seed=seed, count=count, negative_prompt=negative_prompt,
         )  # fmt: skip
-        drawing.check_format(output)
+        options.check_format(output)
         task = None if output is None else find_task(None, output_kind(output))
         prompts = read_prompts(prompt, prompts_file)
         outputs = planned_outputs(output, len(prompts) * count, overwrite)
         with outputs[0]:
             work = _generation(verbose, quiet)
-            work.generate(prompts, outputs, task, loading, drawing, work.Printing(quiet, as_json))
+            work.generate(prompts, outputs, task, loading, options, work.Printing(quiet, as_json))
 
 
 @app.command()
 def edit(
-    source: Annotated[list[str], typer.Argument(help="Video or image to edit: file or URL, or several.")],
-    instruction: Annotated[str, typer.Argument(help="What to change.")],
+    source: Annotated[list[str], typer.Argument(help="Files or URLs of the videos or images to edit.")],
+    instruction: Annotated[str, typer.Argument(help="What to change in them.")],
     model: Model = SHAPES,
     output: Output = None,
     negative_prompt: NegativePrompt = None,
@@ -196,33 +208,33 @@ def edit(
     """
     Edit videos or images by instruction.
 
-    Size, frame rate and length stay those of the source unless told otherwise. With --frames alone, that many frames
-    are taken evenly from the whole clip; with --fps as well, from its start. Several sources are edited one after the
-    other by the same instruction.
+    By default the result has the size, frame rate and length of its source. --frames alone takes that many frames at
+    equal distances from the whole video; --frames with --fps takes them from its start, at that rate. Several sources
+    are edited one after the other with the same instruction.
     """
     with one_line_errors(verbose, light=True):
         loading = Loading(model, dtype, device, cpu_offload, memory, attention_backend, lora, revision, token)
-        drawing = Drawing(
+        options = GenerationOptions(
             size=size, frames=frames, fps=fps, steps=steps, guidance_scale=guidance_scale, flow_shift=flow_shift,
             max_context_length=max_context_length, seed=seed, count=count, negative_prompt=negative_prompt,
             source_guidance_scale=source_guidance_scale,
         )  # fmt: skip
-        drawing.check_format(output)
+        options.check_format(output)
         check_text("INSTRUCTION", instruction)
         kind = None if output is None else output_kind(output)
         check_sources(source)
         outputs = planned_outputs(output, len(source) * count, overwrite)
         with outputs[0]:
             work = _generation(verbose, quiet)
-            work.edit(source, instruction, outputs, kind, loading, drawing, work.Printing(quiet, as_json))
+            work.edit(source, instruction, outputs, kind, loading, options, work.Printing(quiet, as_json))
 
 
 @app.command()
 def ask(
-    source: Annotated[list[str], typer.Argument(help="Video or image to ask about: file or URL, or several.")],
-    question: Annotated[str, typer.Argument(help="The question.")],
+    source: Annotated[list[str], typer.Argument(help="Files or URLs of the videos or images to ask about.")],
+    question: Annotated[str, typer.Argument(help="The question to answer.")],
     model: Model = SHAPES,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 512,
     seed: Seed = None,
     dtype: DtypeOption = None,
     device: Device = None,
@@ -235,10 +247,10 @@ def ask(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Answer a question about videos or images; each answer comes behind its source's name where there are several."""
+    """Answer a question about videos or images. With several sources, each answer follows the name of its source."""
     with one_line_errors(verbose, light=True):
         loading = Loading(model, dtype, device, cpu_offload, memory, None, lora, revision, token)
-        Drawing(seed=seed)
+        GenerationOptions(seed=seed)
         check_text("QUESTION", question)
         check_sources(source)
         work = _generation(verbose, quiet)
@@ -248,18 +260,20 @@ def ask(
 @app.command()
 def info(
     model: Annotated[
-        str, typer.Argument(metavar="REPO_OR_FILE", help="Folder or Hub repository; or a generated video or image.")
+        str,
+        typer.Argument(metavar="REPO_OR_FILE", help="Folder or Hub repository of a model, or a generated file."),
     ] = CHECKPOINT_NAME,
     revision: Revision = None,
     token: Token = None,
-    memory: Annotated[bool, typer.Option("--memory", help="What every memory profile needs, instead.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Show how much memory every profile needs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """
-    Show the parts of a repository, or the memory it needs, from its headers alone: nothing is loaded.
+    Show the components of a repository, the memory it needs, or how a file was generated.
 
-    Of a file that `generate` or `edit` wrote: prompt, seed, settings, model and revision.
+    Only headers of the weights are read; nothing is loaded. For a file that `generate` or `edit` wrote, the command
+    shows its prompt, seed, settings, model and revision.
     """
     with one_line_errors(verbose, light=True):
         work = import_module("..hub.inspection", __package__)
@@ -292,9 +306,9 @@ def train(
     verbose: Verbose = False,
 ) -> None:
     """
-    Train from a recipe. Any setting can be overridden: --learning_rate 1e-5 --losses.alignment squared_l2.
+    Train with a recipe. Any setting can be overridden: --learning_rate 1e-5 --losses.alignment squared_l2.
 
-    Run it under `accelerate launch` for several GPUs; see docs/training.md.
+    Start it with `accelerate launch` to use several GPUs; see docs/training.md.
     """
     with one_line_errors(verbose):
         folder = training_cli.train(config, [*context.args, *(["--resume"] if resume else [])])
@@ -304,14 +318,14 @@ def train(
 
 @app.command()
 def push(
-    source: Annotated[str, typer.Argument(metavar="DIR_OR_REPO", help="Folder, or Hub repository to copy.")],
-    target: Annotated[str, typer.Argument(help="Hub repository, `owner/name`; created if need be.")],
+    source: Annotated[str, typer.Argument(metavar="DIR_OR_REPO", help="Folder to push, or Hub repository to copy.")],
+    target: Annotated[str, typer.Argument(help="Hub repository, `owner/name`; created if it does not exist.")],
     private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch of the target, created if need be.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch of the target; created if it does not exist.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
     message: Annotated[str | None, typer.Option("--message", help="Title of the commit or pull request.")] = None,
     base: Annotated[
-        str | None, typer.Option(help="Repository to take what a saved model lacks from, such as its VAE.")
+        str | None, typer.Option(help="Repository from which missing components are taken, such as the VAE.")
     ] = None,
     token: Token = None,
     verbose: Verbose = False,
@@ -319,11 +333,11 @@ def push(
     """
     Push a repository or a LoRA to the Hub, in one commit.
 
-    Run it again after an interruption: what has arrived is not sent again.
+    After an interruption run the same command again: files that were uploaded already are not sent again.
     """
     with one_line_errors(verbose, light=True):
         if target.count("/") != 1:
-            raise UsageProblem(f"`{target}` must be a Hub repository, `owner/name`.")
+            raise UsageProblem(f"`TARGET` must be a Hub repository, `owner/name`, got {target}.")
         check_repository(source)
         start_libraries(verbose)
         publishing = import_module("..hub.push", __package__)
@@ -345,18 +359,20 @@ def push(
 
 @app.command()
 def card(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A repository, or a folder with a LoRA.")],
-    name: Annotated[str, typer.Argument(metavar="REPO", help="What it is called on the Hub, `owner/name`.")],
-    base: Annotated[str | None, typer.Option(help="Hub repository it was made from.")] = None,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a model or of a LoRA.")],
+    name: Annotated[str, typer.Argument(metavar="REPO", help="Its name on the Hub, `owner/name`.")],
+    base: Annotated[str | None, typer.Option(help="Hub repository of the base model.")] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Write the model card of a folder, from what is known about it. A card that a person edited stays as it is."""
+    """Write the model card of a folder from the folder's files. A card that a person edited is not replaced."""
     with one_line_errors(verbose, light=True):
         if not folder.is_dir():
-            raise UsageProblem(f"{folder}: is not a folder.")
+            raise UsageProblem(f"`DIR` must be an existing folder, got {folder}.")
         start_libraries(verbose)
         if not import_module("..hub.model_card", __package__).write_model_card(folder, name, base):
-            raise ValueError(f"{folder / 'README.md'}: was written or edited by a person; move it away for a new one.")
+            raise ValueError(
+                f"{folder / 'README.md'}: this card was written or edited by a person. Move it away to get a new one."
+            )
         result(str(folder / "README.md"))
 
 
@@ -377,9 +393,10 @@ def evaluate_shapes(
     verbose: Verbose = False,
 ) -> None:
     """
-    Score a checkpoint of Omni-Video Shapes: a table with confidence intervals, as JSON and as pictures.
+    Measure a checkpoint of Omni-Video Shapes: print a table with confidence intervals.
 
-    A judge without any learned part reads what was drawn off its pixels.
+    --output also saves the table as JSON and generated examples as images. The results are judged by their pixels,
+    without a learned model.
     """
     with one_line_errors(verbose, light=True):
         loading = Loading(model, dtype, device, revision=revision, token=token)
@@ -420,13 +437,13 @@ app.command("import-features")(data_cli.import_features_command)
 
 
 def _generation(verbose: bool, quiet: bool = False) -> ModuleType:
-    """What draws, edits and answers; importing it takes seconds."""
+    """Import and return the module behind `generate`, `edit` and `ask`; importing it takes seconds."""
     start_libraries(verbose, quiet)
     return import_module(".generation", __package__)
 
 
 def run() -> int:
-    """Run the command of `sys.argv`; returns its exit code. Nothing that it prints has access tokens in it."""
+    """Run the command of `sys.argv` and return its exit code. Access tokens are masked in everything it prints."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(MaskedStream, streams)
     try:

@@ -1,4 +1,4 @@
-"""Options that several groups of commands share."""
+"""Command-line options that several groups of commands share: dtype, revision, token, verbose."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -20,6 +20,8 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the
 Token = Annotated[
     str | None, typer.Option(envvar="HF_TOKEN", show_envvar=False, callback=checked_token, help="Hub token.")
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show library messages, and the traceback of an error.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Show messages of the libraries, and the traceback of an error.")
+]
 
 __all__ = ["Dtype", "Revision", "Token", "Verbose"]

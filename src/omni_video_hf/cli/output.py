@@ -1,4 +1,4 @@
-"""Files that the commands write: checked and opened before the work, never lost after it."""
+"""Output files of the commands: names and folders are checked before the work, results are never lost after it."""
 
 import os
 import secrets
@@ -16,22 +16,22 @@ from .console import UsageProblem
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4",)
 DEFAULT_STEM = "output"
-PARTIAL = ".omni-video-{pid}-{random}.partial"  # of a process that is gone, it can be removed
-NAME_BYTES = 255  # the longest name of a file that file systems take
+PARTIAL = ".omni-video-{pid}-{random}.partial"  # safe to remove once process `pid` has ended
+NAME_BYTES = 255  # maximum length of a file name in usual file systems
 
 Kind = Literal["image", "video"]
 
 
 class UnwrittenError(OSError):
-    """The result could not be written where it was wanted; the message says where it is instead."""
+    """The result could not be written to the requested file; the message names the file that contains it instead."""
 
 
 def output_kind(path: Path) -> Kind:
     """
-    Whether a file is to be an image or a video, by its suffix.
+    The kind of an output file, image or video, from its suffix.
 
     Raises:
-        UsageProblem: for another suffix.
+        UsageProblem: for any other suffix.
     """
     suffix = path.suffix.lower()
     if suffix not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
@@ -42,7 +42,7 @@ def output_kind(path: Path) -> Kind:
 
 
 def numbered(path: Path) -> Iterator[Path]:
-    """`name.mp4`, `name-1.mp4`, `name-2.mp4` and so on; a stem that is too long for a number loses its end."""
+    """Yield `name.mp4`, `name-1.mp4`, `name-2.mp4` and so on; a stem that is too long for a number is shortened."""
     yield path
     number = 0
     while True:
@@ -56,19 +56,19 @@ def numbered(path: Path) -> Iterator[Path]:
 
 class OutputFile:
     """
-    One file to write: its folder is known to take it before the work, and what was made is never thrown away.
+    One file to write. Its folder is checked before the work, and a finished result is never discarded.
 
-    [`open`] makes a file under a name of its own, `.omni-video-PID-....partial`. [`write`] fills it and gives it its
-    final name, which never holds half a file. Without `path` the name is `output.mp4` or `output.png`, and a name that
-    is taken counts up: `output-1.mp4`, also where another process took it since.
+    [`open`] creates a temporary file, `.omni-video-PID-....partial`. [`write`] fills it and renames it to the final
+    name, so that no file under a final name is incomplete. Without `path` the name is `output.mp4` or `output.png`. If
+    the name is taken, also by another process during the work, a number is added: `output-1.mp4`.
 
     Args:
-        path: the wanted file; `None` for the default name in the current folder.
-        overwrite: replace a file that exists.
+        path: the requested file; `None` for the default name in the current folder.
+        overwrite: replace an existing file.
 
     Raises:
-        UsageProblem: for a name that cannot be written, and one that is taken; by [`open`], for a folder that takes no
-            file.
+        UsageProblem: for a name that cannot be written and for a file that exists; from [`open`], for a folder in
+            which no file can be created.
     """
 
     def __init__(self, path: Path | None, overwrite: bool = False) -> None:
@@ -79,11 +79,11 @@ class OutputFile:
 
     @property
     def kind(self) -> Kind | None:
-        """What it is to be; `None` where the model decides."""
+        """Kind of the file, image or video; `None` if the model decides."""
         return None if self.path is None else output_kind(self.path)
 
     def open(self) -> "OutputFile":
-        """Make sure that the folder takes a file; see the class. Without effect when that was done already."""
+        """Create the temporary file, to check that the folder can be written to. A second call does nothing."""
         if self.partial is None:
             self.partial = self._open_partial(Path() if self.path is None else self.path.parent)
         return self
@@ -113,7 +113,7 @@ class OutputFile:
             raise UsageProblem(f"`--output {path}`: the folder {path.parent} does not exist.")
 
     def _open_partial(self, folder: Path) -> Path:
-        """An empty file of this process; a name that somebody has planted is never opened."""
+        """Create an empty file of this process; `O_EXCL` never opens a file or link that exists."""
         while True:
             partial = folder / PARTIAL.format(pid=os.getpid(), random=secrets.token_hex(6))
             try:
@@ -123,24 +123,24 @@ class OutputFile:
             except OSError as error:
                 named = "the current folder" if self.path is None else f"`--output {self.path}`: the folder {folder}"
                 raise UsageProblem(
-                    f"{named} takes no new file ({error.strerror}). Choose a file in another folder with `--output`."
+                    f"{named} cannot be written to ({error.strerror}). Choose another folder with `--output`."
                 ) from error
             return partial
 
     def write(self, write: Callable[[Path], None], kind: Kind) -> Path:
         """
-        Write the result and give it its name.
+        Write the result and rename it to its final name.
 
         Args:
-            write: writes a file of the name it is given, which has the right suffix.
-            kind: decides the suffix where no name was asked for.
+            write: function that writes the result to the path it gets; the path has the right suffix.
+            kind: kind of the result, which determines the suffix if no name was requested.
 
         Returns:
-            Where it is. It is another name than the wanted one where that was taken meanwhile.
+            Path of the file. It differs from the requested one if another process took that name meanwhile.
 
         Raises:
-            UnwrittenError: when the folder cannot take it any more. The result lies in a temporary folder then, which
-                the message names.
+            UnwrittenError: if the folder cannot be written to any more. The result is then in a temporary folder,
+                which the message names.
         """
         suffix = {"image": ".png", "video": ".mp4"}[kind] if self.path is None else self.path.suffix
         wanted = self.path or Path(f"{DEFAULT_STEM}{suffix}")
@@ -148,7 +148,7 @@ class OutputFile:
         try:
             write(filled)
             return self._give_name(filled, wanted)
-        except Exception as error:  # FFmpeg's own are no OSError, a full disk included
+        except Exception as error:  # errors of FFmpeg, such as a full disk, are not all OSErrors
             raise self._rescued(write, wanted, error) from error
         finally:
             _remove(filled)
@@ -173,8 +173,8 @@ class OutputFile:
         raise AssertionError("the names never end")
 
     def _rescued(self, write: Callable[[Path], None], wanted: Path, reason: Exception) -> Exception:
-        """Write the result to the first folder that takes it, and say where it is."""
-        for folder in (None, Path.home(), Path("/dev/shm")):  # noqa: S108 - a folder of its own is made in it
+        """Write the result to the first folder that can be written to, and return an error that names the file."""
+        for folder in (None, Path.home(), Path("/dev/shm")):  # noqa: S108 - a new folder is created in it
             try:
                 place = Path(tempfile.mkdtemp(prefix="omni-video-", dir=folder))
             except OSError:
@@ -182,14 +182,14 @@ class OutputFile:
             path = place / (wanted.name if len(os.fsencode(wanted.name)) < NAME_BYTES else f"output{wanted.suffix}")
             try:
                 write(path)
-            except Exception:  # the next folder may do
-                shutil.rmtree(place, ignore_errors=True)  # made just above
+            except Exception:  # try the next folder
+                shutil.rmtree(place, ignore_errors=True)  # created a few lines above
                 continue
-            return UnwrittenError(f"{wanted} could not be written ({reason}). The result is in {path}: move it.")
+            return UnwrittenError(f"{wanted} could not be written ({reason}). The result is in {path}: move it away.")
         return reason
 
     def close(self) -> None:
-        """Remove the file that was opened; without effect after [`write`]."""
+        """Remove the temporary file; does nothing after [`write`]."""
         if self.partial is not None:
             _remove(self.partial)
             self.partial = None
@@ -197,10 +197,10 @@ class OutputFile:
 
 def planned_outputs(path: Path | None, number: int, overwrite: bool) -> list[OutputFile]:
     """
-    The files of `number` results, `name.mp4`, `name-1.mp4` and so on, the first of them opened.
+    The output files of `number` results, `name.mp4`, `name-1.mp4` and so on. The first one is opened.
 
     Raises:
-        UsageProblem: as [`OutputFile`], for any of them.
+        UsageProblem: for any file that cannot be written, see [`OutputFile`].
     """
     if path is None:
         outputs = [OutputFile(None) for _ in range(number)]

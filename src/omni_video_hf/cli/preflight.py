@@ -1,4 +1,4 @@
-"""What can be said about a generation from a repository's configurations, before a weight is loaded."""
+"""Checks of a generation request against the configurations of a repository, before any weights are loaded."""
 
 import json
 from collections.abc import Sequence
@@ -22,21 +22,21 @@ from ..pipelines.guidance import Guidance
 from ..pipelines.pipeline_omni_video import OmniVideoPipeline
 from ..pipelines.presets import check_num_frames
 from ..tasks import find_task, get_task
-from .checks import Drawing, Loading
+from .checks import GenerationOptions, Loading
 from .console import UsageProblem, as_usage
 
-MAX_PROMPT_TOKENS = 512  # of the text encoder, the default of the pipeline's `max_sequence_length`
+MAX_PROMPT_TOKENS = 512  # limit of the text encoder, the default of the pipeline's `max_sequence_length`
 _SMALL_FILES = ["model_index.json", "*/*config.json", "tokenizer/*"]
 
 
 @dataclass(frozen=True)
 class Outline:
     """
-    A repository without its weights.
+    A repository without its weights, for checking arguments.
 
     Args:
-        pipe: a pipeline whose models have no layers and lie nowhere: it checks arguments, and computes nothing.
-        revision: commit of a Hub repository.
+        pipe: pipeline whose models have no layers and are on the meta device; it checks arguments only.
+        revision: commit of a Hub repository, `None` for a folder.
     """
 
     pipe: OmniVideoPipeline
@@ -56,7 +56,9 @@ class Outline:
         index_file = place / "model_index.json"
         check_finished(place)
         if not index_file.is_file():
-            raise ValueError(f"{loading.model}: has no model_index.json, so it is no complete pipeline.")
+            raise ValueError(
+                f"{loading.model}: has no model_index.json, so it is not a complete pipeline. `--model` must be one."
+            )
         index = json.loads(index_file.read_text(encoding="utf-8"))
         parts = {name: _read_config(cls_, place / name) for name, cls_ in _MODELS.items()}
         mllm = _without_layers(OmniVideoConfig.from_pretrained(place / "mllm"))
@@ -74,50 +76,53 @@ class Outline:
             )
         return cls(pipe, revision)
 
-    def check(self, task: str | None, prompts: Sequence[str], drawing: Drawing, media: dict[str, Any]) -> None:
+    def check(
+        self, task: str | None, prompts: Sequence[str], options: GenerationOptions, media: dict[str, Any]
+    ) -> None:
         """
-        Refuse what the pipeline would refuse, and what would fail later.
+        Refuse a request that the pipeline would refuse, or that would fail later.
 
         Args:
-            task: `None` where the model decides.
-            prompts: every text that is to be encoded, the negative prompt too.
-            drawing: the numbers.
-            media: `image` or `video` that is edited.
+            task: task of the request; `None` if the model decides.
+            prompts: all texts that the text encoder gets, including the negative prompt.
+            options: options of what is generated.
+            media: `image` or `video` to edit, as arguments of the pipeline.
 
         Raises:
-            UsageProblem: names the argument, its value and what is allowed.
+            UsageProblem: for a value that is not allowed; the message names the argument, its value and what is
+                allowed.
         """
         with as_usage():
             self._check_prompts(prompts)
-            if drawing.frames is not None:
-                check_num_frames(self.pipe.grid, drawing.frames)
-            if task is not None and get_task(task).output == "image" and drawing.frames not in (None, 1):
-                raise UsageProblem(f"`--frames {drawing.frames}`: the output is one image; leave `--frames` out.")
+            if options.frames is not None:
+                check_num_frames(self.pipe.grid, options.frames)
+            if task is not None and get_task(task).output == "image" and options.frames not in (None, 1):
+                raise UsageProblem(f"`--frames {options.frames}`: the output is one image: leave `--frames` out.")
             for name in [task] if task is not None else [find_task(None, "image"), find_task(None, "video")]:
-                self._check_settings(name, drawing, media)
+                self._check_settings(name, options, media)
 
     def _check_prompts(self, prompts: Sequence[str]) -> None:
         for prompt in prompts:
             length = len(self.pipe.tokenizer(prompt_clean(prompt)).input_ids)
             if length > MAX_PROMPT_TOKENS:
                 raise UsageProblem(
-                    f"The prompt {prompt[:40]!r}... has {length} tokens for the text encoder, which takes "
+                    f"The prompt {prompt[:40]!r}... has {length} tokens for the text encoder, whose limit is "
                     f"{MAX_PROMPT_TOKENS}: shorten it."
                 )
 
-    def _check_settings(self, task: str, drawing: Drawing, media: dict[str, Any]) -> None:
-        values = drawing.settings()
+    def _check_settings(self, task: str, options: GenerationOptions, media: dict[str, Any]) -> None:
+        values = options.settings()
         del values["negative_prompt"]
-        scale = self.pipe.config.presets[task]["guidance_scale"]
-        scale = scale if drawing.guidance_scale is None else drawing.guidance_scale
-        Guidance().with_source_scale(drawing.source_guidance_scale, task, scale)
+        scale = options.guidance_scale
+        scale = self.pipe._preset(task)["guidance_scale"] if scale is None else scale
+        Guidance().with_source_scale(options.source_guidance_scale, task, scale)
         source = Source.of(media.get("video"), media.get("image"), 1)
         if source.videos is None:
             self.pipe.prepare_settings(task, source, **values)
             return
-        self.pipe._guidance_scale = drawing.guidance_scale or 0.0
+        self.pipe._guidance_scale = options.guidance_scale or 0.0
         numbers = [values[name] for name in ("height", "width", "num_frames", "fps")]
-        self.pipe.check_videos_fit(source, *numbers, "error", drawing.max_context_length)
+        self.pipe.check_videos_fit(source, *numbers, "error", options.max_context_length)
 
 
 _MODELS = {"adapter": OmniVideoAdapter, "transformer": WanTransformer3DModel, "vae": AutoencoderKLWan}
@@ -125,12 +130,14 @@ _MODELS = {"adapter": OmniVideoAdapter, "transformer": WanTransformer3DModel, "v
 
 def _read_config(cls: type, folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: has no config.json, so the repository is no complete pipeline.")
+        raise ValueError(
+            f"{folder}: has no config.json, so the repository is not a complete pipeline. Download or save it again."
+        )
     return cls.load_config(folder)
 
 
 def _without_layers(config: OmniVideoConfig) -> OmniVideoConfig:
-    """The configuration with its MLLM's layers left out, which would take time to make."""
+    """The configuration with an MLLM without layers, because creating them takes time."""
     for part in ("text_config", "vision_config"):
         with suppress(AttributeError):
             getattr(config.mllm_config, part).num_hidden_layers = 0

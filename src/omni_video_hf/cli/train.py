@@ -1,4 +1,4 @@
-"""What `omni-video train` takes and does."""
+"""The command `train`: its flags, the long help, training and `--export`."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -19,22 +19,24 @@ Config = Annotated[
     typer.Option(
         "--config",
         "-c",
-        help="Recipe: a YAML file, or a shipped one: align, connect_text, connect, joint, decoder, understand, lora.",
+        help="Recipe: a YAML file, or one of align, connect_text, connect, joint, decoder, understand, lora.",
     ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint, if there is one.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume from the last complete checkpoint, if there is one.")]
 
 
 EXPORT = "--export"
 
 
 class TrainCommand(TyperCommand):
-    """A command whose help goes on with every setting that a recipe or the command line may give."""
+    """A command whose help also lists every setting of recipes and command line."""
 
     def format_help(self, ctx: typer.Context, formatter: Any) -> None:
-        """Options as usual, then the settings; they are read off the sources, and nothing heavy is imported."""
+        """Print the options, then the settings, which are parsed from source files without importing torch."""
         super().format_help(ctx, formatter)
-        typer.echo(f"\nInstead of training, {EXPORT} RUN/checkpoint-N DIR writes the pipeline of a checkpoint.")
+        typer.echo(
+            f"\nWith {EXPORT} RUN/checkpoint-N DIR, nothing is trained: a checkpoint is exported as a pipeline."
+        )
         for title, settings in import_module(".train_help", __package__).settings_of_runs().items():
             typer.echo(f"\n{title}, as `--name value` or in a recipe:\n")
             for setting in settings:
@@ -45,13 +47,17 @@ class TrainCommand(TyperCommand):
 
 def train(config: str | None, overrides: Sequence[str]) -> Path | None:
     """
-    Run a recipe (see `training.recipe.read_recipe` and `training.train.train`); the trainer is imported only now.
+    Train with a recipe, see `training.recipe.read_recipe` and `training.train.train`.
 
-    With `--export CHECKPOINT DIR` among the words nothing is trained: a pipeline is written, see
+    With `--export CHECKPOINT DIR` among the overrides nothing is trained, and a pipeline is written; see
     `training.checkpointing.export.export_checkpoint`.
 
+    Args:
+        config: name or file of the recipe.
+        overrides: settings as words of the command line, such as `--learning_rate`, `1e-5`.
+
     Returns:
-        The folder with the outcome on the main process, `None` on the others.
+        The folder with the result on the main process, `None` on the others.
     """
     if EXPORT in overrides:
         return _export(config, list(overrides))
@@ -68,17 +74,17 @@ def train(config: str | None, overrides: Sequence[str]) -> Path | None:
 
 
 def _export(config: str | None, words: list[str]) -> Path:
-    """Write the pipeline of a checkpoint, `--export CHECKPOINT DIR` among the words."""
+    """Write the pipeline of a checkpoint. `words` contain `--export CHECKPOINT DIR` and optional settings."""
     place = words.index(EXPORT)
     given = words[place + 1 : place + 3]
     with as_usage():
         settings = import_module("..training.recipe", __package__).overridden({}, words[:place] + words[place + 3 :])
         unknown = sorted(set(settings) - {"model", "revision", "result_dtype"} | ({"config"} if config else set()))
         if len(given) < 2 or any(word.startswith("--") for word in given) or unknown:
-            problem = f" It takes no {', '.join(f'--{name}' for name in unknown)}." if unknown else ""
+            problem = f" It does not accept {', '.join(f'--{name}' for name in unknown)}." if unknown else ""
             raise ValueError(
-                "`--export` is used as `omni-video train --export RUN/checkpoint-N DIR`, with `--model`, `--revision` "
-                f"and `--result_dtype` where need be.{problem}"
+                "Use `--export` as in `omni-video train --export RUN/checkpoint-N DIR`; `--model`, `--revision` and "
+                f"`--result_dtype` are optional.{problem}"
             )
         base = settings.get("model")
         if base is not None:

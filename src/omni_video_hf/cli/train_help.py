@@ -1,7 +1,7 @@
 """
-All settings of a run with types, defaults and explanations, for `omni-video train --help`.
+The settings of `omni-video train --help`, with types, defaults and explanations.
 
-They are read off the source files of the settings' classes, because importing transformers takes seconds.
+They are parsed from the source files of the dataclasses, because importing transformers takes seconds.
 """
 
 import ast
@@ -14,7 +14,7 @@ HERE = Path(__file__).parents[1] / "training"
 
 
 class Setting(NamedTuple):
-    """One setting: its name, its type and its default as they are written, and what it is for."""
+    """One setting: name, type and default as in the source file, and its explanation."""
 
     name: str
     type: str
@@ -23,10 +23,10 @@ class Setting(NamedTuple):
 
 
 def settings_of_runs() -> dict[str, list[Setting]]:
-    """The settings of a run by where they come from, those of this package first."""
+    """All settings of a training run, grouped by the class that defines them, those of this package first."""
     transformers = find_spec("transformers")
     if transformers is None or not transformers.submodule_search_locations:
-        raise ImportError("Training needs the package `transformers`.")
+        raise ImportError("The package transformers is not installed: run `pip install 'omni-video-hf[train]'`.")
     theirs = Path(transformers.submodule_search_locations[0]) / "training_args.py"
     ours = read_settings(HERE / "arguments.py", "OmniVideoTrainingArguments")
     names = {setting.name for setting in ours}
@@ -41,11 +41,11 @@ def settings_of_runs() -> dict[str, list[Setting]]:
 
 def read_settings(path: Path, name: str) -> list[Setting]:
     """
-    The fields of a dataclass, from its source.
+    Parse the fields of a dataclass from its source file.
 
     Args:
-        path: file with the class.
-        name: of the class.
+        path: file that defines the class.
+        name: name of the class.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
@@ -56,7 +56,7 @@ def read_settings(path: Path, name: str) -> list[Setting]:
             continue
         default, text, is_setting = _default(node.value)
         if default.isidentifier() and default not in ("True", "False", "None", "required", "list", "dict"):
-            default = "chosen by installed versions"  # a name that the class gives a value while it is made
+            default = "chosen by installed versions"  # a name that gets its value when the class is created
         if is_setting and not ast.unparse(node.annotation).startswith("ClassVar"):
             name = node.target.id
             settings.append(Setting(name, ast.unparse(node.annotation), default, explained.get(name) or text))
@@ -64,7 +64,7 @@ def read_settings(path: Path, name: str) -> list[Setting]:
 
 
 def _default(value: ast.expr | None) -> tuple[str, str, bool]:
-    """Default and help of a field as they are written, and whether it can be set."""
+    """Default and help of a field as in the source file, and whether users can set it."""
     if value is None:
         return "required", "", True
     if not (isinstance(value, ast.Call) and ast.unparse(value.func).endswith("field")):
@@ -81,7 +81,7 @@ def _default(value: ast.expr | None) -> tuple[str, str, bool]:
 
 
 def _text(node: ast.expr) -> str:
-    """A text that may be joined of several."""
+    """Text of a string literal, also one in several pieces; empty for any other expression."""
     try:
         return str(ast.literal_eval(node))
     except ValueError:
@@ -89,7 +89,7 @@ def _text(node: ast.expr) -> str:
 
 
 def _explanations(docstring: str) -> dict[str, str]:
-    """What the `Args:` of a docstring, or transformers' list of parameters, say of each name."""
+    """The explanation of each name in the `Args:` of a docstring, or in the parameter list of transformers."""
     texts: dict[str, list[str]] = {}
     name, level = None, 0
     for line in docstring.splitlines():

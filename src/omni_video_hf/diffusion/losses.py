@@ -1,8 +1,8 @@
 """
-The losses Omni-Video trains with, as pure functions of what its parts give, and the options they have.
+The training losses of Omni-Video as pure functions, their options, and the sampling of timesteps.
 
-The sum that is minimised is `answer + alignment + text alignment + flow matching`, each with a weight; which of them a
-batch allows, [`OmniVideoForConditionalGeneration.forward`] finds from its inputs.
+The total loss is the weighted sum `answer + alignment + text alignment + flow matching`.
+[`OmniVideoForConditionalGeneration.forward`] computes those whose inputs a batch contains.
 """
 
 from collections.abc import Sequence
@@ -26,26 +26,27 @@ Generators = torch.Generator | Sequence[torch.Generator]
 @dataclass(frozen=True)
 class OmniVideoLossConfig:
     """
-    Weights and options of the training losses. The defaults are those of upstream's code.
+    Weights and options of the training losses. The defaults are those of the authors' code.
 
     Args:
-        answer_weight: Weight of the cross-entropy of `labels`. A weight of 0 leaves a loss out: it is not computed,
-            and inputs that only it needs are ignored.
+        answer_weight: Weight of the cross-entropy of `labels`. A loss with weight 0 is not computed, and inputs that
+            only this loss needs are ignored.
         alignment_weight: Weight of the alignment loss between visual tokens and target features.
         text_alignment_weight: Weight of the alignment loss between adapter tokens and embeddings of the prompt or
-            of a text about the target: the first half of the paper's stage 2. Off by default, since upstream's code
-            does not contain it.
+            of a text about the target: the first half of the paper's stage 2. Off by default, because the authors'
+            code does not contain it.
         flow_matching_weight: Weight of the flow matching loss of the decoder's velocity.
-        alignment: `"cosine"`, `1 - cos` as upstream's code, or `"squared_l2"`, `|a - b|^2` as the paper.
+        alignment: Distance of the alignment losses: `"cosine"`, `1 - cos` as in the authors' code, or `"squared_l2"`,
+            `|a - b|^2` as in the paper.
         timestep_sampling: `"uniform"` over the table of timesteps, or `"logit_normal"` or `"mode"` of diffusers.
         logit_mean, logit_std: Parameters of `"logit_normal"`.
         mode_scale: Parameter of `"mode"`.
-        timestep_shift: Shift of the table's sigmas towards noise.
-        timestep_weighting: `"bell"`, upstream's weight around timestep 500, or `"none"`, `"sigma_sqrt"` or `"cosmap"`
-            of diffusers.
+        timestep_shift: Shift of the sigmas of the table towards noise.
+        timestep_weighting: Loss weight of a timestep: `"bell"`, the weight of the authors' code, highest at timestep
+            500; or `"none"`, `"sigma_sqrt"` or `"cosmap"` of diffusers.
 
     Raises:
-        ValueError: for a name that is unknown, or a number out of range.
+        ValueError: for an unknown name, or a number out of range.
     """
 
     answer_weight: float = 1.0
@@ -73,24 +74,32 @@ class OmniVideoLossConfig:
                 )
         for name in LOSS_NAMES:
             if self.weight(name) < 0:
-                raise ValueError(f"`{name}_weight` must be 0 (the loss is left out) or more, got {self.weight(name)}.")
+                raise ValueError(
+                    f"`{name}_weight` must be 0 (the loss is not computed) or more, got {self.weight(name)}."
+                )
         for name in ("timestep_shift", "logit_std"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be more than 0, got {getattr(self, name)}.")
 
     def weight(self, name: str) -> float:
-        """Weight of one of `LOSS_NAMES`."""
+        """The weight of a loss; `name` is one of `LOSS_NAMES`."""
         return getattr(self, f"{name}_weight")
 
 
 def alignment_loss(features: torch.Tensor, target: torch.Tensor, kind: Alignment = "cosine") -> torch.Tensor:
     """
-    Distance of `features` `[batch, width]` from `target` `[batch, width]`, the mean over samples, in float32.
+    Distance between `features` `[batch, width]` and `target` `[batch, width]` in float32, averaged over samples.
 
-    `"cosine"` is `1 - cos` as upstream's code, `"squared_l2"` the sum of squared differences as the paper.
+    `"cosine"` is `1 - cos`, as in the authors' code; `"squared_l2"` sums squared differences, as in the paper.
+
+    Raises:
+        ValueError: if the shapes differ.
     """
     if features.shape != target.shape:
-        raise ValueError(f"The target of an alignment must be {tuple(features.shape)}, got {tuple(target.shape)}.")
+        raise ValueError(
+            f"The target of an alignment loss must be {tuple(features.shape)}, got {tuple(target.shape)}: pass one "
+            "with the shape of the features."
+        )
     features, target = features.float(), target.float()
     if kind == "cosine":
         return 1 - nn.functional.cosine_similarity(features, target).mean()
@@ -98,7 +107,7 @@ def alignment_loss(features: torch.Tensor, target: torch.Tensor, kind: Alignment
 
 
 def mean_token(embeddings: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """`[batch, length, width]` -> `[batch, width]` in float32, over the positions where `mask` is 1."""
+    """Average `[batch, length, width]` over the positions where `mask` `[batch, length]` is 1: `[batch, width]`."""
     if mask is None:
         return embeddings.float().mean(dim=1)
     mask = mask.to(embeddings.device, torch.float32)[..., None]
@@ -107,22 +116,32 @@ def mean_token(embeddings: torch.Tensor, mask: torch.Tensor | None = None) -> to
 
 def without_directions(features: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     """
-    What is left of `features` `[batch, width]` across `directions` `[batch, number, width]`, in float32.
+    Remove the components of features along given directions, in float32.
+
+    Args:
+        features: `[batch, width]`.
+        directions: `[batch, number, width]`; rows must be orthonormal or zero, which is not checked.
+
+    Returns:
+        `[batch, width]`
 
     Raises:
-        ValueError: when the two do not fit each other. Rows are not checked: orthonormal, or zeros.
+        ValueError: if the shapes do not fit each other.
     """
     if directions.ndim != 3 or (len(directions), directions.shape[-1]) != tuple(features.shape):
         batch, width = features.shape
-        raise ValueError(f"Directions to leave out must be [{batch}, number, {width}], got {tuple(directions.shape)}.")
+        raise ValueError(
+            f"Directions to remove from features must have the shape [{batch}, number, {width}], got "
+            f"{tuple(directions.shape)}."
+        )
     directions, features = directions.to(features.device, torch.float32), features.float()
-    # No products of matrices: under autocast those would be half as precise.
+    # Without matrix products, because autocast would compute them in half precision.
     shares = (directions * features[:, None]).sum(dim=-1, keepdim=True)
     return features - (shares * directions).sum(dim=1)
 
 
 def timestep_tables(config: OmniVideoLossConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """The 1000 timesteps training draws from, from 1000 downwards, and the loss weight of each."""
+    """The 1000 timesteps that training samples, descending from 1000, and the loss weight of each."""
     sigmas = training_sigmas(config.timestep_shift)
     timesteps = sigmas * NUM_TRAIN_TIMESTEPS
     if config.timestep_weighting == "bell":
@@ -134,10 +153,13 @@ def draw_timestep_indices(
     batch_size: int, config: OmniVideoLossConfig, generator: Generators | None = None
 ) -> torch.Tensor:
     """
-    Draw entries of the table of timesteps.
+    Sample indices into the table of timesteps.
 
     Args:
-        generator: one for the batch, or one per sample, so that a sample's draw does not depend on its batch.
+        batch_size: number of indices.
+        config: `timestep_sampling` and its parameters.
+        generator: one generator for the batch, or one per sample, so that a sample's timestep does not depend on the
+            other samples of the batch.
 
     Returns:
         `[batch_size]`, 0..999, on the CPU.

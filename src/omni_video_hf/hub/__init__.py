@@ -1,1 +1,1 @@
-"""A repository's layout and code; pushing, completing and describing repositories."""
+"""Hub repositories: their layout and code, saving, completing and pushing them, model cards."""

@@ -1,4 +1,4 @@
-"""Looking into a repository without loading it; torch is imported for the memory it needs alone."""
+"""Components, dtypes and sizes of a repository from the headers of its weights, without loading them."""
 
 import json
 import math
@@ -15,24 +15,24 @@ from rich.table import Table
 from ..utils.files import visible_files
 from .staging import check_finished
 
-Header = Mapping[str, tuple[str, tuple[int, ...], int]]  # weight -> format, shape, bytes
-MAX_HEADER_BYTES = 10**8  # as in safetensors
+Header = Mapping[str, tuple[str, tuple[int, ...], int]]  # weight -> dtype, shape, bytes
+MAX_HEADER_BYTES = 10**8  # limit of the safetensors format
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "U8": "uint8"}
 
 
 @dataclass
 class RepositoryPart:
-    """What one part of a repository holds, from the headers of its files."""
+    """One component of a repository: number of parameters, dtypes and sizes, from the headers of its files."""
 
     name: str
     parameters: int
-    dtypes: dict[str, int]  # name of the format -> number of values
+    dtypes: dict[str, int]  # name of the dtype -> number of values
     num_bytes: int
     num_files: int
     source_conditioning: str | None = None  # of the adapter: how the decoder takes the source of an edit
 
     def to_dict(self) -> dict[str, Any]:
-        """The part as plain values; `source_conditioning` only of the adapter."""
+        """The fields as a dict of plain values; `source_conditioning` only of the adapter."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -40,10 +40,10 @@ def repository_parts(
     repository: str | Path, revision: str | None = None, token: str | None = None
 ) -> list[RepositoryPart]:
     """
-    The parts of a local folder or a Hub repository, read off the headers of its weights.
+    List the components of a local folder or Hub repository, from the headers of its weights.
 
     Raises:
-        ValueError: when there are no weights.
+        ValueError: if there are no weights.
     """
     groups: dict[str, list[tuple[str, int, int]]] = {}
     files: dict[str, set[str]] = {}
@@ -91,7 +91,7 @@ def _source_conditioning(repository: str | Path, revision: str | None, token: st
 
 
 def repository_table(parts: list[RepositoryPart], title: str) -> Table:
-    """The parts as a table for the terminal, with their sum."""
+    """The components as a table for the terminal, with a total."""
     table = Table(title=escape(title))
     table.add_column("part")
     for column in ("parameters", "dtype", "bytes", "files"):
@@ -109,7 +109,7 @@ def repository_table(parts: list[RepositoryPart], title: str) -> Table:
 
 
 def record_table(record: Mapping[str, Any], title: str) -> Table:
-    """How a file was made, as [`read_media_record`] gives it, as a table for the terminal."""
+    """The record of how a file was generated, from [`read_media_record`], as a table for the terminal."""
     table = Table(title=escape(title), show_header=False)
     settings = record.get("settings")
     rows = [(name, value) for name, value in record.items() if name != "settings"]
@@ -123,17 +123,17 @@ def repository_headers(
     repository: str | Path, revision: str | None = None, token: str | None = None
 ) -> dict[str, Header]:
     """
-    Headers of all weights of a local folder or a Hub repository, by file. No weight is read.
+    Read the headers of all weight files of a local folder or Hub repository, by file name. No weights are read.
 
     Raises:
-        ValueError: when there are no weights.
+        ValueError: if there are no weights.
     """
     if Path(repository).is_dir():
         headers = _local_headers(Path(repository))
     else:
         headers = _hub_headers(str(repository), revision, token)
     if not any(headers.values()):
-        raise ValueError(f"{repository}: holds no .safetensors files.")
+        raise ValueError(f"{repository}: contains no .safetensors files, so it is not a model.")
     return headers
 
 
@@ -144,7 +144,7 @@ def _local_headers(folder: Path) -> dict[str, Header]:
 
 
 def _read_header(file: Path) -> Header:
-    """As `read_header` in `hub.repository`, by the format's own description: reading it needs no torch."""
+    """Read a header as `read_header` in `hub.repository` does, but without torch."""
     try:
         with file.open("rb") as handle:
             size = file.stat().st_size

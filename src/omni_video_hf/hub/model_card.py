@@ -1,8 +1,8 @@
 """
-Model cards: metadata that the Hub validates, and a text filled from what is known about a repository.
+Model cards: metadata for the Hub and a text, generated from a repository and its training summary.
 
-Texts are Jinja templates in `model_cards/`. A trainer leaves what it knows in `training_summary.json`; the rest is
-read off the repository. A card that a person has written or edited is never replaced.
+The texts are Jinja templates in `model_cards/`. A trainer writes its facts to `training_summary.json`; all others come
+from the files of the repository. A card that a person wrote or edited is never replaced.
 """
 
 import hashlib
@@ -25,34 +25,34 @@ TAGS = ["omni-video", "text-to-video", "video-to-video", "text-to-image", "image
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SEAL = "<!-- written by omni_video_hf {version}, sha256 {digest}: edit the card and it is yours -->"
 _SEAL_PATTERN = re.compile(r"\n<!-- written by omni_video_hf \S+, sha256 ([0-9a-f]{64}): [^\n]*-->\n?\Z")
-# For code that was loaded from a repository, where the templates are not.
+# For code that was loaded from a repository, which does not contain the templates.
 _PLAIN_TEXT = "# {repo_id}\n\nAn [Omni-Video](https://arxiv.org/abs/2507.06119) model{from_base}.\n"
 
 
 @dataclass
 class TrainingSummary:
     """
-    What a training run knows about its result; the content of `training_summary.json`.
+    Facts about a training run for its model card; the content of `training_summary.json`.
 
     Args:
-        stage: `align`, `connect`, `joint`, `decoder` or `lora`.
-        description: one or two sentences on what it was trained for.
-        base_model: Hub repository or folder that training began with.
-        datasets: Hub names of the data, or descriptions of it.
-        num_samples: samples in the data.
-        steps: optimiser steps.
+        stage: name of the training stage: `align`, `connect`, `joint`, `decoder` or `lora`.
+        description: one or two sentences on the purpose of the training.
+        base_model: Hub repository or folder of the model before the training.
+        datasets: Hub names or descriptions of the data.
+        num_samples: number of samples in the data.
+        steps: number of optimiser steps.
         batch_size: samples per optimiser step, over all devices.
-        learning_rate: highest one, or one per group of parameters.
+        learning_rate: highest learning rate, or one per group of parameters.
         losses: last value of every loss, by name.
-        scores: of an evaluation, by name.
-        dtype: number format of training.
-        hardware: such as `1 x NVIDIA A100`.
-        peak_memory: bytes on one device.
-        seconds: duration of the steps, over all attempts of a run that was resumed.
-        seed: of the run.
-        license: identifier of the Hub, only where the weights' licence is known.
-        limits: sentences on what it cannot do.
-        samples: `{"prompt": ..., "file": ...}` with files of the repository.
+        scores: scores of an evaluation, by name.
+        dtype: dtype of the training.
+        hardware: devices, such as `1 x NVIDIA A100`.
+        peak_memory: peak memory on one device, in bytes.
+        seconds: duration of all steps in seconds, including those before a run was resumed.
+        seed: seed of the training run.
+        license: licence identifier of the Hub, only if the licence of the weights is known.
+        limits: sentences about the limits of the model.
+        samples: examples `{"prompt": ..., "file": ...}` with files of the repository.
     """
 
     stage: str | None = None
@@ -77,41 +77,41 @@ class TrainingSummary:
     @classmethod
     def read(cls, directory: Path) -> "TrainingSummary":
         """
-        The summary in a folder; an empty one where there is none.
+        Read the summary in a folder; without a file, all fields are empty.
 
         Raises:
-            ValueError: for a damaged file, unknown entries, and values of another kind than the arguments above.
+            ValueError: for a damaged file, unknown entries, and values of a wrong type.
         """
         path = directory / SUMMARY_NAME
         content = _read_table(path) if path.is_file() else {}
         kinds = get_type_hints(cls)
         if unknown := sorted(content.keys() - kinds.keys()):
-            raise ValueError(f"{path}: unknown entries {', '.join(unknown)}; known are {', '.join(sorted(kinds))}.")
+            raise ValueError(f"{path}: unknown entries {', '.join(unknown)}; allowed are {', '.join(sorted(kinds))}.")
         for name, value in content.items():
             if not _fits(value, kinds[name]):
                 raise ValueError(f"{path}: `{name}` must be {cls.__annotations__[name]}, got {str(value)[:80]!r}.")
         return cls(**content)
 
     def save(self, directory: str | Path) -> None:
-        """Write the summary where [`write_model_card`] looks for it."""
+        """Write `training_summary.json`, which [`write_model_card`] reads."""
         text = json.dumps(asdict(self), indent=2, sort_keys=True)
         (Path(directory) / SUMMARY_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def write_model_card(directory: str | Path, repo_id: str, base_model: str | Path | None = None) -> bool:
     """
-    Write `README.md`, unless there is one that a person wrote or edited.
+    Write the model card `README.md`, unless a person wrote or edited the existing one.
 
     Args:
-        directory: a repository, or a folder with a LoRA.
-        repo_id: what it is called on the Hub.
-        base_model: Hub repository it was made from; by default what a training summary says.
+        directory: folder of a model or of a LoRA.
+        repo_id: its name on the Hub, `owner/name`.
+        base_model: Hub repository of the base model. Default: that of the training summary.
 
     Returns:
         Whether the card was written.
 
     Raises:
-        ValueError: for a `base_model` that is no name of the Hub, or a damaged summary.
+        ValueError: for a `base_model` that is not a Hub name, or a damaged summary.
     """
     if base_model is not None and not _REPO_ID.fullmatch(str(base_model)):
         raise ValueError(f"`base_model` must be a Hub repository, `owner/name`, got {str(base_model)!r}.")
@@ -123,7 +123,7 @@ def write_model_card(directory: str | Path, repo_id: str, base_model: str | Path
 
 
 def model_card(directory: str | Path, repo_id: str, base_model: str | Path | None = None) -> str:
-    """The card in a folder where a person wrote or edited it, else a new one; nothing is written."""
+    """The text of the card: the existing one if a person wrote or edited it, else a new one. Writes no file."""
     path = Path(directory) / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else None
     if text is not None and not is_generated(text):
@@ -132,13 +132,13 @@ def model_card(directory: str | Path, repo_id: str, base_model: str | Path | Non
 
 
 def is_generated(text: str) -> bool:
-    """Whether a card is as [`write_model_card`] left it."""
+    """Whether a card is unchanged since [`write_model_card`] wrote it."""
     seal = _SEAL_PATTERN.search(text)
     return seal is not None and _digest(text[: seal.start()]) == seal[1]
 
 
 def render_model_card(directory: Path, repo_id: str, base_model: str | Path | None = None) -> str:
-    """The card of a repository as text, its seal included; see [`write_model_card`]."""
+    """Generate the card of a repository, with the checksum line by which [`is_generated`] recognises it."""
     summary = TrainingSummary.read(directory)
     base = _hub_id(base_model) or _hub_id(summary.base_model)
     base = None if base == repo_id else base
@@ -153,7 +153,7 @@ def render_model_card(directory: Path, repo_id: str, base_model: str | Path | No
         sizes = _sizes(directory)
         facts = {
             "repo_id": plain(repo_id),
-            "name": json.dumps(repo_id, ensure_ascii=False),  # a string of Python, too
+            "name": json.dumps(repo_id, ensure_ascii=False),  # also valid as a string of Python
             "base": base,
             "base_name": json.dumps(base or "owner/base-model"),
             "run": _in_markdown(summary),
@@ -168,7 +168,7 @@ def render_model_card(directory: Path, repo_id: str, base_model: str | Path | No
 
 
 def _card_data(summary: TrainingSummary, base: str | None, is_lora: bool) -> ModelCardData:
-    """Metadata in the words of the Hub; what is not known is left out."""
+    """The metadata block of the card; unknown values are omitted."""
     widget = [{"text": sample["prompt"], "output": {"url": sample["file"]}} for sample in summary.samples]
     values: dict[str, Any] = {
         "library_name": "diffusers",
@@ -184,7 +184,7 @@ def _card_data(summary: TrainingSummary, base: str | None, is_lora: bool) -> Mod
 
 
 def _hub_id(name: str | Path | None) -> str | None:
-    """The name, if it is one of the Hub's: a path means nothing to others."""
+    """The name if it can be a Hub repository, else `None`: a local path is useless to other people."""
     if name is None or Path(name).exists() or not _REPO_ID.fullmatch(str(name)):
         return None
     return str(name)
@@ -192,10 +192,10 @@ def _hub_id(name: str | Path | None) -> str | None:
 
 def _sizes(directory: Path) -> dict[str, float]:
     """
-    Gigabytes of the weights of every part.
+    Size of the weights of every component in gigabytes.
 
-    The folder `mllm` holds the MLLM and the vision head, a model that was saved by itself all its parts in one file:
-    the first words of the weights' names tell them apart.
+    Some files contain several components, such as MLLM and vision head in the folder `mllm`; the first word of a
+    weight's name identifies its component.
     """
     sizes: dict[str, float] = {}
     for file in sorted(directory.rglob("*.safetensors")):
@@ -209,11 +209,11 @@ def _sizes(directory: Path) -> dict[str, float]:
     return sizes
 
 
-# --- what arrives from files, as text -------------------------------------------------------------------------------
+# --- values from files as Markdown ----------------------------------------------------------------------------------
 
 
 def plain(text: Any) -> str:
-    """One line of Markdown that shows `text` as it is: no markup, HTML or table in it has an effect."""
+    """Escape `text` to one line of Markdown, so that markup, HTML and tables in it have no effect."""
     line = " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = re.sub(r"([\\`*{}\[\]|~$!#])|(?<!\w)_|_(?!\w)", lambda found: "\\" + found[0], line)
@@ -221,7 +221,7 @@ def plain(text: Any) -> str:
 
 
 def _in_markdown(summary: TrainingSummary) -> TrainingSummary:
-    """The summary with every text as [`plain`] makes it; samples gain the address of their file."""
+    """The summary with every text escaped by [`plain`], and samples with the address of their file."""
     values: dict[str, Any] = {}
     for name, value in vars(summary).items():
         if isinstance(value, str):
@@ -240,12 +240,12 @@ def _in_markdown(summary: TrainingSummary) -> TrainingSummary:
 
 
 def _presets(index: Path) -> dict[str, dict[str, str]] | None:
-    """The presets of a repository, every value as text."""
+    """The presets in `model_index.json`, with every value as escaped text."""
     presets = _read_table(index).get("presets") if index.is_file() else None
     if presets is None:
         return None
     if not isinstance(presets, dict) or not all(isinstance(preset, dict) for preset in presets.values()):
-        raise ValueError(f"{index}: `presets` must be a table of tables, got {str(presets)[:80]!r}.")
+        raise ValueError(f"{index}: `presets` must be an object of objects, got {str(presets)[:80]!r}.")
     return {
         plain(task): {str(name): plain(value) for name, value in preset.items() if value is not None}
         for task, preset in presets.items()
@@ -253,18 +253,18 @@ def _presets(index: Path) -> dict[str, dict[str, str]] | None:
 
 
 def _read_table(path: Path) -> dict[str, Any]:
-    """A JSON file that holds a table; a `ValueError` names the file otherwise."""
+    """Read a JSON object from a file; a `ValueError` names a file that contains anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable JSON file ({error}).") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold a JSON object, not a {type(content).__name__}.")
+        raise ValueError(f"{path}: must contain a JSON object, got a {type(content).__name__}.")
     return content
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value out of JSON is of the kind of an annotation."""
+    """Whether a JSON value has the type of an annotation."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is UnionType:
         return any(_fits(value, one) for one in inner)
@@ -278,7 +278,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _is_inside(directory: Path, sample: dict[str, str]) -> bool:
-    """Whether a sample is complete and its file lies in the folder."""
+    """Whether a sample is complete and its file is in the folder."""
     if not {"prompt", "file"} <= sample.keys():
         return False
     path = directory / sample["file"]
@@ -286,7 +286,7 @@ def _is_inside(directory: Path, sample: dict[str, str]) -> bool:
 
 
 def _template(name: str) -> Path | None:
-    """A template: in the installed package, or at the top of a checkout."""
+    """Path of a template, in the installed package or at the root of a checkout."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "model_cards", package.parents[1] / "model_cards"):
         if (folder / f"{name}.md.jinja").is_file():

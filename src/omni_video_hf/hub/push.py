@@ -1,4 +1,4 @@
-"""Pushing a folder to the Hub: checked first, in one commit, and only what belongs to a repository."""
+"""Pushing a folder to the Hub: checks of the folder, selection of its files, and one commit."""
 
 import os
 import re
@@ -47,28 +47,28 @@ def push_repository(
     """
     Push a repository, or a folder with a LoRA, in one commit.
 
-    Large files go up first, then one commit makes all of them visible: a push that breaks off leaves the target as it
-    was, and the next one sends only what is missing. Weights and code of an earlier push that the folder no longer
-    has are removed by the same commit.
+    Large files are uploaded first, then one commit makes all files visible. An interrupted push does not change the
+    target, and the next push uploads only missing files. The same commit removes weights and code of an earlier push
+    that are no longer in the folder.
 
     Args:
-        directory: as [`finalize_repository`] or `save_lora_weights` leave it.
-        repo_id: `owner/name`, created if need be.
+        directory: a folder written by [`finalize_repository`] or `save_lora_weights`.
+        repo_id: target repository, `owner/name`; created if it does not exist.
         private: whether a new repository is private.
-        revision: branch, created if need be; the default branch otherwise.
+        revision: branch of the target; created if it does not exist. Default: the default branch.
         create_pr: open a pull request instead of committing.
         commit_message: title of the commit or pull request.
-        token: for the Hub; the stored one by default.
-        base_model: for the model card.
-        link_roots: other folders that symbolic links in `directory` may lead into.
+        token: access token of the Hub. Default: the stored one.
+        base_model: base model for the model card.
+        link_roots: other folders into which symbolic links in `directory` may point.
 
     Raises:
-        ValueError: for an incomplete repository, a damaged weight file, a link out of the folder, or a file that
-            contains an access token. Nothing is sent then.
+        ValueError: for an incomplete repository, a damaged weight file, a link that leaves the folder, or a file that
+            contains an access token. Nothing is uploaded then.
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise ValueError(f"{directory}: is not a folder.")
+        raise ValueError(f"`directory` must be an existing folder, got {directory}.")
     check_complete(directory, link_roots)
     card = model_card(directory, repo_id, base_model)
     files: dict[str, Any] = repository_files(directory, link_roots)[0] | {"README.md": card.encode()}
@@ -79,7 +79,9 @@ def push_repository(
     head = api.repo_info(repo_id, revision=revision)
     operations: list[Any] = [CommitOperationAdd(name, file) for name, file in files.items()]
     existing = (sibling.rfilename for sibling in head.siblings or [])
-    folders = {name.rpartition("/")[0] for name in files}  # others hold what no push of this folder wrote
+    folders = {
+        name.rpartition("/")[0] for name in files
+    }  # files in other folders were not written by a push of this folder
     outdated = [name for name in existing if name.rpartition("/")[0] in folders and _is_ours(name)]
     operations += [CommitOperationDelete(name) for name in outdated if name not in files]
     return api.create_commit(
@@ -94,20 +96,28 @@ def push_repository(
 
 def push_completed(directory: str | Path, repo_id: str, base: str | Path, **kwargs: Any) -> CommitInfo:
     """
-    Push a saved model together with what it lacks from the repository it was trained from; the folder stays as it is.
+    Push a saved model together with missing components from the repository of its base model.
+
+    The folder itself is not changed.
 
     Args:
-        directory: as `OmniVideoForConditionalGeneration.save_pretrained` leaves it.
-        repo_id: `owner/name`.
-        base: folder or Hub repository, see [`complete_repository`].
-        kwargs: as in [`push_repository`].
+        directory: a folder written by `OmniVideoForConditionalGeneration.save_pretrained`.
+        repo_id: target repository, `owner/name`.
+        base: folder or Hub repository of the base model, see [`complete_repository`].
+        kwargs: other arguments of [`push_repository`].
+
+    Raises:
+        ValueError: without `base`, and see [`complete_repository`] and [`push_repository`].
     """
     token = kwargs.get("token")
     if not base:
-        raise ValueError(f"{directory}: is not known to be trained from anything: say what, with `base`.")
+        raise ValueError(
+            f"{directory}: the repository that this model was trained from is unknown, and missing components such as "
+            "the VAE come from there: pass `base`, a folder or Hub repository."
+        )
     with tempfile.TemporaryDirectory() as name:
         folder, roots = Path(name), [Path(directory)]
-        is_component = not (Path(directory) / "mllm").is_dir()  # a model of MLLM and vision head alone
+        is_component = not (Path(directory) / "mllm").is_dir()  # a model with MLLM and vision head only
         for file, path in repository_files(Path(directory))[0].items():
             target = folder / ("mllm" if is_component and _is_of_component(file) else "") / file
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -119,14 +129,14 @@ def push_completed(directory: str | Path, repo_id: str, base: str | Path, **kwar
 
 def check_complete(directory: Path, link_roots: Sequence[str | Path] = ()) -> None:
     """
-    Refuse a folder that would not load.
+    Refuse a folder that cannot be loaded.
 
     Args:
         directory: the repository, or a folder with a LoRA.
-        link_roots: other folders that symbolic links in it may lead into.
+        link_roots: other folders into which symbolic links may point.
 
     Raises:
-        ValueError: names what is missing or damaged, or an index that names files outside of the folder.
+        ValueError: for missing or damaged files, or an index that names files outside the folder.
     """
     check_finished(directory)
     if (directory / LORA_NAME).is_file():
@@ -135,29 +145,29 @@ def check_complete(directory: Path, link_roots: Sequence[str | Path] = ()) -> No
     missing = missing_parts(directory)
     if missing:
         raise ValueError(
-            f"{directory}: is not a complete repository: {', '.join(missing)} missing. A saved model is completed "
-            "from what it was trained from: `complete_repository(folder, base)`, or `omni-video push --base`."
+            f"{directory}: is not a complete repository: {', '.join(missing)} missing. Complete a saved model from "
+            "its base model with `complete_repository(folder, base)`, or push it with `omni-video push --base`."
         )
     check_indices(directory, link_roots)
     for index in visible_files(directory, "*.index*.json"):
         for name in index_entries(index):
             if not (index.parent / name).is_file():
-                raise ValueError(f"{index}: names {name}, which is not there.")
+                raise ValueError(f"{index}: names {name}, which does not exist. Save or download the model again.")
     for file in visible_files(directory, "*.safetensors"):
         read_header(file)
 
 
 def repository_files(directory: Path, link_roots: Sequence[str | Path] = ()) -> tuple[dict[str, Path], list[str]]:
     """
-    What of a folder belongs to a repository.
+    Select the files of a folder that belong to a repository.
 
-    Hidden files, checkpoints of a trainer, pickles, and scripts other than the repository's code stay where they are.
+    Hidden files, checkpoints of a trainer, pickles, and scripts other than the repository's code are left out.
 
     Returns:
-        Files by their names in the repository, and names of the files left out.
+        Files by their names in the repository, and names of the files that are left out.
 
     Raises:
-        ValueError: for a link out of the folder, or a text file that contains an access token.
+        ValueError: for a link that leaves the folder, or a text file that contains an access token.
     """
     roots = [Path(root).resolve() for root in (link_root(directory), *link_roots)]
     files: dict[str, Path] = {}
@@ -198,7 +208,7 @@ def _is_of_component(name: str) -> bool:
 
 
 def _is_ours(name: str) -> bool:
-    """Whether a file in the target is code or weights as saving writes them."""
+    """Whether the name of a file in the target is that of code or weights that saving writes."""
     base = name.rpartition("/")[2]
     return CODE_FILE.fullmatch(base) is not None or is_weight_file(base)
 

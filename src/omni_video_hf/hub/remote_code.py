@@ -1,25 +1,25 @@
 """
-Exports the code that a repository carries, so that transformers and diffusers load it without this package.
+Remote code: export the package's code into a repository, so that `trust_remote_code=True` works without the package.
 
-The package has folders; a repository's code must be flat, because of how the two libraries copy it (read off
-transformers 5.23, `dynamic_module_utils`, and diffusers 0.42.1, `dynamic_modules_utils`):
+The package has folders, but the code of a repository must be flat, because of how the two libraries copy it
+(transformers 5.23, `dynamic_module_utils`; diffusers 0.42.1, `dynamic_modules_utils`):
 
-- Both look for `from .name import` with a regular expression and copy the file `name.py` beside the importing file.
+- Both search for `from .name import` with a regular expression and copy the file `name.py` beside the importing file.
   `from ..name import` and `from . import name` do not work.
-- transformers follows these imports recursively. diffusers follows those of the entry file only, keeps the code of all
-  local repositories in one folder, and runs the entry file again for every component.
+- transformers follows these imports recursively. diffusers follows only those of the entry file, stores the code of
+  all local repositories in one folder, and runs the entry file again for every component.
 
-So the modules of each folder are joined into one file, whose name ends in the hash of all code. The entry file names
-every file and defines nothing. The code lies at the root, once:
+Therefore the modules of each folder are joined into one file, whose name ends in the hash of all code. The entry file
+imports every file and defines nothing. The code is at the root of the repository, once:
 
-    omni_video_hf_entry_<hash>.py              what Auto classes and diffusers open
+    omni_video_hf_entry_<hash>.py              the file that Auto classes and diffusers open
     omni_video_hf_models_<hash>.py             the modules of `omni_video_hf/models/`, and so on for other folders
-    adapter/omni_video_hf_component_<hash>.py  where diffusers looks for the class of a component: imports the root's
+    adapter/omni_video_hf_component_<hash>.py  where diffusers searches the class of a component: imports from the root
 
-What is exported is the closure of `EXPORTS`: the modules of the exported classes and all that they import relatively.
-What only this package can do (pushing, cards, memory profiles) is imported absolutely and stays out.
+The export is the closure of `EXPORTS`: the modules of the exported classes, and all modules that these import with a
+relative import. Modules for pushing, model cards and memory profiles are imported absolutely and not exported.
 
-Code that was itself loaded from a repository exports itself: a fine-tune keeps the code it was made with.
+Code that was itself loaded from a repository exports itself, so that a fine-tuned model keeps the code of its base.
 """
 
 import ast
@@ -40,7 +40,7 @@ __version__ = "0.1.0"
 
 PACKAGE = "omni_video_hf"
 ENTRY, COMPONENT_ENTRY = f"{PACKAGE}_entry", f"{PACKAGE}_component"
-# Classes that the entry file offers, and the modules that define them.
+# Classes that the entry file provides, and the modules that define them.
 EXPORTS = {
     "OmniVideoConfig": "models.configuration_omni_video",
     "OmniVideoForConditionalGeneration": "models.modeling_omni_video",
@@ -55,7 +55,7 @@ COMPONENT_CLASSES = {
     "adapter": "OmniVideoAdapter",
 }
 PIPELINE_CLASS = "OmniVideoPipeline"
-# What transformers' Auto classes find at the root. `AutoModel` needs a line of its own.
+# Classes for the Auto classes of transformers, in `config.json` at the root. `AutoModel` needs its own entry.
 AUTO_MAP = {
     "AutoConfig": "OmniVideoConfig",
     "AutoModel": "OmniVideoForConditionalGeneration",
@@ -65,7 +65,7 @@ AUTO_MAP = {
 }
 
 SUFFIX = r"_[0-9a-f]{8}"
-# Files that version 0.1.0 wrote, in which each module had its own name and lay in every component's folder.
+# Files that version 0.1.0 wrote: one per module, in the folder of every component.
 _MODULES_0_1_0 = (
     r"(?:attention|flow_matching|guidance|lora|losses|media|media_reading|memory|model_card|pipeline_loading|publishing"
     r"|remote_code|repository|saving|settings|source|configuration|modeling|pipeline|processing)_omni_video"
@@ -76,12 +76,12 @@ CODE_FILE = re.compile(rf"(?:{PACKAGE}_\w+|{_MODULES_0_1_0}){SUFFIX}\.py")
 
 def code_files() -> dict[str, str]:
     """
-    Name and text of every file of code at a repository's root; the entry file comes last.
+    Name and text of every code file at the root of a repository; the entry file is the last one.
 
     Raises:
-        ValueError: when an exported module imports a name from a package instead of a module, or two modules of one
-            folder give a name two meanings.
-        FileNotFoundError: when this code lies in a repository from which a file is missing.
+        ValueError: if an exported module imports a name from a package instead of a module, or if two modules of one
+            folder define the same name.
+        FileNotFoundError: if this code was loaded from a repository in which a file is missing.
     """
     here = Path(__file__)
     if own := re.fullmatch(rf"{PACKAGE}_\w+({SUFFIX})\.py", here.name):  # this code was loaded from a repository
@@ -104,14 +104,14 @@ def code_files() -> dict[str, str]:
 
 def write_remote_code(directory: Path) -> None:
     """
-    Put the code into a repository and have its index and configurations refer to it.
+    Write the code into a repository, and references to it into its index and configurations.
 
-    Writes the code files at the root, one file into each component folder that needs it, the pairs of
-    `model_index.json`, and `auto_map`. Code of another version that an earlier save left is removed. Written twice,
-    nothing changes.
+    Writes the code files at the root, one file into each component folder that needs it, the classes in
+    `model_index.json`, and `auto_map`. Code files of an earlier save with another version are removed. A second call
+    changes nothing.
 
     Args:
-        directory: a repository whose components are in place.
+        directory: repository with all its components.
     """
     files = code_files()
     suffix = re.fullmatch(rf"{ENTRY}({SUFFIX})\.py", list(files)[-1]).group(1)
@@ -129,12 +129,12 @@ def write_remote_code(directory: Path) -> None:
     for folder in (directory, directory / "processor"):
         processor = {"AutoProcessor": f"{ENTRY}{suffix}.{AUTO_MAP['AutoProcessor']}"}
         _update_json(folder / "processor_config.json", auto_map=processor)
-    for path in outdated:  # last: until then something refers to them
+    for path in outdated:  # last, because other files refer to them before
         path.unlink(missing_ok=True)
 
 
 def is_written_code(path: Path) -> bool:
-    """Whether a file is code that a save wrote, by its name and its first line."""
+    """Whether a file is code that saving wrote, from its name and its first line."""
     if CODE_FILE.fullmatch(path.name) is None or not path.is_file():
         return False
     with path.open("rb") as file:
@@ -143,10 +143,10 @@ def is_written_code(path: Path) -> bool:
 
 def import_from_package(module: str) -> ModuleType:
     """
-    Import a module that repositories do not carry, such as `"hub.push"`, from the installed package.
+    Import a module that repositories do not contain, such as `"hub.push"`, from the installed package.
 
     Raises:
-        ImportError: when this code was loaded from a repository and the package is not installed.
+        ImportError: if this code was loaded from a repository and the package is not installed.
     """
     try:
         return import_module(f"{PACKAGE}.{module}")
@@ -154,7 +154,7 @@ def import_from_package(module: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != PACKAGE:
             raise
         raise ImportError(
-            f"This needs `{PACKAGE}.{module}`, which the code in a repository does not contain: `pip install "
+            f"This needs `{PACKAGE}.{module}`, which the code in a repository does not contain: run `pip install "
             "omni-video-hf`."
         ) from error
 
@@ -168,11 +168,13 @@ class _Module:
 
     name: str  # dotted, under the package
     source: str
-    imports: tuple[tuple[ast.ImportFrom, str], ...]  # statements that import from the package, and the modules named
+    imports: tuple[
+        tuple[ast.ImportFrom, str], ...
+    ]  # statements that import from the package, and the imported modules
 
     @property
     def bundle(self) -> str:
-        """The folder whose modules share a file."""
+        """The folder of the module; all modules of a folder are exported in one file."""
         return self.name.partition(".")[0]
 
     @property
@@ -181,7 +183,7 @@ class _Module:
 
 
 def _file_name(bundle: str, suffix: str) -> str:
-    """Name of the file, without its ending, that the modules of a folder are exported as."""
+    """Name, without `.py`, of the file into which the modules of a folder are exported."""
     return f"{PACKAGE}_{bundle}{suffix}"
 
 
@@ -215,7 +217,7 @@ def _component_text(suffix: str) -> str:
 
 
 def _bundle_text(modules: list[_Module], suffix: str) -> str:
-    """One file of the modules of a folder, in the order in which they import each other."""
+    """Join the modules of a folder into one file, in the order in which they import each other."""
     _check_names(modules)
     digest = hashlib.sha256("".join(module.source for module in modules).encode()).hexdigest()[:16]
     names = ", ".join(module.name for module in modules)
@@ -226,7 +228,7 @@ def _bundle_text(modules: list[_Module], suffix: str) -> str:
 
 
 def _flattened(module: _Module, suffix: str) -> str:
-    """The source of a module in its bundle: other bundles by their file names, its own bundle's names as they are."""
+    """Rewrite the imports of a module for its exported file, which contains all modules of the folder."""
     lines = module.source.splitlines(keepends=True)
     for node, target in module.imports:
         indent, bundle = lines[node.lineno - 1][: node.col_offset], target.partition(".")[0]
@@ -249,7 +251,7 @@ def _flattened(module: _Module, suffix: str) -> str:
 
 
 def _closure(package: Path, roots: Iterable[str]) -> list[_Module]:
-    """Modules (dotted names under the package) and all that they import relatively, by name."""
+    """The modules `roots` (dotted names under the package) and all that they import relatively, sorted by name."""
     found: dict[str, _Module] = {}
     wanted = list(roots)
     while wanted:
@@ -262,7 +264,7 @@ def _closure(package: Path, roots: Iterable[str]) -> list[_Module]:
 
 
 def _relative_imports(package: Path, name: str, source: str) -> Iterator[tuple[ast.ImportFrom, str]]:
-    """Statements that import from this package, in any function too, and the modules they name."""
+    """Statements that import from this package, also inside functions, and the imported modules."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.level:
             module = ".".join([*name.split(".")[: -node.level], *([node.module] if node.module else [])])
@@ -278,14 +280,14 @@ def _path(package: Path, name: str) -> Path:
 
 
 def _in_order(modules: list[_Module]) -> list[_Module]:
-    """Modules of one folder, every one behind those that it imports at its top level."""
+    """Sort the modules of a folder so that each one follows those that it imports at its top level."""
     needs = {module.name: [target for node, target in module.imports if node.col_offset == 0] for module in modules}
     known = {module.name: module for module in modules}
     return [known[name] for name in TopologicalSorter(needs).static_order() if name in known]
 
 
 def _check_names(modules: list[_Module]) -> None:
-    """Refuse two meanings of one name at the top level of modules that share a file."""
+    """Refuse a name that two modules of one exported file define differently at their top level."""
     meanings: dict[str, tuple[str, str]] = {}
     for module in modules:
         for name, meaning in _top_level_names(module):
@@ -295,7 +297,7 @@ def _check_names(modules: list[_Module]) -> None:
 
 
 def _top_level_names(module: _Module) -> Iterator[tuple[str, str]]:
-    """Names that a module defines or imports from other packages, with what they stand for."""
+    """Names that a module defines or imports from other packages, each with a text that identifies its meaning."""
     targets = {(node.lineno, node.col_offset): target for node, target in module.imports}
     todo = list(module.tree.body)
     for node in todo:
@@ -305,7 +307,7 @@ def _top_level_names(module: _Module) -> Iterator[tuple[str, str]]:
             if getattr(node, "module", None) == "__future__":
                 raise ValueError(f"{module.name}: `from __future__` must begin a file, so it cannot be exported.")
             if targets.get((node.lineno, node.col_offset), "").partition(".")[0] == module.bundle:
-                continue  # the name stands for what another module of this file defines
+                continue  # another module of this file defines the name
             origin = targets.get((node.lineno, node.col_offset), getattr(node, "module", None) or "")
             separator = ":" if (node.lineno, node.col_offset) in targets else "."
             yield from ((alias.asname or alias.name, f"{origin}{separator}{alias.name}") for alias in node.names)
@@ -328,7 +330,7 @@ def _top_level_names(module: _Module) -> Iterator[tuple[str, str]]:
 
 
 def _write_model_index(directory: Path, suffix: str) -> None:
-    """Classes of this project as the pairs of file and class that diffusers' remote code wants."""
+    """Replace classes of this project in `model_index.json` by pairs of file and class, as diffusers needs."""
     path = directory / "model_index.json"
     if not path.is_file():
         return
@@ -340,8 +342,8 @@ def _write_model_index(directory: Path, suffix: str) -> None:
             continue
         if found != expected:
             raise ValueError(
-                f"`{name}` is a {found}, which no repository's code knows: only {expected} can be written. Save the "
-                "component by itself, or convert it first."
+                f"`{name}` is a {found}, but the code of a repository supports only {expected}: save this component "
+                "separately, or convert it first."
             )
         index[name] = [f"{ENTRY if name == '_class_name' else COMPONENT_ENTRY}{suffix}", expected]
     index.pop("_name_or_path", None)

@@ -1,8 +1,8 @@
 """
-The layout of a repository: one copy of the weights for both libraries.
+Repositories for transformers and diffusers with one copy of the weights: layout, root index, completion, checks.
 
     model_index.json                  for diffusers: the pipeline and its components
-    config.json, *.index.json         for transformers: the whole model, over the weights of the component folders
+    config.json, *.index.json         for transformers: the whole model; the index names files in component folders
     mllm/ adapter/ transformer/ ...   the components
     *.py                              the code, see `remote_code`
 """
@@ -34,9 +34,9 @@ from .staging import (
 )
 
 INDEX_NAME = "model.safetensors.index.json"
-# Folders whose weights make up the whole model, in the order of the figure.
+# Folders whose weights form the whole model, in the order of the data flow.
 MODEL_FOLDERS = ("mllm", "adapter", "transformer")
-# Fields of the component `mllm`'s configuration that the whole model shares.
+# Fields in the configuration of the component `mllm` that the whole model has too.
 _MODEL_FIELDS = (
     "architectures",
     "dtype",
@@ -49,20 +49,19 @@ _MODEL_FIELDS = (
     "video_generation_token_id",
     "vision_head_config",
 )
-# What libraries write of the machine and the call that something was loaded on and with.
+# Entries about the local machine that libraries write when they load something.
 _LOCAL_ENTRIES = {"_name_or_path", "name_or_path", "is_local", "local_files_only", "cache_dir", "token"}
 
 
 def finalize_repository(directory: str | Path, variant: str | None = None) -> None:
     """
-    Make a repository of a folder with components: root configuration and weight index, code, references to the code.
+    Turn a folder with components into a repository: write root configuration, weight index, code and references.
 
-    Idempotent; weights are only looked at.
+    The function is idempotent and does not change weights.
 
     Args:
-        directory: with the component folders, `model_index.json` if it is to be a pipeline, and the processor's files
-            at the root.
-        variant: of the weights that the root index is to name, as in `model.fp16.safetensors`.
+        directory: folder with the component folders, the processor's files and, for a pipeline, `model_index.json`.
+        variant: variant of the weights in the root index, such as `fp16` for `model.fp16.safetensors`.
     """
     directory = Path(directory)
     for path in (*directory.glob("*/config.json"), *visible_files(directory, "tokenizer_config.json")):
@@ -77,7 +76,7 @@ def finalize_repository(directory: str | Path, variant: str | None = None) -> No
 
 
 def _keep_presets(directory: Path) -> None:
-    """Give the adapter the presets of the pipeline: a model that is saved without a pipeline does not have them."""
+    """Copy the presets of the pipeline into the adapter's configuration, so that a model saved alone keeps them."""
     index, path = _read_json(directory / PIPELINE_INDEX_NAME), directory / "adapter" / "config.json"
     adapter = _read_json(path)
     if index and adapter and index.get("presets") and "_presets" not in adapter:
@@ -87,17 +86,17 @@ def _keep_presets(directory: Path) -> None:
 
 def write_root_index(directory: str | Path, variant: str | None = None) -> None:
     """
-    Write the root `config.json`, `generation_config.json` and weight index over the component folders.
+    Write `config.json`, `generation_config.json` and the weight index of the whole model at the root.
 
-    The index names weights as the components store them; loading gives them their prefix
-    (see `modeling_omni_video`). Nothing is copied.
+    The index refers to the weights in the component folders, which are not copied. It has their names without the
+    prefix of the component, which loading adds (see `modeling_omni_video`).
 
     Args:
-        directory: with the folders `mllm`, `adapter` and `transformer`, as far as the model has them.
-        variant: of the weights to name.
+        directory: folder with those of `mllm`, `adapter` and `transformer` that the model has.
+        variant: variant of the weights in the index.
 
     Raises:
-        ValueError: when two folders hold a weight of the same name.
+        ValueError: if two folders contain a weight of the same name.
     """
     directory = Path(directory)
     weight_map: dict[str, str] = {}
@@ -106,7 +105,9 @@ def write_root_index(directory: str | Path, variant: str | None = None) -> None:
         for file in weight_files(directory / folder, variant):
             for name, (_, shape, num_bytes) in read_header(file).items():
                 if name in weight_map:
-                    raise ValueError(f"{file}: the weight {name!r} {shape} is also in {weight_map[name]}.")
+                    raise ValueError(
+                        f"{file}: the weight {name!r} {shape} is also in {weight_map[name]}: remove one of the files."
+                    )
                 weight_map[name] = f"{folder}/{file.name}"
                 total_size += num_bytes
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
@@ -122,15 +123,15 @@ def write_root_index(directory: str | Path, variant: str | None = None) -> None:
 
 
 def _without_private(config: dict) -> dict:
-    """A diffusers configuration without the entries that diffusers adds, whose names begin with an underscore."""
+    """Remove the entries that diffusers adds to a configuration, whose names begin with an underscore."""
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def _write_generation_config(directory: Path) -> None:
     """
-    Put the MLLM's generation settings wherever they are looked for.
+    Write the generation settings of the MLLM to the root and into the configuration of the component.
 
-    diffusers downloads no `generation_config.json` of a component; transformers then takes them from `config.json`.
+    diffusers does not download `generation_config.json` of a component; transformers then reads `config.json`.
     """
     path, component = directory / "mllm" / GENERATION_CONFIG_NAME, directory / "mllm" / "config.json"
     settings = _read_json(path)
@@ -144,22 +145,22 @@ def _write_generation_config(directory: Path) -> None:
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """Files with weights of a variant in a component's folder; `None` stands for those without one."""
+    """The weight files of a variant in a component's folder; `None` selects those without a variant."""
     files = sorted(folder.glob("*.safetensors"))
     return [file for file in files if is_weight_file(file.name) and variant_of(file.name) == variant]
 
 
 def read_header(file: str | Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
     """
-    Names of the tensors in a safetensors file, with format, shape and size in bytes. No tensor is read.
+    Names of the tensors in a safetensors file, each with dtype, shape and size in bytes. No tensor is read.
 
     Raises:
-        ValueError: when the file is not a complete safetensors file.
+        ValueError: if the file is not a complete safetensors file.
     """
     header = {}
     try:
         with safe_open(file, "pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 - the handle is no dict
+            for name in handle.keys():  # noqa: SIM118 - the handle is not a dict
                 part = handle.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), part.get_dtype()
                 header[name] = (dtype, shape, math.prod(shape) * _bits(dtype) // 8)
@@ -179,27 +180,27 @@ def complete_repository(
     link: bool = False,
 ) -> list[str]:
     """
-    Add to a saved model what makes it a pipeline, from the repository it was trained from.
+    Complete a saved model to a pipeline with components of the repository it was trained from.
 
-    What the folder has stays: only missing components (such as VAE, text encoder and scheduler), the processor's files
-    and `model_index.json` are copied, and the code is written by this version.
+    Existing files of the folder are kept. Missing components (such as VAE, text encoder and scheduler), files of the
+    processor and `model_index.json` are copied, and this version writes the code.
 
     Args:
-        directory: a saved model or an unfinished repository.
+        directory: folder of a saved model or of an incomplete repository.
         base: folder or Hub repository with a `model_index.json`.
-        revision: of a Hub repository.
-        token: for the Hub.
-        link: make symbolic links instead of copies, for a folder that is only there to be pushed.
+        revision: branch, tag or commit of a Hub repository.
+        token: access token of the Hub.
+        link: create symbolic links instead of copies, for a temporary folder that is pushed.
 
     Returns:
         Names of the files and folders that were added.
 
     Raises:
-        ValueError: when the base is not a pipeline's repository, or the folder lacks parts that the base lacks too.
+        ValueError: if the base is not the repository of a pipeline, or if a component is missing in both.
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise ValueError(f"{directory}: is not a folder, so nothing completes it.")
+        raise ValueError(f"`directory` must be an existing folder with a saved model, got {directory}.")
     finish_saving(directory)
     source = Path(base)
     if not source.is_dir():
@@ -211,7 +212,10 @@ def complete_repository(
     check_finished(source)
     index = _read_json(source / PIPELINE_INDEX_NAME)
     if index is None:
-        raise ValueError(f"{base}: has no {PIPELINE_INDEX_NAME}, so it cannot complete {directory} to a pipeline.")
+        raise ValueError(
+            f"{base}: has no {PIPELINE_INDEX_NAME}, so it cannot complete {directory}: pass the repository of a "
+            "pipeline as `base`."
+        )
     components = [name for name, value in index.items() if isinstance(value, list) and name[0] != "_" and value[0]]
     processor_files = [path.name for path in sorted(source.iterdir()) if _is_processor_file(path)]
     wanted = [name for name in (*components, *processor_files) if not (directory / name).exists()]
@@ -229,19 +233,20 @@ def complete_repository(
                 shutil.copytree(source / name, new / name, ignore=ignored, copy_function=copy)
             else:
                 copy(source / name, new / name)
-        # What finalizing writes anew over all parts is not there while some of them are.
+        # The root index and configuration are removed first and written again when all components are in place.
         commit(work, directory, removed=[*replaced, INDEX_NAME, "config.json"], finalize=True)
     return added
 
 
 def _add_left_out_mllm(directory: Path, source: Path, new: Path, copy: Callable[[Path, Path], object]) -> list[str]:
     """
-    Give a model that was trained without its MLLM (`enable_mllm=False`) the base's, written to `new`.
+    Add the MLLM of the base to a model that was trained without one (`enable_mllm=False`); write it to `new`.
 
-    Its folder holds the vision head alone; files of the base that hold another one are written without it.
+    The folder `mllm` of such a model contains only the vision head. Files of the base that contain the old vision head
+    are written without it.
 
     Returns:
-        Names of the files in `directory` that the new ones replace.
+        Names of the files in `directory` that the new files replace.
     """
     folder, base = directory / "mllm", source / "mllm"
     if not _lacks_mllm(folder):
@@ -260,7 +265,9 @@ def _add_left_out_mllm(directory: Path, source: Path, new: Path, copy: Callable[
         else:
             with safe_open(file, "pt") as handle:
                 save_file({key: handle.get_tensor(key) for key in kept}, target / shard, {"format": "pt"})
-            shutil.copymode(folder / "config.json", target / shard)  # safetensors lets only its owner read
+            shutil.copymode(
+                folder / "config.json", target / shard
+            )  # safetensors writes files that only their owner can read
         weight_map |= dict.fromkeys(kept, shard)
         total_size += sum(header[key][2] for key in kept)
     content = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
@@ -277,7 +284,7 @@ def _lacks_mllm(folder: Path) -> bool:
 
 
 def link_weights(source: str | Path, target: str | Path) -> None:
-    """Link a file with weights, and copy any other, which [`finalize_repository`] may rewrite."""
+    """Link a weight file, and copy any other file, because [`finalize_repository`] may rewrite it."""
     if Path(source).suffix == ".safetensors":
         Path(target).symlink_to(Path(source).resolve())
     else:
@@ -286,9 +293,9 @@ def link_weights(source: str | Path, target: str | Path) -> None:
 
 def link_root(directory: str | Path) -> Path:
     """
-    The folder that symbolic links in a repository, or in one of its component folders, may lead into.
+    The folder into which symbolic links in a repository or in one of its component folders may point.
 
-    It is the folder itself, or the part of the Hub's cache that the repository was downloaded to.
+    It is the folder itself, or the folder of the repository in the Hub's cache.
     """
     directory = Path(directory).absolute()
     for revision in (directory, directory.parent):
@@ -303,10 +310,10 @@ def check_indices(directory: str | Path, link_roots: Iterable[str | Path] = ()) 
 
     Args:
         directory: the repository.
-        link_roots: other folders that symbolic links in it may lead into.
+        link_roots: other folders into which symbolic links may point.
 
     Raises:
-        ValueError: names the index and the entry.
+        ValueError: for such an index; the message names the index and the entry.
     """
     directory = Path(directory)
     roots = [Path(root).resolve() for root in (link_root(directory), *link_roots)]
@@ -316,16 +323,16 @@ def check_indices(directory: str | Path, link_roots: Iterable[str | Path] = ()) 
             if not is_plain_name(name) or not any(path.is_relative_to(root) for root in roots):
                 raise ValueError(
                     f"{index}: names the file {name!r}, which lies outside of {directory}. An index may only name "
-                    "files of its own repository: download it again, from somebody you trust."
+                    "files of its own repository: download it again from a source that you trust."
                 )
 
 
 def index_entries(index: Path) -> list[str]:
     """
-    Names of the files that a weight index lists.
+    Names of the files in a weight index.
 
     Raises:
-        ValueError: when it is damaged.
+        ValueError: if the index is damaged.
     """
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
@@ -333,14 +340,12 @@ def index_entries(index: Path) -> list[str]:
         raise ValueError(f"{index}: cannot be read as JSON ({error}): download it again.") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) and name for name in weight_map.values()):
-        raise ValueError(
-            f"{index}: is no index of weights, which has a `weight_map` of file names: download it again."
-        )
+        raise ValueError(f"{index}: is not a weight index, which has a `weight_map` of file names: download it again.")
     return sorted(set(weight_map.values()))
 
 
 def missing_parts(directory: str | Path) -> list[str]:
-    """What a folder lacks to be a repository that transformers and diffusers load; empty when it is one."""
+    """Names of components and files that a folder needs to be loaded by transformers and diffusers, but lacks."""
     directory = Path(directory)
     missing = [name for name in (PIPELINE_INDEX_NAME, "config.json") if not (directory / name).is_file()]
     index = _read_json(directory / PIPELINE_INDEX_NAME) or {}
@@ -365,7 +370,7 @@ def _write_json(path: Path, content: dict, sort_keys: bool = False) -> None:
 
 
 def _bits(dtype: str) -> int:
-    """Bits of one value: the digits at the end of its format's name, `BOOL` being a byte."""
+    """Bits of one value, from the digits in the name of its dtype; `BOOL` has 8."""
     digits = "".join(character for character in dtype.split("_", maxsplit=1)[0] if character.isdigit())
     return int(digits) if digits else 8
 

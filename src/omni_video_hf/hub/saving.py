@@ -1,4 +1,4 @@
-"""Saving and pushing of the whole model: as a repository that transformers and diffusers open."""
+"""`save_pretrained`, `push_to_hub` and `pipeline_components` of the whole model."""
 
 import copy
 import tempfile
@@ -18,15 +18,15 @@ from .repository import MODEL_FOLDERS, check_finished, check_indices, finalize_r
 
 
 class OmniVideoSavingMixin:
-    """What [`OmniVideoForConditionalGeneration`] does differently from other transformers models when it is saved."""
+    """Loading, saving and pushing of [`OmniVideoForConditionalGeneration`] as a repository of components."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:
         """
-        Load a model, as in transformers.
+        Load a model, as `from_pretrained` of transformers.
 
         Raises:
-            ValueError: for a folder into which a save did not finish, or whose index names files outside of it.
+            ValueError: for a folder with an unfinished save, or whose index names files outside the folder.
         """
         if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
             check_finished(pretrained_model_name_or_path)
@@ -35,12 +35,12 @@ class OmniVideoSavingMixin:
 
     def pipeline_components(self) -> dict[str, nn.Module]:
         """
-        The parts that a pipeline takes, sharing their weights with this model.
+        Components for a pipeline, which share their weights with this model.
 
-        `OmniVideoPipeline.from_pretrained(base, **model.pipeline_components())` is the pipeline of a fine-tune.
+        `OmniVideoPipeline.from_pretrained(base, **model.pipeline_components())` is the pipeline of a fine-tuned model.
 
         Returns:
-            `mllm` (MLLM and vision head), and `adapter` and `transformer` as far as this model has them.
+            `mllm` (MLLM and vision head), and `adapter` and `transformer` if this model has them.
         """
         if self.adapter is None and self.decoder is None:
             return {"mllm": self}
@@ -65,23 +65,24 @@ class OmniVideoSavingMixin:
         **kwargs: Any,
     ) -> None:
         """
-        Write the repository of the whole model: component folders, the index over them, and the code to load it.
+        Save the whole model as a repository: component folders, weight index, and code to load it.
 
-        A model without adapter and decoder is written as any transformers model, for it is a component itself. What a
-        pipeline needs besides (VAE, text encoder, scheduler, processor) is not known here:
-        `OmniVideoPipeline.save_pretrained` writes all of it, [`push_to_hub`] completes it.
+        A model without adapter and decoder is itself a component and saved like any transformers model. The other
+        components of a pipeline (VAE, text encoder, scheduler, processor) are not saved: use
+        `OmniVideoPipeline.save_pretrained` for all of them, or [`push_to_hub`], which adds them.
 
         Args:
-            save_directory: made if need be; weights of an earlier save are replaced when the new ones are complete.
-            is_main_process: other processes only take part in gathering.
-            state_dict: weights to write instead of the model's own, by their names in it.
+            save_directory: target folder; created if it does not exist. Weights of an earlier save are replaced when
+                the new ones are complete.
+            is_main_process: `False` for processes that only take part in gathering the weights.
+            state_dict: weights to save instead of the model's own, by their names in the model.
             push_to_hub: push afterwards, with the arguments of [`push_to_hub`] in `kwargs`.
-            max_shard_size: largest file.
-            variant: as in `model.fp16.safetensors`.
-            safe_serialization: must stay `True`; pickles are not written.
+            max_shard_size: maximum size of a file.
+            variant: variant in the file names, such as `fp16` for `model.fp16.safetensors`.
+            safe_serialization: must be `True`; pickles are not written.
 
         Raises:
-            ValueError: for a model that carries LoRA layers or is quantised.
+            ValueError: for a model that has LoRA layers or is quantised.
         """
         self._check_saveable(safe_serialization)
         if self.adapter is None and self.decoder is None:
@@ -113,13 +114,13 @@ class OmniVideoSavingMixin:
         Push a complete repository, which loads as a model and as a pipeline.
 
         Args:
-            repo_id: `owner/name`.
-            base: folder or Hub repository to take VAE, text encoder, scheduler and processor from; by default the one
-                this model was loaded from.
+            repo_id: target repository, `owner/name`.
+            base: folder or Hub repository that contains VAE, text encoder, scheduler and processor. Default: the one
+                from which this model was loaded.
             kwargs: `private`, `revision`, `create_pr`, `commit_message` and `token`, and those of [`save_pretrained`].
 
         Returns:
-            The commit, as huggingface_hub describes it.
+            The `CommitInfo` of huggingface_hub.
         """
         base = base or self.config._name_or_path
         saving = {name: kwargs.pop(name) for name in ("max_shard_size", "variant", "state_dict") if name in kwargs}
@@ -129,18 +130,18 @@ class OmniVideoSavingMixin:
 
     def _check_saveable(self, safe_serialization: bool) -> None:
         if not safe_serialization:
-            raise ValueError("`safe_serialization=False` would write pickles, which can run code: leave it `True`.")
+            raise ValueError("`safe_serialization=False` would write pickles, which can run code: pass `True`.")
         if has_lora(self):
             raise ValueError(
-                "The model carries LoRA layers. Save them with `OmniVideoPipeline.save_lora_weights(folder, "
+                "The model has LoRA layers. Save them with `OmniVideoPipeline.save_lora_weights(folder, "
                 "**collect_lora_layers(model))`, or merge them into the weights first."
             )
         if getattr(self, "hf_quantizer", None) is not None and self.decoder is not None:
-            raise ValueError("A quantised model is not saved whole: save the model it was made from, or its LoRA.")
+            raise ValueError("A quantised model cannot be saved: save the model before quantisation, or its LoRA.")
 
 
 def _weights_of(component: str, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of one of the pipeline's components among those of the whole model."""
+    """Select the weights of one component of the pipeline from those of the whole model."""
     if component == "mllm":
         return {name: value for name, value in state_dict.items() if name.startswith(("mllm.", "vision_head."))}
     prefix = {"adapter": "adapter.", "transformer": "decoder."}[component]
@@ -154,10 +155,10 @@ def _save_part(
     max_shard_size: int | str,
     variant: str | None,
 ) -> None:
-    """Write one component with its library's own method."""
+    """Write one component with the method of its library."""
     arguments = {"max_shard_size": max_shard_size, "variant": variant}
     if isinstance(part, ModelMixin):
-        if state_dict is not None:  # diffusers takes no weights from outside
+        if state_dict is not None:  # `save_pretrained` of diffusers has no argument for weights
             with init_empty_weights():
                 part = type(part).from_config(part.config)
             part.load_state_dict(state_dict, assign=True)

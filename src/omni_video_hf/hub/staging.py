@@ -1,10 +1,10 @@
 """
-Saving over a repository so that it is the old one, the new one, or refused as unfinished; never a mixture.
+Atomic saving of repositories: a folder has the old files, the new files, or is refused as unfinished; never a mixture.
 
-A save is written to a workspace first. A folder that is not there yet is made by one rename. In one that is there, the
-workspace lies inside it and keeps the list of what is to happen: index files (`model_index.json`, `config.json`,
-`*.index.json`) leave first, then weights and code come in and outdated ones go, and index files come last. While the
-list is there, loading refuses the folder. A save that was killed is finished from its list by the next one.
+A save is written to a workspace first. A new folder is created by one rename. For an existing folder, the workspace is
+inside it and contains the list of changes: index files (`model_index.json`, `config.json`, `*.index.json`) are removed
+first, then weights and code are moved in and outdated files removed, and new index files are moved in last. While the
+list exists, loading refuses the folder. If a save is killed, the next save completes it from the list.
 """
 
 import json
@@ -32,29 +32,29 @@ _WEIGHTS = re.compile(
     r"(model|diffusion_pytorch_model)(?:\.(?P<variant>[^.]+?))??(?P<shard>-\d{5}-of-\d{5})?\.safetensors"
     r"|(model|diffusion_pytorch_model)\.safetensors\.index(?:\.(?P<index_variant>[^.]+))?\.json"
 )
-# `finalize_repository`, which cannot be imported here: its module imports this one.
+# `finalize_repository`, which cannot be imported here because its module imports this one.
 _finalizers: list[Callable[[Path], None]] = []
-_NEW, _KEPT = "new", "kept"  # folders of a workspace: what comes in, and index files that come back
+_NEW, _KEPT = "new", "kept"  # folders of a workspace: new files, and index files that are moved back
 
 
 def finalize_with(function: Callable[[Path], None]) -> None:
-    """Say what finalizes a repository that [`commit`] completed."""
+    """Register the function that finalizes a repository after [`commit`]."""
     _finalizers.append(function)
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether a file is called as libraries call weights or an index of them."""
+    """Whether a file name is that of weights or of a weight index in transformers or diffusers."""
     return _WEIGHTS.fullmatch(name) is not None
 
 
 def variant_of(name: str) -> str | None:
-    """The variant in the name of a weight file, as in `model.fp16.safetensors`; `None` stands for none."""
+    """The variant in the name of a weight file, as `fp16` in `model.fp16.safetensors`, or `None`."""
     match = _WEIGHTS.fullmatch(name)
     return (match["variant"] or match["index_variant"]) if match else None
 
 
 def is_index(name: str) -> bool:
-    """Whether a file, called by its path in a repository, says which files make up a model or pipeline."""
+    """Whether the file `name` of a repository is an index: it lists the files of a model or pipeline."""
     base = PurePosixPath(name).name
     return base in ("config.json", PIPELINE_INDEX_NAME) or (base.endswith(".json") and is_weight_file(base))
 
@@ -62,23 +62,22 @@ def is_index(name: str) -> bool:
 @contextmanager
 def staged(directory: str | Path, variant: str | None = None, folders: Iterable[str] = ()) -> Iterator[Path]:
     """
-    A folder to write a repository to, whose files move to `directory` when all of them are complete.
+    Yield a folder to write a repository to; its files are moved to `directory` when all of them are complete.
 
-    Weights and code that an earlier save left in `directory` and that this one did not write anew are removed; other
-    files stay.
+    Weights and code of an earlier save that are not written again are removed from `directory`. Other files are kept.
 
     Args:
-        directory: made if need be. A save into it that was killed is finished first.
-        variant: of the weights that are written; those of other variants stay.
-        folders: names of the folders that are to hold weights, `""` for `directory` itself.
+        directory: target folder; created if it does not exist. An earlier save that was killed is completed first.
+        variant: variant of the weights that are written; those of other variants are kept.
+        folders: names of the folders for weights, `""` for `directory` itself.
 
     Raises:
-        ValueError: before anything is written, when `directory` is a file, when one of `folders` in it is a link, or
-            when weights or index files lie there that no save of this project wrote.
+        ValueError: before anything is written, if `directory` is a file, if one of `folders` is a link, or if it
+            contains weights or index files that this package did not write.
     """
     directory = Path(directory).absolute()
     if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} is a file: choose a folder to save to.")
+        raise ValueError(f"{directory} is a file: pass a folder to save to.")
     finish_saving(directory)
     folders = set(folders)
     _check_folders(directory, folders)
@@ -92,10 +91,10 @@ def staged(directory: str | Path, variant: str | None = None, folders: Iterable[
 @contextmanager
 def staging(directory: Path, is_inside: bool = False) -> Iterator[Path]:
     """
-    A workspace with a folder `new` for what [`commit`] is to move to `directory`.
+    Yield a workspace with a folder `new` for the files that [`commit`] moves to `directory`.
 
-    It lies inside the folder, so that moving is renaming; by default beside one that is not there, or empty, which is
-    then replaced as a whole.
+    The workspace is inside `directory`, so that moving is renaming. By default it is beside a folder that does not
+    exist or is empty, which is then replaced as a whole.
     """
     directory = directory.absolute()
     is_inside = is_inside or (
@@ -108,7 +107,7 @@ def staging(directory: Path, is_inside: bool = False) -> Iterator[Path]:
         )
     )
     if is_inside:
-        remove_abandoned(directory, directory.parent)  # of a save from before the folder was there
+        remove_abandoned(directory, directory.parent)  # left by a save before the folder existed
     with workspace(directory, directory if is_inside else None) as work:
         (work / _NEW).mkdir()
         yield work
@@ -118,14 +117,14 @@ def commit(
     work: Path, directory: Path, variant: str | None = None, removed: Iterable[str] = (), finalize: bool = False
 ) -> None:
     """
-    Move what lies in a workspace to its folder.
+    Move the files of a workspace to the target folder.
 
     Args:
         work: the workspace, with the files in its folder `new`.
-        directory: where they go.
-        variant: of the weights among them.
-        removed: names of further files in `directory` that go.
-        finalize: whether `finalize_repository` is to run over `directory` before it counts as finished.
+        directory: target folder.
+        variant: variant of the weights among the files.
+        removed: names of other files in `directory` to remove.
+        finalize: run `finalize_repository` on `directory` before the save counts as finished.
     """
     directory, new = directory.absolute(), work / _NEW
     if work.parent != directory:
@@ -146,20 +145,20 @@ def commit(
 
 def finish_saving(directory: str | Path) -> bool:
     """
-    Finish a save that was killed when its new files were complete and some of them had moved to `directory`.
+    Complete a save that was killed after its new files were complete and some were moved to `directory`.
 
     Returns:
-        Whether there was one.
+        Whether there was such a save.
 
     Raises:
-        ValueError: when another process is saving to `directory` now.
+        ValueError: if another process is saving to `directory`.
     """
     directory, found = Path(directory).absolute(), False
     for folder in workspaces(directory, directory):
         if "files" in (read_mark(folder) or ()):
             with unlocked(folder) as is_free:
                 if not is_free:
-                    raise ValueError(f"{directory}: another process is saving there: wait for it.")
+                    raise ValueError(f"{directory}: another process is saving to this folder: wait until it ends.")
                 _apply(folder, directory)
                 empty(folder)
             remove_empty(folder)
@@ -169,23 +168,23 @@ def finish_saving(directory: str | Path) -> bool:
 
 def check_finished(directory: str | Path) -> None:
     """
-    Refuse a folder that holds a part of a save.
+    Refuse a folder with an unfinished save.
 
     Raises:
-        ValueError: when a save to `directory` was killed, or goes on, and files of it are still to come.
+        ValueError: if a save to `directory` was killed or is still running, so that files are missing.
     """
     directory = Path(directory).absolute()
     for folder in workspaces(directory, directory):
         if "files" in (read_mark(folder) or ()):
             raise ValueError(
-                f"{directory}: is unfinished: a save to it was interrupted when some of its files had moved there; "
-                f"the others lie in {folder.name}. Save to it again, or finish it: "
+                f"{directory}: is unfinished: a save was interrupted after some of its files were moved here; the "
+                f"others are in {folder.name}. Save to it again, or finish it: "
                 "`from omni_video_hf.hub.repository import finish_saving; finish_saving(folder)`."
             )
 
 
 def _apply(work: Path, directory: Path) -> None:
-    """Do what a workspace lists. Killed anywhere and done again, the outcome is the same."""
+    """Make the changes that a workspace lists. After a kill at any point, a second call completes them."""
     mark = read_mark(work)
     new, kept, files = work / _NEW, work / _KEPT, mark["files"]
     folders = {PurePosixPath(name).parent.as_posix() for name in files}
@@ -208,7 +207,7 @@ def _apply(work: Path, directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
     back = [path.relative_to(kept).as_posix() for path in kept.rglob("*.json")]
     names = sorted([*filter(is_index, files), *back], key=lambda name: (-name.count("/"), name))
-    for name in names:  # those at the root last, of these `model_index.json`
+    for name in names:  # files at the root last, `model_index.json` at the end
         _move((kept if name in back else new) / name, directory / name)
     if mark["finalize"]:
         _finalizers[-1](directory)
@@ -216,17 +215,17 @@ def _apply(work: Path, directory: Path) -> None:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Move a file, unless it was moved before."""
+    """Move a file, unless it was already moved."""
     if source.is_symlink() or source.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         source.replace(target)
 
 
-# --- what is ours ---------------------------------------------------------------------------------------------------
+# --- files that this package wrote ----------------------------------------------------------------------------------
 
 
 def _check_folders(directory: Path, folders: Iterable[str]) -> None:
-    """Refuse to write through a link."""
+    """Refuse folders that are links or files."""
     for folder in sorted(set(folders) - {"", "."}):
         path = directory
         for part in PurePosixPath(folder).parts:
@@ -237,11 +236,11 @@ def _check_folders(directory: Path, folders: Iterable[str]) -> None:
                     "choose another folder."
                 )
             if path.exists() and not path.is_dir():
-                raise ValueError(f"{path}: is a file, where a folder is to be saved: move it away.")
+                raise ValueError(f"{path}: is a file, but saving needs a folder of this name: move it away.")
 
 
 def _check_ours(directory: Path, folders: Iterable[str], variant: str | None) -> None:
-    """Refuse a folder with files of another model's, which saving would replace, or which would be loaded with it."""
+    """Refuse a folder with files of another model that saving would replace, or that would be loaded together."""
     names = {"": (PIPELINE_INDEX_NAME, "config.json")}
     if is_repository(directory):
         return
@@ -250,13 +249,13 @@ def _check_ours(directory: Path, folders: Iterable[str], variant: str | None) ->
             is_weights = is_weight_file(path.name) and variant_of(path.name) == variant
             if is_weights or path.name in names.get(folder, ()):
                 raise ValueError(
-                    f"{path}: no save of an Omni-Video model wrote it, and saving would replace it: choose another "
-                    "folder, or move it away."
+                    f"{path}: was not written by a save of an Omni-Video model, and saving would replace it: choose "
+                    "another folder, or move the file away."
                 )
 
 
 def is_repository(directory: Path) -> bool:
-    """Whether the index files at the root of a folder, as far as there are any, are those of an Omni-Video model."""
+    """Whether a folder has index files at its root, and all of them are those of an Omni-Video model."""
     index, config = (_json_of(directory / name) for name in (PIPELINE_INDEX_NAME, "config.json"))
     found = []
     if index is not None:
@@ -268,7 +267,7 @@ def is_repository(directory: Path) -> bool:
 
 
 def _outdated(directory: Path, files: Iterable[str], variant: str | None) -> list[str]:
-    """Names of the weights of one variant, and of code, that `files` replace and that an earlier save wrote."""
+    """Names of weights of one variant and of code that an earlier save wrote and that `files` replace."""
     groups: dict[str, set[str]] = {}
     for name in map(PurePosixPath, files):
         groups.setdefault(name.parent.as_posix(), set()).add(name.name)
@@ -290,7 +289,7 @@ def _outdated(directory: Path, files: Iterable[str], variant: str | None) -> lis
 
 
 def _named_by_index(directory: Path) -> set[str]:
-    """Names of the weights that the index files in a repository list."""
+    """Names of the weight files in the index files of a repository."""
     named = set()
     for path in (*directory.glob("*.json"), *directory.glob("*/*.json")):
         if is_index(path.name) and is_weight_file(path.name):
@@ -301,7 +300,7 @@ def _named_by_index(directory: Path) -> set[str]:
 
 
 def _json_of(path: Path) -> dict[str, Any] | None:
-    """The contents of a JSON file; an empty dict when they are not those of an object, `None` without a file."""
+    """The object in a JSON file; an empty dict if the content is not an object, `None` if there is no file."""
     if not path.is_file():
         return None
     try:

@@ -1,7 +1,7 @@
 """
-Reading and writing videos and images. The only users of PyAV.
+Reading and writing of videos and images; only this folder uses PyAV.
 
-Inside the package, import from the modules; `from omni_video_hf.media import load_video` is for users.
+Users write `from omni_video_hf.media import load_video`; modules of the package import from the modules here.
 """
 
 from importlib import import_module
@@ -20,7 +20,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import what is asked for: torch and PyAV are not needed to read how a file was made."""
+    """Import a name from its module when it is used, because `read_media_record` needs neither torch nor PyAV."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,4 +1,4 @@
-"""A video in memory."""
+"""`VideoClip`: a video in memory, with its frame rate."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,8 @@ class VideoClip:
 
     Args:
         frames: uint8 `[frames, height, width, 3]`, RGB.
-        fps: frames per second; `None` where nobody said.
-        notes: one sentence for each thing that was decided while reading.
+        fps: frames per second; `None` if the rate is unknown.
+        notes: one sentence for each decision that the reader made, such as a resampling.
     """
 
     frames: np.ndarray

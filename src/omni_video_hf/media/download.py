@@ -1,4 +1,4 @@
-"""Files behind URLs, downloaded once for as long as they are read."""
+"""Temporary downloads of videos and images from URLs."""
 
 import tempfile
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from huggingface_hub.utils import get_session
 from ..utils.read_budget import current_budget, how_to_raise
 from .video_reader import MediaError
 
-DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer; the session's own default is to wait for ever
+DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer; by default, the session waits without a limit
 
 
 @contextmanager
 def _local_file(source: str | Path) -> Iterator[Path]:
-    """The file itself, or a download of a URL that is gone afterwards."""
+    """Yield the path of a local file, or of a download that is removed after the block."""
     if not str(source).startswith(("http://", "https://")):
         yield Path(source)
         return
@@ -32,9 +32,9 @@ def _local_file(source: str | Path) -> Iterator[Path]:
                         raise MediaError(f"{source}: is larger than {limit:,} bytes. {how_to_raise('max_bytes')}")
         except MediaError:
             raise
-        except Exception as error:  # the HTTP library's own errors, whichever it is
-            raise MediaError(f"{source}: could not be downloaded ({error}).") from error
+        except Exception as error:  # errors of the HTTP library
+            raise MediaError(f"{source}: could not be downloaded ({error}). Check the address.") from error
         try:
             yield path
-        except MediaError as error:  # it names the download's temporary file, which tells the caller nothing
+        except MediaError as error:  # it names the temporary file: name the URL instead
             raise MediaError(str(error).replace(str(path), str(source))) from error

@@ -1,4 +1,4 @@
-"""Which frames of a video are used: the strategies of the released model, and uniform sampling."""
+"""Frame sampling: named strategies that select frames of a video, those of the released model among them."""
 
 from collections.abc import Callable
 
@@ -21,18 +21,28 @@ def _uniform(total: int, num_frames: int) -> list[int]:
     return ((np.arange(num_frames) + 0.5) * total / num_frames).astype(int).tolist()
 
 
-# (number of frames there are, number wanted) -> frame numbers
+# (number of frames in the video, number of frames to select) -> frame numbers
 FRAME_SAMPLING: dict[str, Callable[[int, int], list[int]]] = {
-    "upstream_edit": _upstream_edit,  # never the last frame; repeats in short clips
-    "upstream_understand": _upstream_understand,  # first to last; all of a shorter clip
-    "uniform": _uniform,  # the middles of equal parts
+    "upstream_edit": _upstream_edit,  # never the last frame; repeats frames of short videos
+    "upstream_understand": _upstream_understand,  # from first to last; all frames of a shorter video
+    "uniform": _uniform,  # the middles of equally long parts
     "first": lambda total, num_frames: list(range(min(total, num_frames))),
     "all": lambda total, _: list(range(total)),
 }
 
 
 def sample_indices(strategy: str, total: int, num_frames: int) -> list[int]:
-    """Frame numbers by a named strategy; a `MediaError` lists the names there are."""
+    """
+    Select frame numbers with a named strategy.
+
+    Args:
+        strategy: a name in [`FRAME_SAMPLING`].
+        total: number of frames in the video.
+        num_frames: number of frames to select.
+
+    Raises:
+        MediaError: for an unknown strategy, whose message lists the names, or a number below 1.
+    """
     if strategy not in FRAME_SAMPLING:
         raise MediaError(f"`frame_sampling` must be one of {', '.join(FRAME_SAMPLING)}, got {strategy!r}.")
     if num_frames < 1 or total < 1:
@@ -41,7 +51,7 @@ def sample_indices(strategy: str, total: int, num_frames: int) -> list[int]:
 
 
 def sample_frames(frames: np.ndarray, strategy: str, num_frames: int) -> np.ndarray:
-    """`frames` `[frames, height, width, 3]` by a named strategy of [`FRAME_SAMPLING`]."""
+    """Select frames of `[frames, height, width, 3]` with a named strategy of [`FRAME_SAMPLING`]."""
     return frames[sample_indices(strategy, len(frames), num_frames)]
 
 

@@ -1,4 +1,4 @@
-"""Reading and writing images, and contact sheets."""
+"""Reading and writing of images, and contact sheets of videos."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,19 +25,19 @@ from .video_reader import (
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-MAX_EXIF_BYTES = 60_000  # JPEG has room for 64 kB; what is longer is kept in PNG, WebP and mp4 alone
+MAX_EXIF_BYTES = 60_000  # JPEG allows 64 kB; PNG, WebP and mp4 can store more
 
 
 def load_image(source: Any) -> Image.Image:
     """
-    An upright RGB image.
+    Load an image as upright RGB.
 
     Args:
         source: path, URL, PIL image of any mode, or an array or tensor `[height, width]`, `[height, width, 1, 3 or 4]`
-            or `[1, 3 or 4, height, width]`, uint8 or float in 0..1. Transparent parts are shown over white.
+            or `[1, 3 or 4, height, width]`, uint8 or float in 0..1. Transparent parts become white.
 
     Raises:
-        MediaError: nothing that can be read as one image.
+        MediaError: if the source cannot be read as one image.
     """
     if isinstance(source, Image.Image):
         return _without_alpha(ImageOps.exif_transpose(source))
@@ -51,29 +51,31 @@ def load_image(source: Any) -> Image.Image:
         if found is None:
             raise MediaError(f"{source}: is not an image that can be read (PNG, JPEG, WebP, GIF, BMP, TIFF ...).")
         if found[1] > 1:
-            raise MediaError(f"{source}: has {found[1]} pictures; give one image, or use it as a video.")
+            raise MediaError(f"{source}: contains {found[1]} images; pass a single image, or use it as a video.")
         try:
             with open_picture(path) as image:
                 ImageOps.exif_transpose(image, in_place=True)
                 return _without_alpha(image)
-        except Exception as error:  # Pillow's readers raise anything on damaged files
-            raise MediaError(f"{source}: the image is damaged or cut short ({error}).") from error
+        except Exception as error:  # the readers of Pillow can raise any error on damaged files
+            raise MediaError(
+                f"{source}: the image is damaged or cut short ({error}). Download or export it again."
+            ) from error
 
 
 def save_image(
     image: Image.Image | np.ndarray | torch.Tensor, path: str | Path, metadata: Mapping[str, Any] | None = None
 ) -> None:
     """
-    Write one image; its format follows from the suffix (.png .jpg .webp). The file appears when it is complete.
+    Write an image atomically.
 
     Args:
-        image: as in [`load_image`].
-        path: its suffix names the format.
-        metadata: what the file is to say about how it was made, such as a pipeline's `settings`; plain values. It is
-            text in a PNG and the EXIF description elsewhere; a JPEG takes 60,000 bytes of it.
+        image: image as in [`load_image`].
+        path: file to write; its suffix (.png .jpg .jpeg .webp) determines the format.
+        metadata: record of how the image was generated, such as `settings` of the pipeline's output; plain values. It
+            is stored as text in a PNG and as EXIF description in other formats; a JPEG stores up to 60,000 bytes.
 
     Raises:
-        MediaError: for another suffix, values that are no image, or metadata that are too long or not JSON.
+        MediaError: for another suffix, values that are not an image, or metadata that are too long or not JSON.
     """
     path = Path(path)
     if path.suffix.lower() not in IMAGE_FORMATS:
@@ -83,7 +85,9 @@ def save_image(
     if metadata is not None:
         text = _metadata_text(metadata)
         if kind == "JPEG" and len(text) > MAX_EXIF_BYTES:
-            raise MediaError(f"{path}: `metadata` has {len(text)} bytes, a JPEG takes {MAX_EXIF_BYTES}. Write a PNG.")
+            raise MediaError(
+                f"{path}: `metadata` has {len(text)} bytes, but a JPEG stores up to {MAX_EXIF_BYTES}. Write a PNG."
+            )
         if kind == "PNG":
             options["pnginfo"] = PngImagePlugin.PngInfo()
             options["pnginfo"].add_itxt(METADATA_KEY, text)
@@ -95,7 +99,7 @@ def save_image(
 
 
 def _without_alpha(image: Image.Image) -> Image.Image:
-    """RGB of an upright image of any mode."""
+    """Convert an upright image of any mode to RGB."""
     if image.mode == "F":
         return Image.fromarray(_to_uint8_rgb(np.asarray(image), "image", 2))
     if image.mode.startswith("I"):  # 16 bits and more: Pillow would clip instead of scaling
@@ -118,7 +122,14 @@ def _without_alpha(image: Image.Image) -> Image.Image:
 
 
 def contact_sheet(frames: Any, columns: int | None = None, max_frames: int = 8) -> Image.Image:
-    """A grid of up to `max_frames` frames, evenly chosen, in one row unless `columns` says otherwise."""
+    """
+    Arrange frames of a video in a grid.
+
+    Args:
+        frames: a [`VideoClip`], or frames as in [`load_video`].
+        columns: number of columns; by default all frames are in one row.
+        max_frames: maximum number of frames, selected at equal distances.
+    """
     pictures = _stack_frames(frames.frames if isinstance(frames, VideoClip) else frames)
     chosen = pictures[np.linspace(0, len(pictures) - 1, min(max_frames, len(pictures))).round().astype(int)]
     columns = columns or len(chosen)
@@ -132,7 +143,7 @@ def contact_sheet(frames: Any, columns: int | None = None, max_frames: int = 8) 
 
 
 def _stack_frames(frames: Any) -> np.ndarray:
-    """uint8 `[frames, height, width, 3]` of frames in any form."""
+    """Convert frames of any form to uint8 `[frames, height, width, 3]`."""
     if isinstance(frames, (np.ndarray, torch.Tensor)):
         stacked = _to_uint8_rgb(frames, "video", 3)
     elif isinstance(frames, (list, tuple)):
@@ -140,7 +151,7 @@ def _stack_frames(frames: Any) -> np.ndarray:
         shapes = {picture.shape for picture in pictures}
         if len(shapes) > 1:
             raise MediaError(
-                f"Frames of one video must have one size, got {sorted(shape[1::-1] for shape in shapes)}."
+                f"The frames of a video must all have the same size, got {sorted(shape[1::-1] for shape in shapes)}."
             )
         stacked = np.stack(pictures) if pictures else np.empty((0, 1, 1, 3), np.uint8)
     else:

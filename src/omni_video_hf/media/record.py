@@ -1,4 +1,4 @@
-"""Reads from a picture or video how it was made, as `save_image` and `save_video` wrote it; without torch."""
+"""`read_media_record`: read the record of how an image or video was generated from its metadata; needs no torch."""
 
 import json
 from contextlib import suppress
@@ -8,35 +8,35 @@ from typing import Any
 
 KEY = "omni_video"  # as `METADATA_KEY` in `media.output_file`
 _IMAGE_DESCRIPTION = 0x010E  # in EXIF
-MAX_BYTES = 10**6  # of a record; longer text is none of ours
+MAX_BYTES = 10**6  # maximum length of a record; longer texts were not written by this package
 
 
 def read_media_record(path: str | Path) -> dict[str, Any]:
     """
-    Prompt, seed, settings, model and revision that a file was made with.
+    Read prompt, seed, settings, model and revision with which a file was generated.
 
     Args:
-        path: .mp4, .png, .jpg or .webp.
+        path: .mp4, .png, .jpg or .webp file.
 
     Raises:
-        ValueError: for a file that says nothing of that, or is no such file.
+        ValueError: for a file without such a record, or that cannot be read.
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
             is_mp4 = file.read(12)[4:8] == b"ftyp"
         texts = _of_video(path) if is_mp4 else _of_image(path)
-    except Exception as error:  # PyAV's and Pillow's own, and files that cannot be opened
+    except Exception as error:  # errors of PyAV and Pillow, and files that cannot be opened
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: cannot be read as a picture or video ({reason}).") from error
+        raise ValueError(f"{path}: cannot be read as an image or video ({reason}).") from error
     for text in texts:
         with suppress(ValueError, RecursionError):
             found = json.loads(text) if isinstance(text, str) and len(text) <= MAX_BYTES else None
             if isinstance(found, dict) and isinstance(found.get(KEY), dict):
                 return found[KEY]
     raise ValueError(
-        f"{path}: does not say how it was made. Files that `generate` and `edit` write do, unless another program has "
-        "written them anew."
+        f"{path}: contains no record of how it was generated. Files that `generate` and `edit` wrote contain one, "
+        "unless another program saved them again."
     )
 
 

@@ -1,4 +1,4 @@
-"""What the pipeline edits or is asked about: videos and images in any form, one per prompt."""
+"""`Source`: the videos or images that the pipeline edits or answers questions about, one per prompt."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,20 +16,18 @@ from .video_loading import load_video
 
 @dataclass
 class Source:
-    """What is edited or asked about: one video or image per prompt."""
+    """The videos or images of one call, one per prompt; empty for a task without a source."""
 
-    videos: list[Any] | None = (
-        None  # files or clips as the caller gave them; `VideoClip`s once they are read for drawing
-    )
+    videos: list[Any] | None = None  # as the caller passed them; `VideoClip`s after `load`
     images: list[Image.Image] | None = None
 
     @classmethod
     def of(cls, video: Any, image: Any, batch_size: int) -> "Source":
         """
-        One entry per prompt, as the caller gave it; a single video or image serves all prompts.
+        Create a source with one entry per prompt; a single video or image is repeated for all prompts.
 
         Raises:
-            ValueError: when there are neither one nor `batch_size` entries.
+            ValueError: if the number of entries is neither one nor `batch_size`.
         """
         if video is not None:
             return cls(videos=_as_batch(video, _is_clip, batch_size, "video"))
@@ -38,31 +36,31 @@ class Source:
         return cls()
 
     def load(self, num_frames: int | None = None, fps: float | None = None) -> "Source":
-        """Read the videos, or the wanted frames of them, see [`load_video`]; images are read already."""
+        """Read the selected frames of the videos, see [`load_video`]; images were read by [`of`]."""
         if self.videos is None:
             return self
         return Source(videos=[_load_clip(video, num_frames, fps) for video in self.videos])
 
     @property
     def kind(self) -> Literal["image", "video"] | None:
-        """Whether there are videos, images, or neither."""
+        """Kind of the entries; `None` if there are none."""
         if self.videos is not None:
             return "video"
         return "image" if self.images is not None else None
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of every clip or image; videos must be read."""
+        """`(height, width)` of every video or image; videos must be loaded."""
         if self.videos is not None:
             return [clip.frames.shape[1:3] for clip in self.videos]
         return [image.size[::-1] for image in self.images or ()]
 
     def check_equal(self, height: int | None, num_frames: int | None, fps: float | None) -> None:
         """
-        One batch has one size, length and rate: refuse entries that differ in what the caller left to them.
+        Refuse entries that differ in size, length or frame rate, unless the caller determines the value.
 
         Raises:
-            ValueError: with the values found, and the argument that settles them.
+            ValueError: for different values; the message names the argument that determines them.
         """
         differing: list[tuple[str, str, set[Any]]] = []
         if height is None:
@@ -74,20 +72,20 @@ class Source:
         for what, argument, values in differing:
             if len(values) > 1:
                 raise ValueError(
-                    f"The sources of one call must have one {what}, got {sorted(map(str, values))}: pass {argument}, "
-                    "or call once for each."
+                    f"The sources of one call must have the same {what}, got {sorted(map(str, values))}: pass "
+                    f"{argument}, or make one call per source."
                 )
 
 
 def _load_clip(clip: Any, num_frames: int | None, fps: float | None) -> VideoClip:
-    """One clip of any kind; for bare frames, which have no rate, `fps` states it."""
+    """Load one video of any form; `fps` is the frame rate of bare frames, which have none."""
     if isinstance(clip, (str, Path, VideoClip)):
         return load_video(clip, num_frames=num_frames, fps=fps)
     return load_video(clip, num_frames=num_frames, source_fps=fps)
 
 
 def _is_clip(value: Any) -> bool:
-    """Whether `value` is one clip rather than a list of clips."""
+    """Whether `value` is one video rather than a list of videos."""
     if isinstance(value, (np.ndarray, torch.Tensor)):
         return value.ndim == 4
     if isinstance(value, (list, tuple)) and value:
@@ -105,7 +103,7 @@ def _is_image(value: Any) -> bool:
 
 
 def _as_batch(value: Any, is_single: Callable[[Any], bool], batch_size: int, name: str) -> list[Any]:
-    """One entry per prompt."""
+    """A list with one entry per prompt; a single entry is repeated."""
     entries = [value] * batch_size if is_single(value) else list(value)
     if len(entries) != batch_size:
         raise ValueError(f"`{name}` has {len(entries)} entries for {batch_size} prompts: pass one, or one per prompt.")

@@ -1,4 +1,4 @@
-"""Videos from files, URLs, frames, arrays and tensors, at a frame rate and length."""
+"""Loading of videos from files, URLs, frames, arrays and tensors, resampled to a frame rate or length."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,23 +32,23 @@ def load_video(
     source_fps: float | None = None,
 ) -> VideoClip:
     """
-    A clip, or a selection of its frames. Only frames that are kept are held in memory.
+    Load a video, or selected frames of it. Only the selected frames are kept in memory.
 
     Args:
         source: path, URL, [`VideoClip`], list of PIL images or arrays, or an array or tensor
             `[frames, height, width, 3]` or `[frames, 3, height, width]`, uint8 or float in 0..1.
-        fps: resample to this rate by time stamps: for every instant the frame shown then.
-        num_frames: alone, that many frames evenly spread from the first to the last, the returned rate scaled so that
-            the duration stays; with `fps`, that many from the start.
-        max_frames: refuse a longer result before decoding.
-        source_fps: rate of frames that carry none.
+        fps: frame rate to resample to: for each point in time the frame that is shown then, by time stamps.
+        num_frames: number of frames. Alone: frames at equal distances from the first to the last, with a frame rate
+            that preserves the duration. With `fps`: frames from the start.
+        max_frames: maximum number of frames; a longer result is refused before decoding.
+        source_fps: frame rate of frames that have none, such as arrays.
 
     Returns:
-        The clip. With neither `fps` nor `num_frames`, every frame; a file of variable rate is resampled to a steady
-        one (its commonest, or its average where there is none), and a note says so.
+        The video. With neither `fps` nor `num_frames` it has all frames; a file with a variable frame rate is
+        resampled to a constant one (its most common rate, or its average if there is none), which a note reports.
 
     Raises:
-        MediaError: unreadable, damaged, cut short, too short for what is asked, or no video.
+        MediaError: for a file that is unreadable, damaged, cut short or not a video, or a video that is too short.
     """
     wishes = {"fps": fps, "num_frames": num_frames, "max_frames": max_frames, "source_fps": source_fps}
     for name, value in wishes.items():
@@ -60,7 +60,9 @@ def load_video(
     clip = source if isinstance(source, VideoClip) else VideoClip(_stack_frames(source), source_fps)
     total, rate = len(clip.frames), clip.fps
     if fps is not None and rate is None:
-        raise MediaError("`fps` cannot be changed: these frames have no rate. Pass a file or a VideoClip.")
+        raise MediaError(
+            f"`fps` {fps:g}: frames without a frame rate cannot be resampled. Pass a file or a VideoClip."
+        )
     times = np.arange(total) / (rate or 1.0)
     numbers, new_rate = _select(times, total / (rate or 1.0), rate or 1.0, 1e-6, fps, num_frames, "the clip")
     _check_number(len(numbers), max_frames)
@@ -69,10 +71,12 @@ def load_video(
 
 def probe_frames(path: str | Path, fps: float | None = None, num_frames: int | None = None) -> tuple[VideoInfo, int]:
     """
-    What a video file holds, and how many frames [`load_video`] gives for these wishes; nothing is decoded for it.
+    Properties of a video file, and the number of frames that [`load_video`] returns for the same arguments.
+
+    No frames are decoded for the number.
 
     Raises:
-        MediaError: as [`load_video`].
+        MediaError: see [`load_video`].
     """
     index = read_index(path)
     return index.info, _plan(index, fps, num_frames)[0]
@@ -82,30 +86,30 @@ def _load_file(path: Path, fps: float | None, num_frames: int | None, max_frames
     index = read_index(path)
     number, fps, notes = _plan(index, fps, num_frames)
     _check_number(number, max_frames)
-    _check_bytes(index, number)  # before as many numbers are made
+    _check_bytes(index, number)  # before a list of so many numbers is created
     info = index.info
     numbers, rate = _select(index.times, info.duration, info.fps, index.slack, fps, num_frames, str(path))
     return VideoClip(_decoded_frames(index, numbers), rate, notes)
 
 
 def _plan(index: VideoIndex, fps: float | None, num_frames: int | None) -> tuple[int, float | None, tuple[str, ...]]:
-    """How many frames there will be, the rate to take them at where it is not the file's own, and notes."""
+    """Number of frames to load, frame rate to resample to (`None`: that of the file), and notes."""
     info, notes = index.info, index.info.notes
     if info.is_variable_frame_rate and fps is None and num_frames is None:
         fps = _steady_rate(index.times) or info.fps
-        notes += (f"The frame rate varies; frames were taken at a steady {fps:.4g} per second.",)
+        notes += (f"The frame rate varies; the video was resampled to a constant {fps:.4g} frames per second.",)
     if num_frames is not None:
         return num_frames, fps, notes
     return info.num_frames if fps is None else _available(info.duration, index.slack, fps), fps, notes
 
 
 def _available(duration: float, slack: float, fps: float) -> int:
-    """Number of frames that `duration` seconds give at a rate."""
+    """Number of frames in `duration` seconds at a frame rate."""
     return max(1, int(np.ceil((duration - slack) * fps - 1e-6)))
 
 
 def _steady_rate(times: np.ndarray) -> float | None:
-    """The rate of a file whose frames nearly all lie equally far apart (a few may be dropped); else `None`."""
+    """Frame rate of a file in which nearly all frames have equal distances (a few may be missing); else `None`."""
     steps = np.diff(times)
     usual = float(np.median(steps))
     return 1 / usual if usual > 0 and (np.abs(steps - usual) < 0.02 * usual).mean() >= 0.8 else None
@@ -113,7 +117,7 @@ def _steady_rate(times: np.ndarray) -> float | None:
 
 def load_sampled_video(source: Any, strategy: str, num_frames: int) -> np.ndarray:
     """
-    Frames of a video by a named strategy of [`FRAME_SAMPLING`]; from a file only these are decoded.
+    Load the frames of a video that a named strategy of [`FRAME_SAMPLING`] selects; of a file only these are decoded.
 
     Returns:
         uint8 `[frames, height, width, 3]`
@@ -145,7 +149,7 @@ def _select(
     num_frames: int | None,
     name: str,
 ) -> tuple[list[int], float]:
-    """Numbers of the wanted frames, and their rate. `times` are the frames' seconds from the first."""
+    """Numbers of the selected frames, and their frame rate. `times` are seconds from the first frame."""
     total = len(times)
     if fps is None:
         if num_frames is None:
@@ -154,7 +158,7 @@ def _select(
             raise MediaError(f"{name}: has {total} frames, {num_frames} were asked for.")
         if num_frames == 1:
             return [0], rate
-        # The frame nearest to each instant: by number alone, a varying rate would play now too fast, now too slow.
+        # Select by time: selection by number would change the speed of a video with a variable frame rate.
         instants = np.linspace(0, times[-1], num_frames)
         numbers = np.interp(instants, times, np.arange(total)).round(6).round().astype(int)
         return numbers.tolist(), (num_frames - 1) / float(times[-1])
@@ -172,29 +176,29 @@ def _select(
 def _check_number(number: int, max_frames: int | None) -> None:
     if max_frames is not None and number > max_frames:
         raise MediaError(
-            f"The video gives {number} frames, more than {max_frames}: pass `num_frames` or a lower `fps`."
+            f"The video has {number} frames at this rate, more than {max_frames}: pass `num_frames` or a lower `fps`."
         )
 
 
 def _check_bytes(index: VideoIndex, number: int) -> None:
-    """Refuse more frames than the read budget allows, before any is decoded."""
+    """Refuse more frames than the read budget allows, before decoding."""
     info, limit = index.info, current_budget().max_bytes
     if number * info.width * info.height * 3 > limit:
         raise MediaError(
-            f"{index.path}: {number:,} frames of {info.width}x{info.height} take more than {limit:,} bytes of memory. "
+            f"{index.path}: {number:,} frames of {info.width}x{info.height} need more than {limit:,} bytes of memory. "
             f"Pass `num_frames` or a lower `fps`. {how_to_raise('max_bytes')}"
         )
 
 
 def open_media(source: str | Path) -> tuple[Literal["image", "video"], Any]:
     """
-    Tell by content whether a file is an image or a video.
+    Open a file as image or video, depending on its content.
 
     Returns:
-        `("image", the image)` or `("video", the path)`: a video is left for [`load_video`], which reads what is asked.
+        `("image", PIL image)` or `("video", path)`; a video is read later by [`load_video`].
 
     Raises:
-        MediaError: neither of the two.
+        MediaError: if the file is neither of the two.
     """
     with _local_file(source) as path:
         check_file(path)

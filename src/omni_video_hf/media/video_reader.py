@@ -1,8 +1,8 @@
-"""Reads video files with PyAV: what a file holds, and chosen frames of it as upright 8-bit RGB.
+"""Reading of video files with PyAV: properties of a file, and selected frames as upright 8-bit RGB.
 
-A file is read in two passes. The first takes only the compressed packets: their number and time stamps are the facts
-everything else rests on, headers being often wrong, and a file that is cut short is refused here. The second decodes,
-jumping to the key frame before each wanted frame where that saves work, and holds one frame at a time.
+A file is read in two passes. The first pass reads only the compressed packets, whose number and time stamps are
+reliable, unlike many headers; it refuses files that are cut short. The second pass decodes frames one at a time, and
+seeks to the key frame before a selected frame if that saves work.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,32 +21,32 @@ from ..utils.read_budget import Stopwatch, current_budget, how_to_raise
 if is_av_available():
     import av
 
-# Transparent parts of pictures and videos are shown over this colour. White is what most viewers and papers do;
-# dropping the alpha channel would bring up whatever lies under it, often black.
+# Colour behind transparent parts of images and videos. Most viewers and papers use white; without a background, the
+# hidden colour of transparent pixels would appear, which is often black.
 BACKGROUND = (255, 255, 255)
 
-# Demuxers that may be opened. Without a list, FFmpeg also takes text, still pictures and playlists, and a playlist can
-# make it read other files and addresses. The last four hold sound only: they are here for a clear error.
+# Demuxers that may be opened. Without a list, FFmpeg also opens text, still images and playlists, and a playlist can
+# make it read other files and addresses. The last four contain only sound; they are listed for a clear error.
 VIDEO_CONTAINERS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,gif,apng,asf,ogg,nut,mxf,ivf,h264,hevc,m4v,yuv4mpegpipe,"
     "wav,mp3,flac,aac"
 )
 PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-PICTURE_BRANDS = ("avif", "heic", "heix", "mif1")  # pictures in the container of MP4
+PICTURE_BRANDS = ("avif", "heic", "heix", "mif1")  # still images in an MP4 container
 
 TRANSFERS = {16: "pq", 18: "hlg"}  # codes of ITU-T H.273; all others are standard dynamic range
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own VP8 and VP9 decoders drop the alpha channel
-STRIP = 2**18  # pixels converted at a time, so that a large picture is not held in several formats at once
-SEEK_GAP = 16  # frames; a shorter way to the next key frame is decoded through, since a jump restarts the decoder
+STRIP = 2**18  # pixels converted at a time, so that a large image is not in memory in several formats at once
+SEEK_GAP = 16  # frames; a shorter distance to the next key frame is decoded, because a seek restarts the decoder
 
 
 class MediaError(ValueError):
-    """A picture or video cannot be read, written or used as asked; one line says what was found and what to do."""
+    """An image or video cannot be read, written or used as requested; one line says what was found and what to do."""
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file holds. Sizes are those of the upright picture with square pixels."""
+    """Properties of a video file. Sizes are those of the upright video with square pixels."""
 
     width: int  # pixels, after rotation and with square pixels
     height: int  # pixels
@@ -54,19 +54,19 @@ class VideoInfo:
     num_frames: int  # counted packets that are shown, not the header's number
     duration: float  # seconds, first frame's start to last frame's end
     rotation: int  # 0, 90, 180 or 270 degrees counterclockwise, already applied to width and height
-    is_mirrored: bool  # the file asks for a mirrored picture (some front cameras)
+    is_mirrored: bool  # the display matrix mirrors the image (some front cameras)
     is_variable_frame_rate: bool
     is_interlaced: bool
     has_alpha: bool
     sample_aspect_ratio: Fraction  # width / height of one stored pixel
-    bit_depth: int  # of one colour channel
+    bit_depth: int  # bits of one colour channel
     color_transfer: str  # "sdr", "pq" or "hlg"
     codec: str
     pixel_format: str
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """One sentence for each thing that reading the file as upright 8-bit RGB changes."""
+        """One sentence for each change that the conversion to upright 8-bit RGB makes."""
         notes = []
         if self.rotation or self.is_mirrored:
             mirrored = " and mirrored" if self.is_mirrored else ""
@@ -93,25 +93,25 @@ class VideoIndex:
     info: VideoInfo
     stamps: np.ndarray  # int64 [T], presentation stamps in the stream's time base
     times: np.ndarray  # float64 [T], seconds from the first frame
-    slack: float  # seconds by which `times` may be late because stamps are rounded
+    slack: float  # seconds by which `times` may be late because time stamps are rounded
     keyframes: np.ndarray  # int64 [K], ascending frame numbers where decoding can start; the first is 0
-    has_exact_stamps: bool  # decoded frames can be told by their stamp
+    has_exact_stamps: bool  # decoded frames can be identified by their time stamp
     is_seekable: bool
     orientation: tuple[bool, bool, bool]  # swap axes, then mirror x, then mirror y
     stored_size: tuple[int, int]  # width, height as coded
 
 
 def probe_video(path: str | Path) -> VideoInfo:
-    """Say what a video file holds: one pass over its packets and one decoded frame.
+    """Read the properties of a video file, in one pass over its packets and with one decoded frame.
 
     Raises:
-        MediaError: the file is missing, empty, a folder, cut short, damaged, a picture, or has no video stream.
+        MediaError: for a file that is missing, empty, a folder, cut short, damaged, an image, or has no video stream.
     """
     return read_index(path).info
 
 
 def read_index(path: str | Path) -> VideoIndex:
-    """Count and time all frames of a video file and learn their geometry; errors as `probe_video`."""
+    """Read number, times and geometry of all frames of a video file; for errors see `probe_video`."""
     path = Path(path)
     with open_video(path) as (container, stream):
         _check_ending(path, container.format.name)
@@ -119,7 +119,7 @@ def read_index(path: str | Path) -> VideoIndex:
         is_seekable = "mov" in container.format.name or "matroska" in container.format.name
         average, tick = stream.average_rate or stream.guessed_rate, float(stream.time_base or 0)
     has_stamps = all(packet[0] is not None for packet in packets)
-    if not has_stamps:  # bare streams carry no times: one tick a frame
+    if not has_stamps:  # bare streams have no time stamps: one tick per frame
         tick = float(1 / (average or 25))
         packets = [(number, 1, is_key) for number, (_, _, is_key) in enumerate(packets)]
     packets.sort(key=lambda packet: packet[0])
@@ -127,7 +127,7 @@ def read_index(path: str | Path) -> VideoIndex:
     timing = _timing(stamps, packets[-1][1], tick, float(average or 0))
     times, slack = _times(stamps, tick, timing)
     has_exact_stamps = has_stamps and len(np.unique(stamps)) == len(stamps)
-    info, orientation, stored_size = _look_at_first_frame(path, len(stamps), timing)
+    info, orientation, stored_size = _probe_first_frame(path, len(stamps), timing)
     keyframes = np.union1d([0], [number for number, packet in enumerate(packets) if packet[2]]).astype(np.int64)
     return VideoIndex(
         path=path,
@@ -144,17 +144,17 @@ def read_index(path: str | Path) -> VideoIndex:
 
 
 def decode_frames(index: VideoIndex, wanted: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield `(number, frame)` once for each wanted frame number; frame is uint8 [H, W, 3], upright RGB.
+    """Yield `(number, frame)` once for each number in `wanted`; frames are uint8 `[height, width, 3]`, upright RGB.
 
-    Numbers nearly always come in ascending order, but a caller must not count on it.
+    The order is nearly always ascending, but callers must not rely on it.
 
     Raises:
-        MediaError: a wanted frame does not decode or is damaged. No frame is ever made up or left out.
+        MediaError: if a selected frame cannot be decoded or is damaged. No frame is replaced or omitted.
     """
     missing = sorted(set(wanted))
     jumps = _groups(index, missing)
     decoded = 0
-    # A jump can land badly in unusual streams; what it did not find is looked for again from the beginning.
+    # A seek can fail in unusual streams; frames that were not found are decoded again from the beginning.
     for groups in [jumps, None] if jumps[0][0] or len(jumps) > 1 else [None]:
         if not missing:
             return
@@ -174,24 +174,24 @@ def decode_frames(index: VideoIndex, wanted: Sequence[int]) -> Iterator[tuple[in
 
 
 def picture_format(path: Path) -> tuple[str, int] | None:
-    """Return the format and number of frames of a picture file, judged by its content; None if it is no picture.
+    """Return format and number of frames of an image file, from its content; `None` if it is not an image.
 
     Raises:
-        MediaError: the picture has more pixels than the read budget allows.
+        MediaError: if the image has more pixels than the read budget allows.
     """
     try:
         with open_picture(path) as image:
-            # The further pictures in a phone's MPO are depth maps and the like.
+            # The other images in an MPO file of a phone are depth maps and similar data.
             return image.format or "", 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     except MediaError:
         raise
-    except Exception:  # Pillow's readers raise anything on damaged files
+    except Exception:  # the readers of Pillow can raise any error on damaged files
         return None
 
 
 @contextmanager
 def open_picture(path: Path) -> Iterator[Image.Image]:
-    """Open a picture of a known format whose pixels the read budget allows; nothing is decoded yet."""
+    """Open an image of a known format, without decoding it, if the read budget allows its size."""
     Image.init()
     try:
         image = Image.open(path, formats=[name for name in PICTURE_FORMATS if name in Image.OPEN])
@@ -203,22 +203,23 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:
-    """Raise `MediaError` for a picture or frame with more pixels than the read budget allows."""
+    """Raise `MediaError` for an image or frame with more pixels than the read budget allows."""
     limit = current_budget().max_pixels
     if width * height > limit:
         raise MediaError(
-            f"{path}: has {width}x{height} pixels, more than {limit:,}: it takes too much memory. Save it smaller. "
+            f"{path}: has {width}x{height} pixels, more than {limit:,}, and would take too much memory. Save it with "
+            "fewer pixels. "
             f"{how_to_raise('max_pixels')}"
         )
 
 
 def _too_large(error: Exception) -> str:
-    """Pillow's own refusal, which comes with the budget's default only from 179 million pixels on."""
+    """Message for the error of Pillow, which has its own limit of 179 million pixels."""
     found = str(error).partition(", could be")[0]
     reason = found[:1].lower() + found[1:]
     return (
-        f"{reason}: it takes too much memory. Save it smaller. {how_to_raise('max_pixels')} Pillow has a limit of its "
-        "own, `PIL.Image.MAX_IMAGE_PIXELS`, which must be raised, too."
+        f"{reason}: it would take too much memory. Save it with fewer pixels. {how_to_raise('max_pixels')} The limit "
+        "of Pillow, `PIL.Image.MAX_IMAGE_PIXELS`, must be raised as well."
     )
 
 
@@ -227,9 +228,9 @@ def _stopwatch(path: Path) -> Stopwatch:
 
 
 def check_file(path: Path) -> None:
-    """Raise `MediaError` unless `path` is a file with something in it."""
+    """Raise `MediaError` unless `path` is a regular file that is not empty."""
     if path.is_dir():
-        raise MediaError(f"{path}: is a folder; give the path of one picture or video file.")
+        raise MediaError(f"{path}: is a folder; pass the path of one image or video file.")
     if not path.exists():
         raise MediaError(f"{path}: no such file.")
     if not path.is_file():  # opening a pipe waits for its writer, and a device may never end
@@ -239,22 +240,22 @@ def check_file(path: Path) -> None:
 
 
 def check_pyav() -> None:
-    """Refuse to go on without PyAV, or with one that converts HD colours wrongly."""
+    """Raise `ImportError` if PyAV is missing, or is a version that converts HD colours wrongly."""
     if not is_av_available():
-        raise ImportError("Videos are read and written with the package PyAV, which is missing: `pip install av`.")
+        raise ImportError("The package PyAV, which reads and writes videos, is missing: run `pip install av`.")
     if int(av.__version__.split(".")[0]) < 17:
         raise ImportError(
-            f"PyAV 17 or later is needed, found {av.__version__}, which converts HD colours wrongly: "
+            f"PyAV 17 or later is needed, found {av.__version__}, which converts HD colours wrongly: run "
             "`pip install --upgrade av`."
         )
 
 
 def over_background(rgba: np.ndarray) -> np.ndarray:
-    """Composite uint8 [..., 4] RGBA over `BACKGROUND`; returns uint8 [..., 3]."""
+    """Composite uint8 `[..., 4]` RGBA over `BACKGROUND`; returns uint8 `[..., 3]`."""
     flat = rgba.reshape(-1, 4)
     rgb = np.empty((len(flat), 3), np.uint8)
     below = np.array(BACKGROUND, np.uint16)
-    for start in range(0, len(flat), STRIP):  # the products take twice the memory of the picture
+    for start in range(0, len(flat), STRIP):  # in strips, because the products need twice the memory of the image
         strip = flat[start : start + STRIP]
         if (strip[:, 3] == 255).all():
             rgb[start : start + STRIP] = strip[:, :3]
@@ -266,12 +267,12 @@ def over_background(rgba: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Open a local video file; yields `(container, stream)` and turns FFmpeg's errors into `MediaError`."""
+    """Open a local video file and yield `(container, stream)`; errors of FFmpeg become `MediaError`."""
     check_pyav()
     check_file(path)
     budget = current_budget()
     options = {"format_whitelist": VIDEO_CONTAINERS, "protocol_whitelist": "file"}
-    # FFmpeg decodes a frame to learn what the header does not say: the decoder must know the limit by then.
+    # FFmpeg decodes a frame if the header is incomplete, so the decoder must know the limit before.
     options_of_decoders = {"max_pixels": str(int(budget.max_pixels))}
     try:
         container = av.open(
@@ -281,7 +282,7 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
             metadata_errors="replace",
             timeout=float(budget.max_seconds),
         )
-    except av.error.ExitError as error:  # FFmpeg looked at the time while it read
+    except av.error.ExitError as error:  # FFmpeg stopped because of the time limit
         raise _stopwatch(path).overrun_error() from error
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError(f"{path}: {_why_not_opened(path, error)}") from error
@@ -289,12 +290,12 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         streams = [stream for stream in container.streams.video if "attached_pic" not in _disposition(stream)]
         if not streams:
             found = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-            raise MediaError(f"{path}: has no video stream (found: {found}); give a file with pictures in it.")
+            raise MediaError(f"{path}: has no video stream (found: {found}); pass a video file.")
         if streams[0].codec_context is None:
-            raise MediaError(f"{path}: its codec is not known to this FFmpeg; convert it to H.264 in MP4.")
+            raise MediaError(f"{path}: this FFmpeg does not know its codec; convert the file to H.264 in MP4.")
         if container.metadata.get("major_brand") in PICTURE_BRANDS:
             raise MediaError(
-                f"{path}: is a still picture (HEIC or AVIF); save it as PNG or JPEG and load it as image."
+                f"{path}: is a still image (HEIC or AVIF); save it as PNG or JPEG and load it as an image."
             )
         stream = streams[0]
         check_pixels(path, stream.codec_context.width, stream.codec_context.height)
@@ -306,8 +307,8 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
             raise _stopwatch(path).overrun_error() from error
         except (av.FFmpegError, MemoryError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or type(error).__name__
-            if not stream.codec_context.width:  # unknown: no frame was decoded, perhaps because of its size
-                picture_format(path)  # says so of animations
+            if not stream.codec_context.width:  # no frame was decoded, perhaps because of its size
+                picture_format(path)  # raises an error for an animation that is too large
                 reason += f", or a frame has more than {budget.max_pixels:,} pixels"
             raise MediaError(f"{path}: the file is damaged or cut short; the decoder stopped ({reason}).") from error
 
@@ -319,34 +320,38 @@ def _disposition(stream: Any) -> str:
 def _why_not_opened(path: Path, error: Exception) -> str:
     picture = picture_format(path)
     if picture is not None and picture[1] == 1:
-        return f"is a still picture ({picture[0]}), not a video; use an image task or `load_image`."
+        return f"is a still image ({picture[0]}), not a video; use an image task or `load_image`."
     if picture is not None:
-        return f"animated {picture[0]} with {picture[1]} frames cannot be read as a video; convert it to MP4 or GIF."
+        return (
+            f"an animated {picture[0]} with {picture[1]} frames cannot be read as a video; convert it to MP4 or GIF."
+        )
     reason = getattr(error, "strerror", None) or error
     return (
-        f"is not a video this reader knows, or it is cut short or damaged ({reason}); "
+        f"is not a video of a known format, or is cut short or damaged ({reason}); "
         "play the file to check it, then export it as MP4."
     )
 
 
 def _check_ending(path: Path, container: str) -> None:
-    """Refuse a Matroska, WebM or GIF file that is shorter than it says, which their demuxers pass over in silence."""
+    """Refuse a truncated Matroska, WebM or GIF file, because their demuxers do not report that."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if "matroska" in container:
             promised = _matroska_size(file.read(4096))
             if promised is not None and size < promised:
-                raise MediaError(f"{path}: cut short: {promised} bytes are promised, {size} are there; get it again.")
+                raise MediaError(
+                    f"{path}: cut short: the header promises {promised} bytes, the file has {size}; download it again."
+                )
         elif container == "gif":
             file.seek(-1, 2)
             if file.read(1) not in (b"\x3b", b"\x00"):  # the trailer, which some writers pad with a zero
                 raise MediaError(
-                    f"{path}: cut short: the GIF's closing byte is missing after {size} bytes; get it again."
+                    f"{path}: cut short: the closing byte of the GIF is missing after {size} bytes; download it again."
                 )
 
 
 def _matroska_size(head: bytes) -> int | None:
-    """Return the file size that an EBML header and Segment promise; None when unknown (a live recording)."""
+    """Return the file size in the EBML header and Segment; `None` if it is unknown (a live recording)."""
 
     def number(start: int) -> tuple[int | None, int]:  # a variable-length integer and the position after it
         length = 9 - head[start].bit_length()
@@ -364,10 +369,10 @@ def _matroska_size(head: bytes) -> int | None:
 
 
 def _read_packets(path: Path, container: Any, stream: Any, watch: Stopwatch) -> list[tuple[int | None, int, bool]]:
-    """Return (stamp, duration, is key) of each packet that is shown; refuse a file with fewer than it promises."""
+    """Return `(stamp, duration, is_key)` of each shown packet; refuse a file with fewer than its header promises."""
     shown, seen, broken = [], 0, 0
     for packet in watch.each(container.demux(stream)):
-        if packet.size == 0 and packet.dts is None:  # PyAV's mark of the end
+        if packet.size == 0 and packet.dts is None:  # the packet with which PyAV marks the end
             continue
         seen += 1
         broken += packet.is_corrupt
@@ -375,20 +380,20 @@ def _read_packets(path: Path, container: Any, stream: Any, watch: Stopwatch) -> 
             stamp = packet.dts if packet.pts is None else packet.pts
             shown.append((stamp, packet.duration or 0, packet.is_keyframe))
     if "mov" in container.format.name:  # noqa: SIM108
-        # The header's own count also holds frames that an edit list (a trim on a phone) has cut away.
+        # The number in the header includes frames that an edit list (a trim on a phone) removes.
         promised = len(getattr(stream, "index_entries", ()))
     else:
         promised = stream.frames
     promised = max(promised, seen)
-    if container.format.name == "gif" and seen < promised:  # FFmpeg joins pictures that have no time of their own
+    if container.format.name == "gif" and seen < promised:  # FFmpeg merges images without a duration
         raise MediaError(
-            f"{path}: only {seen} of the GIF's {promised} frames can be read: some have no duration, or damage. "
-            "Save it again with durations, or as MP4."
+            f"{path}: only {seen} of the {promised} frames of the GIF can be read: some are damaged or have no "
+            "duration. Save it again with durations, or as MP4."
         )
     if seen - broken < promised:
         raise MediaError(
             f"{path}: the container promises {promised} frames but only {seen - broken} are whole. "
-            "The file is cut short or damaged; get it again."
+            "The file is cut short or damaged; download it again."
         )
     if not shown:
         raise MediaError(f"{path}: the video stream has no frames.")
@@ -403,7 +408,7 @@ class _Timing:
 
 
 def _timing(stamps: np.ndarray, last_duration: int, tick: float, nominal: float) -> _Timing:
-    """Rate and duration from stamps (int64 [T], ticks of `tick` seconds); nominal is the header's rate or 0."""
+    """Frame rate and duration from stamps (int64 `[T]`, ticks of `tick` seconds); `nominal`: header's rate or 0."""
     steps = len(stamps) - 1
     span = int(stamps[-1] - stamps[0])
     if steps == 0 or span == 0:
@@ -415,19 +420,19 @@ def _timing(stamps: np.ndarray, last_duration: int, tick: float, nominal: float)
         duration = (span + (last_duration or float(np.median(np.diff(stamps))))) * tick
         return _Timing(fps=len(stamps) / duration, duration=duration, is_variable=True)
     measured = 1 / (interval * tick)
-    # Stamps in milliseconds give 23.98 for 24000/1001: the header's rate is the better one where both agree.
+    # Stamps in milliseconds give 23.98 for 24000/1001: use the more exact rate of the header if both agree.
     fps = nominal if nominal and abs(measured / nominal - 1) < 1.5 / span + 1e-3 else measured
     return _Timing(fps=fps, duration=len(stamps) / fps, is_variable=False)
 
 
 def _times(stamps: np.ndarray, tick: float, timing: _Timing) -> tuple[np.ndarray, float]:
-    """Each frame's time in seconds (float64 [T]), and by how much it may be late; a constant rate is made exact."""
+    """Time of each frame in seconds (float64 `[T]`), exact for a constant rate, and by how much it may be late."""
     if not timing.is_variable:
         return np.arange(len(stamps)) / timing.fps, 0.01 / timing.fps
     return (stamps - stamps[0]) * tick, min(tick, 0.25 / timing.fps)
 
 
-def _look_at_first_frame(
+def _probe_first_frame(
     path: Path, num_frames: int, timing: _Timing
 ) -> tuple[VideoInfo, tuple[bool, bool, bool], tuple[int, int]]:
     with open_video(path) as (container, stream):
@@ -473,8 +478,8 @@ def _orientation(path: Path, frame: Any) -> tuple[bool, bool, bool]:
     across, x, y = (max(abs(a), abs(d)), c, b) if swap else (max(abs(b), abs(c)), a, d)
     if across > 0.02 * max(abs(x), abs(y), 1):
         raise MediaError(
-            f"{path}: is to be shown turned by {frame.rotation} degrees; only 0, 90, 180 and 270 are read. "
-            "Re-encode it."
+            f"{path}: its display matrix turns the video by {frame.rotation} degrees; only 0, 90, 180 and 270 are "
+            "supported. Re-encode it."
         )
     return swap, x < 0, y < 0
 
@@ -484,7 +489,7 @@ def _has_alpha(frame: Any) -> bool:
 
 
 def _decoder(stream: Any) -> Any:
-    """Return the stream's decoder, or one that keeps the alpha channel of a WebM."""
+    """Return the decoder of the stream, or another one that keeps the alpha channel of a WebM."""
     context = stream.codec_context
     if stream.metadata.get("alpha_mode") != "1" or context.name not in ALPHA_DECODERS:
         return context
@@ -500,7 +505,7 @@ def _frames(container: Any, stream: Any, decoder: Any, watch: Stopwatch) -> Iter
 
 
 def _groups(index: VideoIndex, wanted: Sequence[int]) -> list[tuple[int, list[int]]]:
-    """Split ascending frame numbers into runs `(frame to start decoding at, numbers)`, a jump before each."""
+    """Split ascending frame numbers into groups `(first frame to decode, numbers)` with a seek before each group."""
     starts = index.keyframes[np.searchsorted(index.keyframes, wanted, side="right") - 1]
     groups: list[tuple[int, list[int]]] = [(0, [])]
     position = 0  # the frame the decoder has reached
@@ -513,7 +518,7 @@ def _groups(index: VideoIndex, wanted: Sequence[int]) -> list[tuple[int, list[in
 
 
 def _decode(index: VideoIndex, groups: list[tuple[int, list[int]]]) -> Iterator[tuple[int, np.ndarray | None]]:
-    """Yield every decoded frame's number, with its RGB (uint8 [H, W, 3]) where wanted and None elsewhere."""
+    """Yield the number of every decoded frame, with its RGB (uint8 `[H, W, 3]`) if it is selected, else `None`."""
     numbers = {int(stamp): number for number, stamp in enumerate(index.stamps)} if index.has_exact_stamps else None
     with open_video(index.path) as (container, stream):
         decoder, watch = _decoder(stream), _stopwatch(index.path)
@@ -531,9 +536,9 @@ def _decode(index: VideoIndex, groups: list[tuple[int, list[int]]]) -> Iterator[
 
 
 def _upright_rgb(index: VideoIndex, number: int, frame: Any) -> np.ndarray:
-    """Return one decoded frame as uint8 [H, W, 3] RGB: square pixels, upright, over the background."""
+    """Convert a decoded frame to uint8 `[H, W, 3]` RGB: square pixels, upright, over the background colour."""
     if frame.is_corrupt:
-        raise MediaError(f"{index.path}: frame {number} is damaged; get the file again.")
+        raise MediaError(f"{index.path}: frame {number} is damaged; download the file again.")
     if (frame.width, frame.height) != index.stored_size:
         before = "x".join(map(str, index.stored_size))
         raise MediaError(
@@ -544,13 +549,13 @@ def _upright_rgb(index: VideoIndex, number: int, frame: Any) -> np.ndarray:
     width = index.info.height if swap else index.info.width
     has_alpha = _has_alpha(frame)
     try:
-        # FFmpeg follows the matrix and range in the frame; without a tag it takes BT.601, as most Python tools write.
+        # FFmpeg uses matrix and range of the frame; without a tag it assumes BT.601, which most Python tools write.
         pixels = frame.reformat(width=width, format="rgba" if has_alpha else "rgb24", interpolation="BICUBIC")
         pixels = pixels.to_ndarray()
     except av.FFmpegError as error:
         raise MediaError(
-            f"{index.path}: colours of the kind {frame.format.name}, matrix {int(frame.colorspace)}, cannot be "
-            "converted to RGB; re-encode as H.264 with BT.709 colours."
+            f"{index.path}: colours of the format {frame.format.name}, matrix {int(frame.colorspace)}, cannot be "
+            "converted to RGB; re-encode the file as H.264 with BT.709 colours."
         ) from error
     if has_alpha:
         pixels = over_background(pixels)

@@ -1,4 +1,4 @@
-"""Writing videos: H.264 with the colours of BT.709, and how they were made in the metadata."""
+"""`save_video`: write H.264 videos with BT.709 colours and a record of how they were generated."""
 
 from collections.abc import Mapping
 from fractions import Fraction
@@ -17,8 +17,8 @@ if is_av_available():
     from av.video.reformatter import ColorRange, Colorspace
 
 
-BT709 = 1  # as primaries and as transfer, in ITU-T H.273; older PyAV has no names for them
-FPS_RANGE = (0.01, 1000.0)  # what mp4 files and their players keep exactly
+BT709 = 1  # code of the primaries and of the transfer in ITU-T H.273; older PyAV has no names for them
+FPS_RANGE = (0.01, 1000.0)  # frame rates that mp4 files and their players represent exactly
 
 
 def save_video(
@@ -30,21 +30,21 @@ def save_video(
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """
-    Write an H.264 mp4 that plays everywhere. The file appears under its name when it is complete.
+    Write an H.264 mp4 that common players can play, atomically.
 
-    Own code and not diffusers' `encode_video`, which leaves colours untagged (players then guess, and shift them) and
-    writes under the final name. An odd width or height, which H.264 players do not take, gains a repeated edge.
+    `encode_video` of diffusers is not used: it does not tag the colours, which players then guess, and it is not
+    atomic. If width or height is odd, which H.264 players do not support, the last row or column is repeated.
 
     Args:
-        frames: as in [`load_video`].
-        path: ends in .mp4.
-        fps: frames per second, 0.01 to 1000; needed unless `frames` is a [`VideoClip`].
-        crf: quality, 0 (lossless) to 51.
-        metadata: what the file is to say about how it was made, such as a pipeline's `settings`; plain values, in the
-            file's comment as JSON.
+        frames: frames as in [`load_video`].
+        path: file to write; its suffix must be .mp4.
+        fps: frames per second, 0.01 to 1000; required unless `frames` is a [`VideoClip`] with a rate.
+        crf: quality, 0 (lossless) to 51 (lowest).
+        metadata: record of how the video was generated, such as `settings` of the pipeline's output; plain values. It
+            is stored as JSON in the comment of the file.
 
     Raises:
-        MediaError: for another suffix, no frames, no rate, or values that are no pictures.
+        MediaError: for another suffix, no frames, no frame rate, or values that are not images.
     """
     check_pyav()
     path = Path(path)
@@ -53,12 +53,12 @@ def save_video(
     clip = load_video(frames, source_fps=fps)
     rate = fps or clip.fps
     if rate is None:
-        raise MediaError("`fps` must be given for frames that carry no rate.")
+        raise MediaError("`fps` is missing: frames without a frame rate need it.")
     if not FPS_RANGE[0] <= rate <= FPS_RANGE[1]:
         raise MediaError(f"`fps` must be {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} frames per second, got {rate}.")
     comment = None if metadata is None else _metadata_text(metadata)
     odd_rows, odd_columns = clip.frames.shape[1] % 2, clip.frames.shape[2] % 2
-    options = {"movflags": "+faststart"}  # the index first: browsers play while they load
+    options = {"movflags": "+faststart"}  # index at the start of the file, so that browsers play during the download
     with _complete_or_absent(path) as partial, av.open(str(partial), "w", format="mp4", options=options) as container:
         if comment is not None:
             container.metadata["comment"] = comment

@@ -1,1 +1,1 @@
-"""Configurations and models: the MLLM, the connectors, and the whole model."""
+"""Configurations and models: the MLLM (VILA), vision head and adapter, the whole model, attention of the decoder."""

@@ -1,4 +1,4 @@
-"""Configuration of Omni-Video: MLLM, vision head, adapter and decoder, and how their widths must fit."""
+"""Configurations of Omni-Video: MLLM, vision head, adapter and decoder, with a check that their widths fit."""
 
 from dataclasses import field
 
@@ -8,7 +8,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_vila import VilaConfig
 
-# Wan2.1-T2V-1.3B in the words of `WanTransformer3DModel`.
+# Wan2.1-T2V-1.3B as arguments of `WanTransformer3DModel`.
 WAN_2_1_T2V_1_3B = {
     "patch_size": [1, 2, 2],
     "num_attention_heads": 12,
@@ -79,7 +79,7 @@ class OmniVideoVisionHeadConfig(PreTrainedConfig):
         mllm_hidden_size (`int`, defaults to 4096): Width of the MLLM's hidden states.
         hidden_size (`int`, defaults to 1152): Width of the visual tokens.
         intermediate_size (`int`, defaults to 4608): Width of the feed-forward layers.
-        num_encoder_layers (`int`, defaults to 4): Layers that read the hidden states.
+        num_encoder_layers (`int`, defaults to 4): Layers of the encoder, which processes the hidden states.
         num_decoder_layers (`int`, defaults to 4): Layers that update the queries.
         num_attention_heads (`int`, defaults to 8): Heads of every attention.
         num_query_tokens (`int`, defaults to 4): Visual tokens per sample.
@@ -111,14 +111,14 @@ class OmniVideoVisionHeadConfig(PreTrainedConfig):
 @strict
 class OmniVideoAdapterConfig(PreTrainedConfig):
     r"""
-    Configuration of [`OmniVideoAdapter`], which carries visual tokens, source latents and the prompt into the
+    Configuration of [`OmniVideoAdapter`], which projects visual tokens, source latents and the prompt into the
     decoder's condition space.
 
     Args:
         vision_hidden_size (`int`, defaults to 1152): Width of the incoming visual tokens.
         hidden_size (`int`, defaults to 4096): Width of the context, the decoder's `text_dim`.
         intermediate_size (`int`, defaults to 16384): Width of the feed-forward layers.
-        num_encoder_layers (`int`, defaults to 4): Layers that read a visual token.
+        num_encoder_layers (`int`, defaults to 4): Layers of the encoder, which processes a visual token.
         num_decoder_layers (`int`, defaults to 4): Layers that update the queries.
         num_attention_heads (`int`, defaults to 8): Heads of every attention.
         num_query_tokens (`int`, defaults to 256): Context tokens per visual token.
@@ -126,7 +126,7 @@ class OmniVideoAdapterConfig(PreTrainedConfig):
         latent_channels (`int`, defaults to 16): Channels of the source latents.
         visual_context_size (`int`, defaults to 1536): Width of the source tokens before their projection.
         visual_context_patch_size (`tuple`, defaults to `(1, 4, 4)`): Frames, rows and columns of latents per token.
-        use_markers (`bool`, defaults to `True`): Whether parts of the context stand between marker embeddings.
+        use_markers (`bool`, defaults to `True`): Whether boundary embeddings enclose each part of the context.
         null_prompt_length (`int`, defaults to 1): Length of the stored text embedding of the empty prompt.
         max_context_length (`int`, defaults to 2560): Tokens the decoder attends to; shorter contexts are zero-padded.
         hidden_act (`str`, defaults to `"relu"`): Activation of the feed-forward layers.
@@ -192,19 +192,19 @@ class OmniVideoConfig(PreTrainedConfig):
         decoder_config (`dict`, *optional*, defaults to Wan2.1-T2V-1.3B):
             Arguments of diffusers' `WanTransformer3DModel`; `None` leaves the decoder out.
         enable_mllm (`bool`, defaults to `True`):
-            Whether the MLLM is there. `False` leaves it out, for training on its precomputed hidden states;
-            `mllm_config` still gives their width.
+            Whether the model has the MLLM. `False` leaves it out, for training on precomputed hidden states, whose
+            width `mllm_config` still determines.
         image_generation_token_id (`int`, defaults to 128002):
-            Id of `[GEN_IMG]`, the MLLM's answer when an image is to be drawn.
+            Id of `[GEN_IMG]`, the MLLM's answer that requests an image.
         video_generation_token_id (`int`, defaults to 128003):
-            Id of `[GEN_VID]`, likewise for a video.
+            Id of `[GEN_VID]`, the MLLM's answer that requests a video.
 
     Raises:
-        ValueError: when widths of neighbouring parts differ.
+        ValueError: if the widths of connected components differ.
     """
 
     model_type = "omni_video"
-    # Trainer's predictions and metrics are of the logits alone.
+    # Predictions and metrics of the Trainer use only the logits.
     keys_to_ignore_at_inference = [  # noqa: RUF012 - read by transformers on the class
         "answer_loss",
         "alignment_loss",
@@ -265,21 +265,21 @@ class OmniVideoConfig(PreTrainedConfig):
 
     @property
     def vision_config(self) -> PreTrainedConfig:
-        """Configuration of the MLLM's vision tower, where tools for vision-language models look for it."""
+        """Configuration of the MLLM's vision tower, an attribute that tools for vision-language models read."""
         return self.mllm_config.vision_config
 
     @property
     def image_token_id(self) -> int:
-        """Id of the MLLM's image placeholder, where `generate` looks for it."""
+        """Id of the MLLM's image placeholder, an attribute that `generate` reads."""
         return self.mllm_config.image_token_id
 
     @property
     def video_token_id(self) -> int:
-        """Likewise of a video, in MLLMs that have one."""
+        """Id of the MLLM's video placeholder, for MLLMs that have one."""
         return self.mllm_config.video_token_id
 
     def get_text_config(self, *args: object, **kwargs: object) -> PreTrainedConfig:
-        """The configuration of the language model inside the MLLM, where `generate` looks for cache sizes."""
+        """Configuration of the language model in the MLLM, from which `generate` reads cache sizes."""
         return self.mllm_config.get_text_config(*args, **kwargs)
 
 

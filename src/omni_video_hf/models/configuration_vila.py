@@ -4,7 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-# Llama-3-8B with the `[PAD]` row that upstream's training adds, and SigLIP so400m/14 at 384 pixels.
+# Llama-3-8B with the `[PAD]` row that the authors' training adds, and SigLIP so400m/14 at 384 pixels.
 _LLAMA_3_8B = {
     "vocab_size": 128257,
     "hidden_size": 4096,
@@ -40,17 +40,17 @@ class VilaConfig(PreTrainedConfig):
         text_config (`dict` or `PreTrainedConfig`, *optional*, defaults to Llama-3-8B):
             Configuration of the language model.
         vision_config (`dict` or `PreTrainedConfig`, *optional*, defaults to SigLIP so400m/14 at 384 pixels):
-            Configuration of the vision tower as published, all its layers included. Its pooling head is not used.
+            Configuration of the published vision tower, with all its layers. Its pooling head is not used.
         vision_feature_layer (`int`, defaults to -2):
-            Which of the tower's hidden states feeds the projector, counted as in `hidden_states` (0 is the embedding
-            output). Layers behind it are never built.
+            Index of the tower's hidden state that the projector gets, as in `hidden_states` (0 is the embedding
+            output). Later layers are not created.
         projector_layer_norm_eps (`float`, defaults to 1e-5):
             Epsilon of the projector's LayerNorm.
         image_token_id (`int`, defaults to 128257):
-            Id of the `<image>` placeholder. It needs no row in the embedding table: features take its place.
+            Id of the `<image>` placeholder. It needs no row in the embedding table, because features replace it.
 
     Raises:
-        ValueError: when `vision_feature_layer` names no hidden state of the tower.
+        ValueError: if `vision_feature_layer` is not the index of a hidden state of the tower.
     """
 
     model_type = "vila"
@@ -80,14 +80,14 @@ class VilaConfig(PreTrainedConfig):
 
     @property
     def num_vision_layers(self) -> int:
-        """How many of the tower's layers run before the selected hidden state."""
+        """Number of layers of the tower before the selected hidden state."""
         if self.vision_feature_layer >= 0:
             return self.vision_feature_layer
         return self.vision_config.num_hidden_layers + 1 + self.vision_feature_layer
 
     @property
     def image_seq_length(self) -> int:
-        """Tokens an image takes in the language model: a patch grid of side g merges to ceil(g / 2) squared."""
+        """Number of tokens per image in the language model: a patch grid of side g becomes ceil(g / 2) squared."""
         grid = self.vision_config.image_size // self.vision_config.patch_size
         return ((grid + 1) // 2) ** 2
 

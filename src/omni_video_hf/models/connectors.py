@@ -1,6 +1,6 @@
 """
-The two bridges Omni-Video trains between existing models (paper, section 3): the vision head turns MLLM hidden states
-into continuous visual tokens, the adapter carries them, the source and the prompt into the decoder's condition space.
+The connectors of Omni-Video (paper, section 3): the vision head computes continuous visual tokens from MLLM hidden
+states, the adapter projects them, the source and the prompt into the decoder's condition space.
 """
 
 from collections.abc import Sequence
@@ -43,8 +43,8 @@ def pad_embeddings(
 
     Args:
         embeddings: `[batch, length, width]`, or one `[length, width]` or `[1, length, width]` per sample.
-        mask: `[batch, length]`, 1 at real positions; only beside a tensor.
-        argument: the name to use in errors.
+        mask: `[batch, length]`, 1 at real positions; only with a tensor.
+        argument: name of the argument for messages.
 
     Returns:
         `[batch, longest, width]` zero-padded at the end, and its mask, `None` where every position is real.
@@ -72,10 +72,10 @@ def pad_embeddings(
 
 def input_dtype(layer: nn.Module, given: torch.dtype) -> torch.dtype:
     """
-    In which format `layer` wants what comes in `given`.
+    The dtype in which a layer needs its input.
 
-    That of its weights, or under layerwise casting the one it computes in. Quantised weights (integers, or floats of
-    one byte) say nothing about it.
+    It is the dtype of its weights, or with layerwise casting its compute dtype. With quantised weights (integers, or
+    floats of one byte) it is `given`, the dtype of the input.
     """
     dtype = get_parameter_dtype(layer)
     return dtype if dtype.is_floating_point and dtype.itemsize > 1 else given
@@ -83,9 +83,9 @@ def input_dtype(layer: nn.Module, given: torch.dtype) -> torch.dtype:
 
 class OmniVideoStoredEmbeddings(nn.Module):
     """
-    Embeddings that are kept with the weights and never trained.
+    Embeddings that are stored with the weights and never trained.
 
-    A module of its own, so that device maps and offloading place it like any other.
+    They are a separate module, so that device maps and offloading handle them like other modules.
     """
 
     def __init__(self, length: int, width: int) -> None:
@@ -134,7 +134,7 @@ class OmniVideoAttention(nn.Module):
     def _attention_function(self) -> object:
         name = self.config._attn_implementation
         if "flash" in name and self.head_dim > FLASH_ATTENTION_MAX_HEAD_DIM:
-            # The released adapter has heads of 512, which no flash kernel takes.
+            # The released adapter has heads of width 512, which no flash attention kernel supports.
             logger.warning_once(
                 f"Heads of {self.head_dim} are too wide for `{name}` (at most {FLASH_ATTENTION_MAX_HEAD_DIM}): "
                 "this module uses `sdpa`."
@@ -198,9 +198,9 @@ class OmniVideoDecoderLayer(GradientCheckpointingLayer):
 
 class OmniVideoQueryTransformer(nn.Module):
     """
-    Encoder-decoder without positions: the encoder reads a projected sequence, learned queries attend to it.
+    Encoder-decoder without positions: the encoder processes a projected sequence, learned queries attend to it.
 
-    The network of both bridges; upstream builds it from `torch.nn.Transformer` (pre-norm, final norms, no dropout).
+    Both connectors use it. The authors' code uses `torch.nn.Transformer` (pre-norm, final norms, no dropout).
     """
 
     def __init__(self, config: OmniVideoVisionHeadConfig | OmniVideoAdapterConfig, input_size: int) -> None:
@@ -236,13 +236,13 @@ class OmniVideoQueryTransformer(nn.Module):
 
 
 class OmniVideoVisionHead(nn.Module):
-    """Reads every last-layer hidden state of the MLLM, prompt and answer alike, into a few visual tokens."""
+    """Computes a few visual tokens from all last-layer hidden states of the MLLM, of prompt and answer."""
 
     def __init__(self, config: OmniVideoVisionHeadConfig) -> None:
         super().__init__()
         self.config = config
         self.query_transformer = OmniVideoQueryTransformer(config, config.mllm_hidden_size)
-        # MLLM states of the empty instruction, kept with the weights: the null branch of guidance reads them.
+        # MLLM states of the empty instruction, stored with the weights, for the unconditional branch of guidance.
         self.null_hidden_states = OmniVideoStoredEmbeddings(config.null_length, config.mllm_hidden_size)
 
     def forward(
@@ -267,7 +267,7 @@ class OmniVideoVisionHead(nn.Module):
 
 
 class OmniVideoVisualContextAdapter(nn.Module):
-    """Tokens of the context from VAE latents of the source."""
+    """Computes context tokens from VAE latents of the source."""
 
     def __init__(self, config: OmniVideoAdapterConfig) -> None:
         super().__init__()
@@ -286,7 +286,7 @@ class OmniVideoVisualContextAdapter(nn.Module):
         row.
 
         Raises:
-            ValueError: when the latents do not divide into patches; upstream drops the rest of the picture unseen.
+            ValueError: if the latents do not divide into patches; the authors' code would drop the rest silently.
         """
         if latents.ndim != 5 or any(
             size % patch for size, patch in zip(latents.shape[2:], self.patch_size, strict=True)
@@ -302,7 +302,7 @@ class OmniVideoVisualContextAdapter(nn.Module):
 
 class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""
-    Builds the decoder's context: source, reference and visual tokens and the prompt, between marker embeddings.
+    Builds the decoder's context: source, reference, visual tokens and prompt, between boundary embeddings.
 
     Arguments are the fields of [`OmniVideoAdapterConfig`].
     """
@@ -340,7 +340,7 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.query_transformer = OmniVideoQueryTransformer(config, vision_hidden_size)
         self.visual_context_adapter = OmniVideoVisualContextAdapter(config)
         self.marker_embeds = OmniVideoStoredEmbeddings(6, hidden_size) if use_markers else None
-        # Text embedding of the empty prompt, kept with the weights for the null branch of guidance.
+        # Text embedding of the empty prompt, stored with the weights, for the unconditional branch of guidance.
         self.null_prompt_embeds = OmniVideoStoredEmbeddings(null_prompt_length, hidden_size)
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
@@ -378,14 +378,14 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 all samples.
             prompt_embeds: `[batch, length, hidden_size]` real text tokens, or one `[length, hidden_size]` per sample;
                 `None` stands for the stored embedding of the empty prompt.
-            source_latents: `[batch, channels, frames, height, width]` normalised latents of what is edited. With
-                `source_conditioning="channels"` they take no tokens.
-            reference_latents: `[batch, channels, 1, height, width]` normalised latents of a reference image.
-            output_kind: what is to be drawn; an image is conditioned by the first visual token(s) only.
+            source_latents: `[batch, channels, frames, height, width]`, normalised latents of the source of an edit.
+                With `source_conditioning="channels"` they take no tokens.
+            reference_latents: `[batch, channels, 1, height, width]`, normalised latents of a reference image.
+            output_kind: kind of the output; an image is conditioned by the first visual token(s) only.
             prompt_embeds_mask: `[batch, length]`, 0 at padding.
             context_overflow: `"error"` refuses a context longer than `max_context_length`; `"truncate"` cuts its end
                 as upstream does, text first.
-            max_context_length: limit of this call; a longer one than the configured lets a long source in whole.
+            max_context_length: maximum context length of this call, which can be more than the configured one.
             vision_embeds: precomputed output of [`adapt_vision_tokens`], instead of `vision_tokens`.
             drop_source: `[batch]`, true for samples whose context is built as if they had no source (source dropout).
 
@@ -398,7 +398,7 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 neither of `vision_tokens` and `vision_embeds`.
         """
         if (vision_tokens is None) == (vision_embeds is None):
-            raise ValueError("Pass `vision_tokens` or `vision_embeds`, one of the two.")
+            raise ValueError("Pass exactly one of the two: `vision_tokens` or `vision_embeds`.")
         if output_kind not in ("image", "video"):
             raise ValueError(f"`output_kind` must be 'image' or 'video', got {output_kind!r}.")
         if context_overflow not in ("error", "truncate"):
@@ -444,7 +444,7 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def adapt_vision_tokens(self, vision_tokens: torch.Tensor, output_kind: OutputKind = "video") -> torch.Tensor:
         """
-        Carry visual tokens into the condition space, each alone through the query transformer.
+        Project visual tokens into the condition space; the query transformer processes each token separately.
 
         `[batch, tokens, vision_hidden_size]` -> `[batch, tokens * num_query_tokens, hidden_size]`, token-major; for an
         image only the first `num_image_vision_tokens` tokens.
@@ -464,7 +464,7 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return nn.functional.pad(context, (0, 0, 0, max(0, self.config.max_context_length - context.shape[1])))
 
     def _between_markers(self, marker: int, tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """`tokens` `[batch, length, hidden_size]` between their start and end marker, bare without markers."""
+        """Enclose `tokens` `[batch, length, hidden_size]` in boundary embeddings, if the adapter has them."""
         tokens = tokens.to(like)
         if self.marker_embeds is None:
             return tokens

@@ -1,10 +1,10 @@
 """
-Cross-attention to a context that does not change between denoising steps: same numbers, less work.
+Faster cross-attention of the decoder with equal results: fold the padding of the context, keep its keys and values.
 
-Three facts about this model are used. The decoder attends without a mask to a context that is zero-padded to a fixed
-length, so all padding keys are equal, and N equal keys act exactly as one whose logit is raised by ln N. The context
-is the same in every step, so its keys and values need to be projected only once per call and branch. And the decoder
-meets the context after the first block's self-attention, which is thus the same for all branches of a step.
+Three properties of this model are used. The decoder attends without a mask to a context that is zero-padded to a
+fixed length, so all padding keys are equal, and N equal keys act exactly as one key whose logit is raised by ln N. The
+context is the same in every step, so its keys and values are projected only once per call and branch. And the first
+self-attention of the decoder does not depend on the context, so it is the same for all branches of a step.
 """
 
 import math
@@ -38,11 +38,11 @@ _STANCE = threading.RLock()
 
 def fold_padding(context: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    Replace the padding of a context by as few keys as carry its weight.
+    Replace the padding of a context by a few keys with the same weight in the attention.
 
     Args:
         context: `[batch, tokens, width]`, not padded.
-        length: tokens it is to act like.
+        length: number of tokens of the padded context.
 
     Returns:
         `[batch, tokens + k, width]`, and the logits to add to its keys, `[1, 1, 1, tokens + k]`, or `None` when there
@@ -60,7 +60,7 @@ def fold_padding(context: torch.Tensor, length: int) -> tuple[torch.Tensor, torc
 
 
 def _attention_dtype(context: torch.Tensor) -> torch.dtype:
-    """The number format that attention to a context runs in, which autocast may change."""
+    """The dtype of the attention to a context, which autocast may change."""
     kind = context.device.type
     casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if casts else context.dtype
@@ -139,7 +139,7 @@ class SharedSelfAttnProcessor:
 
     def __init__(self, own: Callable[..., torch.Tensor]) -> None:
         self.own = own
-        self.passes = 0  # that are still to come in this step
+        self.passes = 0  # passes left in this step
         self.output: torch.Tensor | None = None
 
     def __call__(self, attn: torch.nn.Module, *args: object, **kwargs: object) -> torch.Tensor:
@@ -152,12 +152,12 @@ class SharedSelfAttnProcessor:
 
 class ConstantContext:
     """
-    Contexts of the branches of guidance, and what the decoder's blocks make of them.
+    Contexts of the branches of guidance, with their keys and values in the decoder's blocks.
 
     Args:
-        processors: those of the blocks' cross-attention.
-        first: that of the first block's self-attention, `None` where it is not shared.
-        length: tokens a context acts like.
+        processors: processors of the blocks' cross-attention.
+        first: processor of the first block's self-attention, `None` if branches do not share it.
+        length: number of tokens of the padded contexts.
         can_fold: whether padding may become a key with a bias.
         compiled: blocks are compiled; see [`enter`].
     """
@@ -177,7 +177,7 @@ class ConstantContext:
         self.projected: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def set(self, branch: str, context: torch.Tensor) -> None:
-        """Give a branch its context, `[batch, tokens, width]`, not padded; what was made of an earlier one goes."""
+        """Set the context of a branch, `[batch, tokens, width]`, not padded; old keys and values are removed."""
         if self.can_fold:
             self.contexts[branch], self.biases[branch] = fold_padding(context, self.length)
         else:
@@ -187,7 +187,7 @@ class ConstantContext:
 
     def begin_step(self, passes: int) -> None:
         """
-        Say that the next `passes` passes of the decoder, one per branch, get the same latents, source and timestep.
+        Announce `passes` passes of the decoder, one per branch, with the same latents, source and timestep.
 
         The self-attention of the first block then runs once for all of them.
         """
@@ -203,8 +203,8 @@ class ConstantContext:
         for all the passes that follow.
 
         Yields:
-            What to pass to the decoder: the context, or, once every block has its keys and values, a single token of
-            it, since nobody looks at it any more.
+            The context for the decoder: all of it, or, once every block has its keys and values, a single token,
+            because the rest is not used any more.
         """
         known = self.projected.get(branch, [None] * len(self.processors))
         is_first = branch not in self.projected
@@ -251,18 +251,18 @@ def constant_context(
     transformer: WanTransformer3DModel, contexts: Mapping[str, torch.Tensor], length: int
 ) -> Iterator[ConstantContext]:
     """
-    Let a decoder's cross-attention keep what it makes of each branch's context.
+    Let the cross-attention of a decoder keep keys and values of each branch's context.
 
-    The blocks get processors of their own for as long as the block of code runs, and the ones they had back
-    afterwards, whatever happens. Other threads wait for their turn on the decoder.
+    During the `with` block the blocks of the decoder have special attention processors; afterwards, also after an
+    error, they get their own ones back. Other threads wait for the decoder.
 
     Args:
         transformer: the decoder.
         contexts: name of the branch -> `[batch, tokens, width]`, not padded.
-        length: tokens a context acts like.
+        length: number of tokens of the padded contexts.
 
     Raises:
-        RuntimeError: when the decoder is in such a block already, e.g. in a callback of a call.
+        RuntimeError: if the decoder is already in such a block, e.g. in a callback of a call.
     """
     with turn(transformer), _replaced_processors(transformer, contexts, length) as constant:
         yield constant
@@ -272,8 +272,8 @@ def check_not_denoising(transformer: WanTransformer3DModel) -> None:
     """Refuse to denoise with a decoder in the middle of doing so, from a callback or between two steps."""
     if any(isinstance(block.attn2.processor, ConstantContextAttnProcessor) for block in transformer.blocks):
         raise RuntimeError(
-            "The decoder is denoising already: a callback, or code between two steps, began to denoise with it again. "
-            "Do that after the call, or with a decoder of its own."
+            "The decoder is denoising already: a callback, or code between two steps, started to denoise with it "
+            "again. Do this after the call, or with another decoder."
         )
 
 

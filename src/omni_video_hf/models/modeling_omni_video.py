@@ -1,7 +1,7 @@
 """
-Omni-Video in one module: an MLLM that understands, a vision head and an adapter that translate, a decoder that draws.
+Omni-Video as one transformers model: MLLM, vision head, adapter, decoder and all losses.
 
-The figure of the paper:
+Data flow (figure of the paper):
 
     prompt, source -> MLLM -> text head   -> answer
                          `--> vision head -> adapter -.
@@ -69,7 +69,7 @@ from .outputs import OmniVideoOutput
 from .source_channels import with_source_channels
 from .text_generation import OmniVideoTextMixin
 
-# The component folders of a repository hold bare keys; in the whole model their parts have names.
+# Component folders of a repository store keys without the prefixes that components have in the whole model.
 register_checkpoint_conversion_mapping(
     OmniVideoConfig.model_type,
     [
@@ -120,7 +120,7 @@ class OmniVideoPreTrainedModel(PreTrainedModel):
         elif name in ("WanTransformerBlock", "WanTransformer3DModel"):
             init.normal_(module.scale_shift_table, std=module.scale_shift_table.shape[-1] ** -0.5)
         elif name == "WanRotaryPosEmbed":
-            # Non-persistent tables, built on the meta device under `from_pretrained`: nobody else fills them.
+            # Non-persistent tables, created on the meta device by `from_pretrained`, must be filled here.
             with torch.device("cpu"):
                 fresh = type(module)(module.attention_head_dim, module.patch_size, module.max_seq_len)
             for buffer_name, buffer in fresh.named_buffers():
@@ -131,7 +131,7 @@ class OmniVideoPreTrainedModel(PreTrainedModel):
         model: PreTrainedModel, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, **kwargs: Any
     ) -> Any:
         # For weights that stay on the disk, transformers looks for all files of an index in the folder of the first
-        # one. Ours lie in several, so the index gets their whole paths.
+        # one. Ours are in several folders, so the index gets full paths.
         if checkpoint_files and load_config.sharded_metadata:
             weight_map = load_config.sharded_metadata["weight_map"]
             paths = {
@@ -147,8 +147,8 @@ class OmniVideoForConditionalGeneration(
     """
     MLLM, vision head, adapter and decoder.
 
-    A configuration without adapter and decoder gives the `mllm` component of a pipeline: it answers, and turns
-    instructions into visual tokens.
+    With a configuration without adapter and decoder, the model is the `mllm` component of a pipeline: it answers
+    questions and encodes instructions as visual tokens.
     """
 
     def __init__(self, config: OmniVideoConfig) -> None:
@@ -174,7 +174,7 @@ class OmniVideoForConditionalGeneration(
         self.decoder = WanTransformer3DModel(**config.decoder_config) if has_decoder else None
         self._pass_on_attn_implementation()
         self.post_init()
-        # Weights of parts that the configuration leaves out are no surprise.
+        # Weights of components that the configuration leaves out cause no warning.
         left_out = [name for name in ("mllm", "adapter", "decoder") if getattr(self, name) is None]
         self._keys_to_ignore_on_load_unexpected |= {rf"^{name}\." for name in left_out}
         if has_decoder:
@@ -211,16 +211,16 @@ class OmniVideoForConditionalGeneration(
         max_context_length: int | None = None,
     ) -> torch.Tensor:
         """
-        Build the decoder's context from what the MLLM, the text encoder and the VAE say.
+        Build the decoder's context from outputs of the MLLM, the text encoder and the VAE.
 
         Args:
-            mllm_hidden_states: `[batch, length, mllm width]` or a list of `[length, mllm width]`; `None` stands for
-                the stored states of the empty instruction (null branch).
+            mllm_hidden_states: `[batch, length, mllm width]` or a list of `[length, mllm width]`; `None` selects the
+                stored states of the empty instruction (unconditional branch).
             prompt_embeds: `[batch, length, text_dim]` or a list of `[length, text_dim]`, real tokens of the text
                 encoder; `None` stands for the stored embedding of the empty prompt.
-            source_latents: `[batch, channels, frames, height, width]`, normalised latents of what is edited.
-            reference_latents: likewise, of a reference image.
-            output_kind: `"image"` or `"video"`, what is to be drawn.
+            source_latents: `[batch, channels, frames, height, width]`, normalised latents of the source of an edit.
+            reference_latents: `[batch, channels, frames, height, width]`, normalised latents of a reference image.
+            output_kind: `"image"` or `"video"`, kind of the output.
             context_overflow: `"error"` or `"truncate"`, see [`OmniVideoAdapter.forward`].
             mllm_attention_mask: `[batch, length]`, 0 at padding of `mllm_hidden_states`.
             prompt_embeds_mask: `[batch, length]`, 0 at padding of `prompt_embeds`.
@@ -318,7 +318,7 @@ class OmniVideoForConditionalGeneration(
         **mllm_kwargs: object,
     ) -> OmniVideoOutput:
         """
-        Every loss the inputs allow, by name, and their weighted sum.
+        Compute every loss whose inputs are passed, and their weighted sum.
 
         Args:
             input_ids: `[batch, length]`, or `inputs_embeds`; runs the MLLM. `attention_mask`, `pixel_values`,
@@ -327,33 +327,33 @@ class OmniVideoForConditionalGeneration(
                 `[batch, length]`, -100 where nothing is to be learned, give `answer_loss`. Placeholders count as -100.
             mllm_hidden_states: precomputed instead of `input_ids`, with `mllm_attention_mask` `[batch, length]`.
             vision_embeds: `[batch, tokens, text_dim]`, precomputed output of the adapter's `adapt_vision_tokens`, for
-                training the decoder behind frozen bridges: neither vision head nor adapter runs for a sample.
+                training the decoder with frozen connectors: neither vision head nor adapter runs for a sample.
             target_features: `[batch, vision width]`, features of the target image or video; give `alignment_loss`.
             target_prompt_embeds: `[batch, length, text_dim]` or a list, a text that says what the target shows; give
                 `text_alignment_loss`, with `target_prompt_embeds_mask` `[batch, length]`. By default `prompt_embeds`,
                 which say that where nothing is edited.
             target_prompt_unsaid: `[batch, directions, text_dim]`, orthonormal rows, rows of zeros where a sample has
-                fewer: directions along which the means of tokens and text are not compared, for what a text cannot
-                say.
+                fewer: directions that are projected out before the text alignment loss, for attributes that the text
+                does not contain.
             latents: `[batch, channels, frames, height, width]`, normalised latents of the target; give
                 `flow_matching_loss`, with `prompt_embeds`, `prompt_embeds_mask`, `source_latents` and
                 `reference_latents` as in [`encode_condition`].
-            output_kind: by default `"image"` for latents of one frame, else `"video"`.
-            noise: like `latents`; drawn when left out.
-            timesteps: `[batch]`, 0..1000, the nearest of the training table is taken; drawn when left out. Or
-                `[batch, frames]`, where every latent frame has its own noise: with little in the first and much in the
-                others, a clip teaches what a prompt says of motion.
-            generator: for what is drawn; one per sample makes a sample's noise independent of its batch.
-            drop_instruction: `[batch]`, true where the decoder is shown the stored visual tokens of the empty
-                instruction instead of the sample's (condition dropout). Alignment losses see the sample's own.
-            drop_prompt: `[batch]`, true where it is shown the stored empty prompt.
-            drop_source: `[batch]`, true where it is shown no source, neither in the context nor in its channels.
-            loss_config: weights and options of the losses, upstream's by default.
-            output_vision_tokens: compute `vision_tokens` though no loss needs them; with neither `input_ids` nor
-                `mllm_hidden_states` those of the empty instruction (null branch).
+            output_kind: kind of the output. Default: `"image"` for latents of one frame, else `"video"`.
+            noise: same shape as `latents`. Default: sampled.
+            timesteps: `[batch]`, 0..1000, rounded to the nearest timestep of the training table; or `[batch, frames]`,
+                one per latent frame. With little noise in the first frame and much in the others, the model learns
+                motion from a prompt. Default: sampled.
+            generator: generator for noise and timesteps; with one per sample, they do not depend on other samples.
+            drop_instruction: `[batch]`, true for samples whose visual tokens are replaced by the stored ones of the
+                empty instruction (condition dropout). Alignment losses still use the sample's own tokens.
+            drop_prompt: `[batch]`, true for samples whose prompt is replaced by the stored empty one.
+            drop_source: `[batch]`, true for samples whose source is left out, in the context and in the channels.
+            loss_config: weights and options of the losses. Default: those of the authors' code.
+            output_vision_tokens: compute `vision_tokens` even if no loss needs them; with neither `input_ids` nor
+                `mllm_hidden_states` those of the empty instruction (unconditional branch).
 
         Raises:
-            ValueError: when the inputs ask for a part that the model does not have, or do not fit each other.
+            ValueError: if the inputs need a component that the model does not have, or do not fit each other.
         """
         config = loss_config or OmniVideoLossConfig()
         draws = latents is not None and config.flow_matching_weight > 0
@@ -365,7 +365,7 @@ class OmniVideoForConditionalGeneration(
         has_states = not (mllm_hidden_states is None and input_ids is None and inputs_embeds is None)
         if vision_embeds is not None and (aligns or aligns_text) and not has_states:
             raise ValueError(
-                "Alignment losses need the vision head's tokens, which `vision_embeds` stands behind: pass "
+                "Alignment losses need the tokens of the vision head, which `vision_embeds` replaces: pass "
                 "`mllm_hidden_states` as well, or set `alignment_weight` and `text_alignment_weight` to 0."
             )
         if output_kind is None:
@@ -501,7 +501,7 @@ class OmniVideoForConditionalGeneration(
         velocity = self.predict_velocity(noisy, timesteps, context, **sources)
         return flow_matching_loss(velocity, velocity_target(latents, noise), weights[indices]), velocity
 
-    # --- plumbing -------------------------------------------------------------------------------------------------
+    # --- attention implementations --------------------------------------------------------------------------------
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], **kwargs: object) -> None:
         """
@@ -563,10 +563,10 @@ def _text_alignment(
     config: OmniVideoLossConfig,
 ) -> torch.Tensor:
     """
-    How far the adapter's tokens lie from the text's (paper, stage 2).
+    Distance between the adapter's tokens and the text embeddings (paper, stage 2).
 
-    The paper does not say how 256 tokens a visual token are compared with a text of any length; their means are, as
-    the visual tokens' mean is with the target's features.
+    The paper does not say how 256 tokens per visual token are compared with a text of any length. Their means are
+    compared, as for the visual tokens and the features of the target.
     """
     texts, mask = pad_embeddings(target_prompt_embeds, target_prompt_embeds_mask, "target_prompt_embeds")
     said, wanted = mean_token(adapted), mean_token(texts, mask)

@@ -1,4 +1,4 @@
-"""VILA on transformers' SigLIP and causal language models, with the numbers of upstream's Omni-Video v1."""
+"""VILA, the MLLM of the released Omni-Video weights, built from SigLIP and a causal language model of transformers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -40,14 +40,14 @@ IGNORED_LABEL = -100
 
 class PlaceholderLabelsMixin:
     """
-    Labels in which placeholders of images count as -100.
+    Replaces image placeholders in `labels` by -100.
 
-    Most trainers begin with `labels = input_ids.clone()`. A placeholder is never an answer, and its id may lie outside
-    the vocabulary, where the cross-entropy fails with an index error, on CUDA with a device assert.
+    Most trainers use `labels = input_ids.clone()`. A placeholder is never an answer, and its id may be outside the
+    vocabulary, where the cross-entropy fails with an index error, or on CUDA with a device assert.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As `forward`. Trainers that put their own loss in place of `forward` get the same labels."""
+        """Run `forward` with such labels; trainers that replace `forward` by their own loss get them too."""
         for name in ("labels", "shift_labels"):
             if kwargs.get(name) is not None:
                 kwargs[name] = self.without_placeholders(kwargs[name])
@@ -55,11 +55,11 @@ class PlaceholderLabelsMixin:
 
     def without_placeholders(self, labels: torch.Tensor) -> torch.Tensor:
         """
-        `labels` `[batch, length]` with -100 in place of placeholders.
+        Replace placeholders in `labels` `[batch, length]` by -100.
 
         Raises:
-            ValueError: for another id outside the vocabulary, where the labels lie on the CPU; to look at those on a
-                GPU would make every step wait for it.
+            ValueError: for any other id outside the vocabulary. Labels on a GPU are not checked, because every step
+                would wait for the device.
         """
         for token in self._placeholder_ids():
             labels = labels.masked_fill(labels == token, IGNORED_LABEL)
@@ -68,8 +68,8 @@ class PlaceholderLabelsMixin:
             outside = labels[((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= size)]
             if len(outside):
                 raise ValueError(
-                    f"`labels` hold {outside[0].item()}, but the vocabulary has the ids 0 to {size - 1}: write "
-                    f"{IGNORED_LABEL} where nothing is to be learned."
+                    f"`labels` contain {outside[0].item()}, but the vocabulary has the ids 0 to {size - 1}: use "
+                    f"{IGNORED_LABEL} for positions without a loss."
                 )
         return labels
 
@@ -79,10 +79,10 @@ class PlaceholderLabelsMixin:
 
 def merge_patches(features: torch.Tensor) -> torch.Tensor:
     """
-    Merge a square grid of patch features 2x2 into one token each, in upstream's order.
+    Merge blocks of 2x2 patch features into one token each, in the order of the authors' code.
 
-    Tokens run column by column (the column block is the slow index); the four features of a token are its upper left,
-    upper right, lower left and lower right patch. A grid of odd side gets a row and a column of zeros first.
+    Tokens are ordered column by column (the column block is the slow index). A token consists of its upper left, upper
+    right, lower left and lower right patch. A grid of odd side is first padded with a row and a column of zeros.
 
     Args:
         features: `[images, side * side, channels]`, patches row by row.
@@ -93,7 +93,7 @@ def merge_patches(features: torch.Tensor) -> torch.Tensor:
     num_images, num_patches, channels = features.shape
     side = round(num_patches**0.5)
     if side * side != num_patches:
-        raise ValueError(f"{num_patches} patches do not form a square grid, which the 2x2 merge needs.")
+        raise ValueError(f"`features` has {num_patches} patches; the 2x2 merge needs a square number of patches.")
     grid = features.reshape(num_images, side, side, channels)
     grid = nn.functional.pad(grid, (0, 0, 0, side % 2, 0, side % 2))
     blocks = (side + 1) // 2
@@ -103,7 +103,7 @@ def merge_patches(features: torch.Tensor) -> torch.Tensor:
 
 
 class VilaMultiModalProjector(nn.Module):
-    """2x2 merge, LayerNorm, and two linear layers with an exact GELU between (`mlp_downsample` as upstream)."""
+    """2x2 merge, LayerNorm, and two linear layers with an exact GELU between them (`mlp_downsample` of VILA)."""
 
     def __init__(self, config: VilaConfig) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class VilaMultiModalProjector(nn.Module):
 
 
 class VilaPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and capabilities shared by the VILA classes."""
+    """Base class of the VILA models: weight initialisation and capabilities."""
 
     config: VilaConfig
     config_class = VilaConfig
@@ -143,18 +143,18 @@ class VilaModel(VilaPreTrainedModel):
     def __init__(self, config: VilaConfig) -> None:
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        # The tower ends at the selected hidden state: no layer is kept whose output nobody reads.
+        # The tower ends at the selected hidden state: later layers would not be used.
         self.vision_tower.encoder.layers = self.vision_tower.encoder.layers[: config.num_vision_layers]
         self.multi_modal_projector = VilaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The language model's token embedding."""
+        """The token embedding of the language model."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the language model's token embedding."""
+        """Replace the token embedding of the language model."""
         self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
@@ -168,9 +168,9 @@ class VilaModel(VilaPreTrainedModel):
             pixel_values: `[images, 3, size, size]`, normalised by the image processor.
 
         Returns:
-            `last_hidden_state` `[images, patches, vision hidden]`, the selected hidden state of the tower,
-            `pooler_output` `[images, tokens, text hidden]`, its projection, and where asked for `attentions` and
-            `hidden_states`, the last of which is `last_hidden_state`: no later layer is built.
+            `last_hidden_state` `[images, patches, vision hidden]`, the selected hidden state of the tower;
+            `pooler_output` `[images, tokens, text hidden]`, its projection; and on request `attentions` and
+            `hidden_states`, of which the last one is `last_hidden_state`.
         """
         wants_states = kwargs.pop("output_hidden_states", None)
         if wants_states is None:
@@ -186,22 +186,22 @@ class VilaModel(VilaPreTrainedModel):
 
     def get_placeholder_mask(self, input_ids: torch.Tensor, image_features: torch.Tensor) -> torch.Tensor:
         """
-        Where image features go.
+        Positions of the image features in the text.
 
         Returns:
             `[batch, length]` bool, true at `config.image_token_id`.
 
         Raises:
-            ValueError: when placeholders and features differ in number; the message gives both.
+            ValueError: if the numbers of placeholders and features differ; the message contains both.
         """
         mask = input_ids == self.config.image_token_id
         num_images, length = image_features.shape[:2]
         torch_compilable_check(
             mask.sum() == num_images * length,
             lambda: (
-                f"Image features and image tokens do not match: `input_ids` hold {int(mask.sum())} tokens of id "
+                f"Image features and image tokens do not match: `input_ids` contain {int(mask.sum())} tokens of id "
                 f"{self.config.image_token_id}, but `pixel_values` ({num_images} images of {length} tokens) give "
-                f"{num_images * length} features. Let the processor make both."
+                f"{num_images * length} features. Use the processor for both."
             ),
         )
         return mask
@@ -222,18 +222,18 @@ class VilaModel(VilaPreTrainedModel):
         Run the language model over text and images.
 
         Args:
-            input_ids: `[batch, length]`, image placeholders expanded to `config.image_seq_length` ids each.
+            input_ids: `[batch, length]`, in which every image has `config.image_seq_length` placeholders.
             pixel_values: `[images, 3, size, size]`, the images of the whole batch in order.
-            attention_mask: `[batch, length]`, 0 at positions nobody may attend to.
-            position_ids: `[batch, length]`; by default 0 to length - 1. With images, positions masked out do not
-                count, since upstream removes them before the images go in.
+            attention_mask: `[batch, length]`, 0 at positions to ignore.
+            position_ids: `[batch, length]`. Default: 0 to length - 1. With images, masked positions are not counted,
+                because the authors' code removes them before it inserts images.
             past_key_values: cache of earlier positions.
-            inputs_embeds: `[batch, length, hidden]` instead of `input_ids`; images cannot be placed then.
-            mm_encoder_outputs: what [`get_image_features`] gave, under `"image"`, instead of `pixel_values`.
+            inputs_embeds: `[batch, length, hidden]` instead of `input_ids`, without images.
+            mm_encoder_outputs: `{"image": output of get_image_features}` instead of `pixel_values`.
 
         Raises:
             ValueError: without exactly one of `input_ids` and `inputs_embeds`, with both `pixel_values` and
-                `mm_encoder_outputs`, or when images and placeholders differ.
+                `mm_encoder_outputs`, or if the numbers of images and placeholders differ.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
@@ -242,12 +242,12 @@ class VilaModel(VilaPreTrainedModel):
             raise ValueError("Pass `pixel_values` or `mm_encoder_outputs`, not both.")
         if input_ids is None and not (encoded is None and pixel_values is None):
             raise ValueError(
-                "`pixel_values` need `input_ids`, which say where the images go. Put their features "
-                "(`get_image_features(pixel_values).pooler_output`) into `inputs_embeds` yourself, and pass no images."
+                "`pixel_values` need `input_ids`, which contain the positions of the images. To use `inputs_embeds`, "
+                "insert the features (`get_image_features(pixel_values).pooler_output`) yourself and pass no images."
             )
 
         if inputs_embeds is None:
-            # The placeholder has no row of its own in the embedding table.
+            # The placeholder has no row in the embedding table.
             is_image = input_ids == self.config.image_token_id
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
 
@@ -264,8 +264,8 @@ class VilaModel(VilaPreTrainedModel):
             torch_compilable_check(
                 ~is_image.any(),
                 lambda: (
-                    f"`input_ids` hold {int(is_image.sum())} image tokens, but there are no `pixel_values` "
-                    "(0 features)."
+                    f"`input_ids` contain {int(is_image.sum())} image tokens, but there are no `pixel_values` "
+                    "(0 features): pass the images, or a text without placeholders."
                 ),
             )
 
@@ -280,7 +280,7 @@ class VilaModel(VilaPreTrainedModel):
 
 
 def _is_prefill(past_key_values: Cache | None) -> bool:
-    """Whether these are the first positions: later ones come from `generate`, which encodes images once."""
+    """Whether these are the first positions; `generate` encodes images only for them."""
     return past_key_values is None or int(past_key_values.get_seq_length()) == 0
 
 
@@ -297,15 +297,15 @@ class VilaForConditionalGeneration(PlaceholderLabelsMixin, VilaPreTrainedModel, 
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The language model's token embedding."""
+        """The token embedding of the language model."""
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the language model's token embedding."""
+        """Replace the token embedding of the language model."""
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The language-modelling head."""
+        """The language modelling head."""
         return self.lm_head
 
     def get_image_features(
@@ -329,11 +329,11 @@ class VilaForConditionalGeneration(PlaceholderLabelsMixin, VilaPreTrainedModel, 
         **kwargs: Unpack[TransformersKwargs],
     ) -> VilaCausalLMOutputWithPast:
         """
-        Next-token logits, and the cross-entropy of `labels` where given.
+        Compute next-token logits, and the cross-entropy if `labels` are passed.
 
         Args:
-            labels: `[batch, length]`, -100 where no loss is wanted; image placeholders count as -100.
-            logits_to_keep: how many positions, from the end, get logits; 0 is all. Or the positions.
+            labels: `[batch, length]`, -100 at positions without a loss; image placeholders count as -100.
+            logits_to_keep: number of positions at the end for which logits are computed, 0 for all; or the positions.
 
         The other arguments are those of [`VilaModel.forward`].
         """

@@ -1,4 +1,4 @@
-"""What the whole model returns."""
+"""`OmniVideoOutput`: losses and tensors that the whole model returns."""
 
 from dataclasses import dataclass
 
@@ -10,20 +10,20 @@ from transformers.modeling_outputs import ModelOutput
 @dataclass
 class OmniVideoOutput(ModelOutput):
     """
-    Output of [`OmniVideoForConditionalGeneration`]; what the inputs do not ask for is `None`.
+    Output of [`OmniVideoForConditionalGeneration`]; fields that were not computed are `None`.
 
     Args:
-        loss: sum of the losses that the inputs allow, times their weights.
-        logits: `[batch, length, vocabulary]` of the MLLM.
+        loss: weighted sum of all losses whose inputs were passed.
+        logits: `[batch, length, vocabulary]`, logits of the MLLM.
         past_key_values: cache of the MLLM.
-        hidden_states: of the MLLM, one `[batch, length, width]` per layer, as in every transformers model.
-        attentions: of the MLLM.
+        hidden_states: hidden states of the MLLM, `[batch, length, width]` per layer, as in every transformers model.
+        attentions: attention weights of the MLLM.
         answer_loss: cross-entropy of `labels`.
-        alignment_loss: distance of the mean visual token from `target_features`.
-        text_alignment_loss: distance of the adapter's mean token from that of the target's text.
-        flow_matching_loss: weighted squared error of the decoder's velocity.
-        vision_tokens: `[batch, num_query_tokens, vision width]`.
-        velocity: `[batch, channels, frames, height, width]`, the decoder's prediction.
+        alignment_loss: distance between the mean visual token and `target_features`.
+        text_alignment_loss: distance between the mean adapter token and the mean embedding of the target's text.
+        flow_matching_loss: weighted squared error of the velocity.
+        vision_tokens: `[batch, num_query_tokens, vision width]`, visual tokens of the vision head.
+        velocity: `[batch, channels, frames, height, width]`, velocity predicted by the decoder.
     """
 
     loss: torch.Tensor | None = None

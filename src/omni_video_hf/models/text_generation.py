@@ -1,7 +1,7 @@
 """
-What transformers asks of a model that generates text, answered by the MLLM that a larger model holds.
+Text generation of the whole model: methods that transformers needs for `generate`, delegated to the MLLM.
 
-`generate` is GenerationMixin's own and runs through `forward`, where hooks of device maps and offloading sit.
+`generate` is that of `GenerationMixin`. It calls `forward`, so that hooks of device maps and offloading run.
 """
 
 from typing import Any
@@ -17,24 +17,24 @@ from .modeling_vila import PlaceholderLabelsMixin
 
 
 class OmniVideoTextMixin(PlaceholderLabelsMixin):
-    """Embeddings, decoder, image features and steps of `generate`, for a model with an MLLM under `mllm`."""
+    """Embeddings, decoder, image features and steps of `generate`, for a model with an MLLM as attribute `mllm`."""
 
-    # --- the MLLM's parts under the names that transformers and trainers look for ---------------------------------
+    # --- modules of the MLLM under the names that transformers and trainers use -----------------------------------
 
     @property
     def model(self) -> nn.Module:
         """
-        The MLLM without its language-modelling head: `base_model`, whose output has a `last_hidden_state`.
+        The MLLM without its language modelling head: the `base_model`, whose output has a `last_hidden_state`.
 
         Raises:
-            AttributeError: in a model without MLLM, which is then its own `base_model`.
+            AttributeError: in a model without MLLM, which is its own `base_model`.
         """
         if self.mllm is None:
-            raise AttributeError("This model has no mllm (`config.enable_mllm` is False).")
+            raise AttributeError("This model has no MLLM (`config.enable_mllm` is False).")
         return self.mllm.base_model
 
     def get_decoder(self) -> nn.Module:
-        """The MLLM's language model; `decoder` is the video decoder, which has no tokens."""
+        """The language model of the MLLM (the attribute `decoder` is the video decoder)."""
         self._require("mllm")
         return self.mllm.get_decoder()
 
@@ -65,10 +65,11 @@ class OmniVideoTextMixin(PlaceholderLabelsMixin):
         Encode images with the MLLM's vision tower and projector.
 
         Args:
-            pixel_values: as the MLLM's image processor gives them; `kwargs` are those of the MLLM's own method.
+            pixel_values: output of the MLLM's image processor.
+            kwargs: other arguments of the MLLM's `get_image_features`.
 
         Returns:
-            `pooler_output`, one `[tokens, hidden]` an image, is what takes the place of the placeholders.
+            The output of the MLLM's method; `pooler_output`, one `[tokens, hidden]` per image, replaces placeholders.
         """
         self._require("mllm")
         return self.mllm.get_image_features(pixel_values, **kwargs, return_dict=True)
@@ -85,7 +86,7 @@ class OmniVideoTextMixin(PlaceholderLabelsMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """See the MLLM's method; written out, for transformers reads from the signature what `generate` takes."""
+        """See the method of the MLLM. Arguments are listed because transformers inspects this signature."""
         return self.mllm.prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -110,7 +111,7 @@ class OmniVideoTextMixin(PlaceholderLabelsMixin):
         return self.mllm._supports_mm_encoder_outputs()
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        # Images are encoded ahead of `forward`, and a hook that brings the weights to the device sits there.
+        # Images are encoded before `forward`, whose hook would move the weights to the device.
         hook = getattr(self, "_hf_hook", None)
         if isinstance(hook, CpuOffload):
             hook.pre_forward(self)
@@ -121,7 +122,7 @@ class OmniVideoTextMixin(PlaceholderLabelsMixin):
     def _placeholder_ids(self) -> tuple[int, ...]:
         if isinstance(self.mllm, PlaceholderLabelsMixin):
             return self.mllm._placeholder_ids()
-        # Another MLLM may have a row for its placeholders, and learns from them what its own class lets it learn.
+        # Another MLLM may have embeddings for its placeholders; its own class handles their labels.
         config, size = self.config.mllm_config, self.config.get_text_config().vocab_size
         ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id", "audio_token_id"))
         return tuple(token for token in ids if isinstance(token, int) and token >= size)

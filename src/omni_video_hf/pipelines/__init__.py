@@ -1,1 +1,1 @@
-"""The diffusers pipeline and its parts."""
+"""The diffusers pipeline: its call in steps, checks of requests, presets, guidance, schedulers, LoRA, memory."""

@@ -1,4 +1,4 @@
-"""The sampling loop of the pipeline: one decoder, one call at a time, and what callbacks see and change of it."""
+"""The denoising loop of the pipeline, with guidance, callbacks and step caches."""
 
 import inspect
 import sys
@@ -19,7 +19,7 @@ from .request_checks import FiniteSteps
 
 
 def whole_call(method: Callable) -> Callable:
-    """A call of the pipeline: no other call uses its components meanwhile, and it leaves nothing behind in them."""
+    """Decorate the pipeline's call: it locks its components and restores their state at its end."""
 
     @wraps(method)
     def call(self: "OmniVideoDenoisingMixin", *args: Any, **kwargs: Any) -> Any:
@@ -47,7 +47,7 @@ class OmniVideoDenoisingMixin:
     ]  # fmt: skip
 
     def _begin_call(self, guidance_scale: float = 0.0, attention_kwargs: dict[str, Any] | None = None) -> None:
-        """Forget what the last call left for callbacks to look at."""
+        """Reset the state of the last call that callbacks can read."""
         self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
         self._interrupt, self._num_timesteps, self._current_timestep = False, 0, None
 
@@ -58,7 +58,7 @@ class OmniVideoDenoisingMixin:
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the running call has a null branch."""
+        """Whether the running call has an unconditional branch."""
         return self._guidance_scale > 1.0
 
     @property
@@ -73,7 +73,7 @@ class OmniVideoDenoisingMixin:
 
     @property
     def attention_kwargs(self) -> dict[str, Any] | None:
-        """Those of the running call."""
+        """`attention_kwargs` of the running call."""
         return self._attention_kwargs
 
     @property
@@ -104,16 +104,17 @@ class OmniVideoDenoisingMixin:
             latents: `[batch, channels, frames, height, width]`, noise.
             scheduler: with its timesteps set.
             context: `[batch, length, text_dim]`, not padded.
-            null_context: `[batch, length, text_dim]` of the unconditional branch; `None` turns guidance off.
-            guidance: when and how the null branch runs; in every step, in a pass of its own by default.
-            guidance_scale: needed with `null_context`.
-            generator: for schedulers that add noise in every step.
+            null_context: `[batch, length, text_dim]` of the unconditional branch, not padded; `None` turns guidance
+                off.
+            guidance: steps and passes of the unconditional branch. Default: every step, in a separate pass.
+            guidance_scale: guidance scale, required with `null_context`.
+            generator: generator for schedulers that add noise in every step.
             no_source_context: `[batch, length, text_dim]` of the branch without source, for `guidance.source_scale`.
-            source_channels: of [`prepare_source_channels`], for a decoder that has them; by default it gets no source.
+            source_channels: of [`prepare_source_channels`], for a decoder that has them. Default: no source.
 
         Raises:
-            ValueError: for an unconditional branch without scale, a decoder that does not fit the adapter's
-                `source_conditioning`, or a callback that returns tensors of another batch.
+            ValueError: for `null_context` without a scale, a decoder that does not fit the adapter's
+                `source_conditioning`, or a callback that returns tensors of another batch size.
         """
         self._require("transformer")
         check_not_denoising(self.transformer)
@@ -130,9 +131,9 @@ class OmniVideoDenoisingMixin:
         check_source_channels(self.adapter.config.source_conditioning, config.in_channels, config.out_channels)
         if source_channels is None:
             source_channels = self.prepare_source_channels(latents)
-        self.transformer._reset_stateful_cache()  # what the caller ran himself may have left something behind
+        self.transformer._reset_stateful_cache()  # a direct call of the decoder may have left states in it
         scheduler.set_begin_index(0)
-        scheduler.sigmas = scheduler.sigmas.to(latents.device)  # else UniPC copies them over, three in every step
+        scheduler.sigmas = scheduler.sigmas.to(latents.device)  # otherwise UniPC copies three of them in every step
         timesteps, finite = scheduler.timesteps, FiniteSteps()
         self._num_timesteps = len(timesteps)
         step_kwargs = {"return_dict": False}
@@ -232,7 +233,7 @@ _ALIASES = {"prompt_embeds": "context", "negative_prompt_embeds": "null_context"
 def _changes(
     returned: Any, given: dict[str, torch.Tensor | None], tensors: dict[str, torch.Tensor | None]
 ) -> dict[str, torch.Tensor]:
-    """What a callback changed among the tensors that it was given, by their names here."""
+    """The tensors that a callback changed, by their names in the denoising loop."""
     if not isinstance(returned, dict):
         raise TypeError(f"`callback_on_step_end` must return a dictionary of what it changes, got {returned!r}.")
     changed: dict[str, torch.Tensor] = {}

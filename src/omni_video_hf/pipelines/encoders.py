@@ -24,7 +24,7 @@ class OmniVideoEncodersMixin:
         self, prompt: str | list[str], max_sequence_length: int = 512, context_overflow: ContextOverflow = "error"
     ) -> list[torch.Tensor]:
         """
-        Text embeddings of bare prompts, cleaned as upstream does, real tokens only.
+        Encode prompts with the text encoder, after cleaning them as the authors' code does; without padding tokens.
 
         Returns:
             One `[length, width]` per prompt.
@@ -35,7 +35,9 @@ class OmniVideoEncodersMixin:
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("This pipeline was loaded without text encoder: pass `prompt_embeds`.")
         if not is_ftfy_available():
-            raise ImportError("Prompts are cleaned with ftfy, as the model was trained: `pip install ftfy`.")
+            raise ImportError(
+                "The package ftfy is missing, which cleans prompts as in the training: run `pip install ftfy`."
+            )
         prompts = [prompt_clean(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
         tokens = self.tokenizer(prompts, padding=True, return_attention_mask=True, return_tensors="pt")
         lengths = tokens.attention_mask.sum(dim=1)
@@ -68,10 +70,10 @@ class OmniVideoEncodersMixin:
         Args:
             task: name of the task.
             prompt: one instruction or a list.
-            source: what it is about, already read.
+            source: videos or images of the instruction, already loaded.
             mllm_hidden_states: `[batch, length, width]` or one `[length, width]` per sample, instead of the MLLM.
-            mllm_frames: as in the call.
-            allow_empty: take an empty instruction, as a negative prompt may be.
+            mllm_frames: see the pipeline's call.
+            allow_empty: allow an empty instruction, such as a negative prompt.
 
         Returns:
             `[batch, num_query_tokens, vision width]`
@@ -115,7 +117,7 @@ class OmniVideoEncodersMixin:
         mllm_frames: Literal["first", "all"] | None = None,
     ) -> torch.Tensor:
         """
-        Visual tokens of the null branch: from the checkpoint's stored states, or from those of a negative prompt.
+        Visual tokens of the unconditional branch, from the stored states of the checkpoint or from a negative prompt.
 
         Returns:
             `[1 or batch, num_query_tokens, vision width]`
@@ -151,7 +153,7 @@ class OmniVideoEncodersMixin:
 
     @in_turn("vae")
     def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
-        """Frames of normalised latents, as [`OmniVideoPipelineOutput`] describes."""
+        """Decode normalised latents to frames, see [`OmniVideoPipelineOutput`] for the formats."""
         self._require("vae")
         mean, std = self._latent_statistics(latents)
         check_tensors(latents=latents)

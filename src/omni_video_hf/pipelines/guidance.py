@@ -17,10 +17,10 @@ COND, UNCOND, NO_SOURCE, BOTH = "cond", "uncond", "no_source", "cond_uncond"
 @dataclass(frozen=True)
 class Guidance:
     """
-    How the null branch takes part.
+    Settings of classifier-free guidance: steps and passes of the unconditional branch.
 
     Args:
-        interval: fractions `(start, stop)` of the steps in which it does; `None` for all of them.
+        interval: fractions `(start, stop)` of the steps with guidance; `None` for all steps.
         batched: one pass for both branches, over twice the samples, instead of two.
         fixed: every step runs the same branches, even when a callback turns guidance off.
         source_scale: scale of the source, which needs a third branch without it; `None` for no such branch.
@@ -114,10 +114,10 @@ class Guidance:
 
     def with_caches(self, transformer: torch.nn.Module, has_null_branch: bool) -> "Guidance":
         """
-        Guidance that the step caches of a decoder allow.
+        Adapt guidance to the step caches of a decoder.
 
-        diffusers' FasterCache and PyramidAttentionBroadcast keep one state for whatever runs: in passes of their own,
-        each branch would get what the other one left. Both branches then run in one pass in every step.
+        FasterCache and PyramidAttentionBroadcast of diffusers have one state for all passes, so that a branch would
+        use the state of the other one. With them, both branches run in one pass in every step.
 
         Raises:
             ValueError: for an interval together with one of these caches, or a cache without what it needs.
@@ -128,7 +128,7 @@ class Guidance:
         name, hook = next(iter(caches.items()))
         if hook.current_timestep_callback is None:
             raise ValueError(
-                f"{name} needs to know the step: make its configuration with "
+                f"{name} needs the timestep of a step: create its configuration with "
                 "`current_timestep_callback=lambda: pipe.current_timestep`."
             )
         if self.source_scale is not None and name == "FasterCache":
@@ -143,7 +143,7 @@ class Guidance:
             )
         if not has_null_branch and not getattr(hook, "is_guidance_distilled", True):
             raise ValueError(
-                f"`guidance_scale` is at most 1, so that there is no second branch for {name} to save: make its "
+                f"`guidance_scale` is at most 1, so there is no unconditional branch, which {name} needs: create its "
                 "configuration with `is_guidance_distilled=True`."
             )
         return replace(self, batched=True, fixed=True) if has_null_branch else self
@@ -157,7 +157,7 @@ _CACHES = {
 
 
 def _hooks(transformer: torch.nn.Module) -> list[object]:
-    """diffusers' hooks of a model and its layers."""
+    """The diffusers hooks of a model and its layers."""
     registries = (getattr(module, "_diffusers_hook", None) for module in transformer.modules())
     return [hook for registry in registries if registry is not None for hook in registry.hooks.values()]
 

@@ -1,4 +1,4 @@
-"""What a call of the pipeline returns."""
+"""`OmniVideoPipelineOutput`: frames or text, task, frame rate, settings and notes of a pipeline call."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,14 +12,14 @@ class OmniVideoPipelineOutput(BaseOutput):
     Output of [`OmniVideoPipeline`].
 
     Args:
-        frames: generated videos, one list of PIL images per sample, or `[batch, frames, height, width, 3]` in 0..1
+        frames: generated videos: one list of PIL images per sample, or `[batch, frames, height, width, 3]` in 0..1
             (`"np"`), `[batch, frames, 3, height, width]` in 0..1 (`"pt"`), or latents. An image is a video of one
-            frame. `None` for an answer.
-        text: answers, one per prompt; `None` when something was drawn.
-        task: the task that was done, chosen by the MLLM where the caller left it open.
-        fps: frames per second to play the videos at; `None` for images and answers.
-        settings: every setting used.
-        notes: what had to be decided for the caller, one sentence each, such as a rounded size.
+            frame. `None` for a text answer.
+        text: text answers, one per prompt; `None` if images or videos were generated.
+        task: the task of the call, chosen by the MLLM if the caller did not pass one.
+        fps: frame rate of the videos; `None` for images and text answers.
+        settings: all settings that were used.
+        notes: decisions that were made for the caller, one sentence each, such as a rounded size.
     """
 
     frames: Any = None

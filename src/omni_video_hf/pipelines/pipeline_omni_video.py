@@ -102,7 +102,7 @@ class OmniVideoPipeline(
         register_with_cache_dit(type(self))
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """As in diffusers; presets also stay with the components, for another pipeline over them."""
+        """Set the configuration, as in diffusers; presets are also stored in the components for other pipelines."""
         if kwargs.get("presets"):
             if kwargs.get("scheduler_shift") is None:
                 kwargs["scheduler_shift"] = preset_shift(kwargs["presets"], self.scheduler)
@@ -111,7 +111,7 @@ class OmniVideoPipeline(
 
     @property
     def grid(self) -> LatentGrid:
-        """How pixels become latents and tokens."""
+        """Sizes of latents and tokens, from the configurations of the components."""
         self._require("vae", "transformer")
         return LatentGrid(
             spatial=self.vae.config.scale_factor_spatial,
@@ -125,7 +125,7 @@ class OmniVideoPipeline(
 
     @property
     def video_processor(self) -> VideoProcessor:
-        """Turns frames into the VAE's pixels and back."""
+        """Converts frames to inputs of the VAE, and its outputs to frames."""
         self._require("vae")
         return VideoProcessor(vae_scale_factor=self.vae.config.scale_factor_spatial)
 
@@ -134,8 +134,8 @@ class OmniVideoPipeline(
         missing = [name for name in names if getattr(self, name) is None]
         if missing:
             raise ValueError(
-                f"This pipeline was made without `{'` and `'.join(missing)}`: it encodes and answers, but cannot do "
-                f"this. Load it with all parts, or add them with `pipe.register_modules({missing[0]}=...)`."
+                f"This pipeline was created without `{'` and `'.join(missing)}`, so it can only encode and answer. "
+                f"Load it with all components, or add them with `pipe.register_modules({missing[0]}=...)`."
             )
 
     # --- the call ---------------------------------------------------------------------------------------------------
@@ -183,23 +183,24 @@ class OmniVideoPipeline(
         Generate, edit or answer.
 
         Args:
-            prompt (`str` or `list[str]`): What to draw, how to edit, or what to answer.
-            video: Clip to edit or ask about: path, URL, `VideoClip`, list of PIL images or arrays, or
-                `[frames, height, width, 3]` array or `[frames, 3, height, width]` tensor; or a list of clips, one per
-                prompt. A single clip serves all prompts.
+            prompt (`str` or `list[str]`): Prompt, edit instruction, or question.
+            video: Video to edit or ask about: path, URL, `VideoClip`, list of PIL images or arrays, or
+                `[frames, height, width, 3]` array or `[frames, 3, height, width]` tensor; or a list of videos, one per
+                prompt. A single video is used for all prompts.
             image: Image to edit, animate or ask about, or a list, one per prompt.
             task (`str`, *optional*): `t2i`, `t2v`, `i2i`, `v2v`, `i2v` or `understand`. By default the MLLM decides:
-                it answers in text, or asks to draw; a source image then means `i2i`, a source video `v2v`.
-            negative_prompt (`str` or `list[str]`, *optional*): Read by text encoder and MLLM in the null branch, an
-                empty one too. By default the null branch is the one stored in the checkpoint. A source stays in it
-                either way.
-            height, width (`int`, *optional*): Pixels. Edits keep their source's size, rounded to the latent grid;
-                `i2v` keeps its image's shape at the preset's area; everything else has the task's preset.
-            num_frames (`int`, *optional*): `4n+1` with Wan's VAE. With a source video: that many frames spread evenly
-                over it, or, together with `fps`, from its start.
+                it answers in text, or requests a generation; a source image then means `i2i`, a source video `v2v`.
+            negative_prompt (`str` or `list[str]`, *optional*): Prompt of text encoder and MLLM in the unconditional
+                branch, may be empty. By default the stored unconditional branch of the checkpoint is used. Both
+                contain the source.
+            height, width (`int`, *optional*): Size in pixels. Edits keep the size of their source, rounded to the
+                latent grid; `i2v` has the aspect ratio of its image and the area of the preset; all other tasks use
+                the size of the preset.
+            num_frames (`int`, *optional*): Number of frames, `4n+1` with Wan's VAE. With a source video: that many
+                frames at equal distances, or, together with `fps`, from its start.
             fps (`float`, *optional*): Frames per second of the output; a source video is resampled to it. For frames
-                without a rate, such as a list of images, it states their rate.
-            num_inference_steps (`int`, *optional*): Denoising steps.
+                without a rate, such as a list of images, it is their rate.
+            num_inference_steps (`int`, *optional*): Number of denoising steps.
             guidance_scale (`float`, *optional*): `uncond + scale * (cond - uncond)`, upstream's scale plus one. At
                 most 1 turns guidance off.
             guidance_interval (`tuple[float, float]`, *optional*): Fractions of the steps between which guidance is
@@ -220,16 +221,18 @@ class OmniVideoPipeline(
             latents (`torch.Tensor`, *optional*): `[batch, channels, frames, height, width]` initial noise.
             prompt_embeds, negative_prompt_embeds (*optional*): Text embeddings, `[batch, length, width]` or one
                 `[length, width]` per prompt, instead of running the text encoder.
-            mllm_hidden_states, negative_mllm_hidden_states (*optional*): Likewise, of the MLLM. Need `task`.
+            mllm_hidden_states, negative_mllm_hidden_states (*optional*): Hidden states of the MLLM,
+                `[batch, length, width]` or one `[length, width]` per prompt, instead of running it. Need `task`.
             source_latents, reference_latents (`torch.Tensor`, *optional*): Normalised latents
                 `[batch, channels, frames, height, width]` instead of encoding `video` or `image`.
-            mllm_frames (`str`, *optional*): For `v2v`, the MLLM sees the `"first"` frame only, as upstream's does, or
-                `"all"`: as many frames as the processor samples. By default what the processor says.
-            max_new_tokens (`int`, defaults to 512): Longest answer of the MLLM.
-            max_sequence_length (`int`, defaults to 512): Longest prompt for the text encoder, in tokens.
+            mllm_frames (`str`, *optional*): Frames of a `v2v` source for the MLLM: `"first"`, the first frame only, as
+                in the authors' code, or `"all"`, as many as the processor samples. Default: setting of the processor.
+            max_new_tokens (`int`, defaults to 512): Maximum length of an answer of the MLLM, in tokens.
+            max_sequence_length (`int`, defaults to 512): Maximum length of a prompt for the text encoder, in tokens.
             context_overflow (`str`, defaults to `"error"`): What to do with a context or prompt that is too long:
                 `"error"`, or `"truncate"` to cut its end as upstream does.
-            max_context_length (`int`, *optional*): Let a longer context in than the decoder was trained with.
+            max_context_length (`int`, *optional*): Maximum length of the context; raise it above that of the training
+                for larger or longer sources.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, defaults to `True`): Whether to return an [`OmniVideoPipelineOutput`] or a tuple
                 `(frames, text)`.
@@ -398,7 +401,7 @@ class OmniVideoPipeline(
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> tuple[str, list[str]]:
         """
-        Let the MLLM answer, and find out what it wants to do.
+        Let the MLLM answer, and determine the task from its answer.
 
         Returns:
             The task, and the answers without special tokens. With `task=None` a `[GEN_VID]` in the answer means a
@@ -406,7 +409,7 @@ class OmniVideoPipeline(
             source decides between its two edit tasks.
 
         Raises:
-            ValueError: when the MLLM wants different tasks for the prompts of one batch.
+            ValueError: if the MLLM chooses different tasks for the prompts of one batch.
         """
         inputs = self.processor.apply_task_template(
             task or find_task(None, "text"), prompts, images=source.images, videos=source.videos, return_tensors="pt"
@@ -425,7 +428,7 @@ class OmniVideoPipeline(
         return chosen.pop(), answers
 
     def _task_of(self, ids: torch.Tensor, source_kind: str | None) -> str:
-        """The task an answer asks for."""
+        """The task that an answer of the MLLM requests."""
         wants_video = bool((ids == self.mllm.config.video_generation_token_id).any())
         wants_image = bool((ids == self.mllm.config.image_generation_token_id).any())
         if not wants_video and not wants_image:
@@ -494,9 +497,9 @@ class OmniVideoPipeline(
         self, num_inference_steps: int, flow_shift: float, device: torch.device | None = None
     ) -> SchedulerMixin:
         """
-        A scheduler for one call, on upstream's sigmas where its `set_timesteps` takes sigmas.
+        Create a scheduler for one call, with the sigmas of the authors' code if its `set_timesteps` accepts sigmas.
 
-        The pipeline's own scheduler is not touched: calls do not leave state behind.
+        The scheduler of the pipeline is not changed.
         """
         check_numbers(num_inference_steps=num_inference_steps, flow_shift=flow_shift)
         return prepare_scheduler(self.scheduler, num_inference_steps, flow_shift, device)
@@ -512,11 +515,11 @@ def seeded_generator(
     generator: torch.Generator | list[torch.Generator] | None,
 ) -> tuple[torch.Generator | list[torch.Generator], int | list[int] | None]:
     """
-    A generator, and the seed that repeats what it gives.
+    A generator, and the seed that reproduces its numbers.
 
     Returns:
-        The given one, or without it one with a seed below 2^32 that torch's global generator gives. The seed is `None`
-        for a generator that was used before, which no seed alone repeats; a list has one for each.
+        The given generator, or a new one with a seed below 2^32 from torch's global generator. The seed is `None` for
+        a generator that was used before; a list of generators has a list of seeds.
     """
     if generator is None:
         seed = int(torch.randint(2**32, ()))

@@ -1,4 +1,4 @@
-"""Presets of every task, and the arithmetic of sizes, frames and context room, as pure functions."""
+"""Presets of every task, and pure functions that compute and check sizes, frame numbers and context tokens."""
 
 import math
 from bisect import bisect_left
@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from ..tasks import TASKS
 from .request_checks import check_number
 
-# Settings of the released model, for repositories that store none of their own.
+# Settings of the released model, for repositories without presets.
 PRESETS: dict[str, dict[str, Any]] = {
     name: dict(task.preset) for name, task in TASKS.items() if task.preset is not None
 }
@@ -19,10 +19,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 @dataclass(frozen=True)
 class GenerationSettings:
     """
-    Every number a generation used; part of the pipeline's output.
+    All numeric settings of a generation; part of the pipeline's output.
 
     Raises:
-        ValueError: for a number that is none, not finite, or out of range.
+        ValueError: for a value that is not a number, not finite, or out of range.
     """
 
     task: str
@@ -41,31 +41,31 @@ class GenerationSettings:
             object.__setattr__(self, "fps", check_number("fps", self.fps))
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values."""
+        """The settings as a dict of plain values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class LatentGrid:
-    """How pixels become latents and tokens, read off the components' configurations."""
+    """Sizes of latents and tokens in pixels and frames, from the configurations of the components."""
 
-    spatial: int  # pixels per latent, each way
-    temporal: int  # frames per latent frame, the first frame alone
-    patch: tuple[int, int, int]  # latents per decoder token
-    source_patch: tuple[int, int, int] | None  # latents per context token of a source; None: it takes no tokens
-    positions: int | None = None  # rows, columns and frames of decoder tokens that it has positions for; None: any
+    spatial: int  # pixels per latent in height and in width
+    temporal: int  # frames per latent frame, except the first one, which stands for one frame
+    patch: tuple[int, int, int]  # latents (frames, height, width) per token of the decoder
+    source_patch: tuple[int, int, int] | None  # latents per context token of a source; None: it has no tokens
+    positions: int | None = None  # maximum rows, columns and frames of decoder tokens; None: no limit
 
     def multiple(self, with_source: bool) -> int:
-        """Height and width must be multiples of this many pixels."""
+        """Number of pixels of which height and width must be multiples."""
         patches = self.patch[1:] + (self.source_patch[1:] if with_source and self.source_patch else ())
         return self.spatial * math.lcm(*patches)
 
     def latent_frames(self, num_frames: int) -> int:
-        """Latent frames of a video of `num_frames` frames."""
+        """Number of latent frames of a video with `num_frames` frames."""
         return (num_frames - 1) // self.temporal + 1
 
     def source_tokens(self, height: int, width: int, num_frames: int) -> int:
-        """Context tokens a source takes."""
+        """Number of context tokens of a source."""
         if self.source_patch is None:
             return 0
         frames, rows, columns = self.source_patch
@@ -73,19 +73,19 @@ class LatentGrid:
         return (self.latent_frames(num_frames) // frames) * (height // rows) * (width // columns)
 
     def tokens_of_latents(self, shape: Sequence[int]) -> int:
-        """Context tokens that latents of a shape (frames, height, width) take."""
+        """Number of context tokens of latents with the shape `(frames, height, width)`."""
         if self.source_patch is None:
             return 0
         return math.prod(size // patch for size, patch in zip(shape, self.source_patch, strict=True))
 
     def decoder_tokens(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
-        """Frames, rows and columns of decoder tokens, each of which needs a position."""
+        """Number of frames, rows and columns of decoder tokens."""
         frames, rows, columns = self.patch
         spatial = self.spatial
         return self.latent_frames(num_frames) // frames, height // (rows * spatial), width // (columns * spatial)
 
     def has_positions(self, height: int, width: int, num_frames: int) -> bool:
-        """Whether the decoder has a position for every token of this size and length."""
+        """Whether the decoder has position embeddings for all tokens of this size and length."""
         return self.positions is None or max(self.decoder_tokens(height, width, num_frames)) <= self.positions
 
 
@@ -98,16 +98,17 @@ def resolve_size(
     keep_source_size: bool = True,
 ) -> tuple[int, int, list[str]]:
     """
-    Height and width of the output, and what to tell the user about them.
+    Height and width of the output, and notes for the user about them.
 
-    A size that is given must fit the grid. An edit takes its source's size, rounded to the grid; a video from an image
-    (`keep_source_size=False`) takes the preset's area in the image's shape; everything else takes the preset.
+    A size that is passed must fit the grid. An edit has the size of its source, rounded to the grid. A video from an
+    image (`keep_source_size=False`) has the area of the preset and the aspect ratio of the image. Everything else has
+    the size of the preset.
 
     Args:
-        source_size: (height, width) of the source in pixels.
+        source_size: `(height, width)` of the source in pixels.
 
     Raises:
-        ValueError: for one of the two without the other, or a size off the grid.
+        ValueError: for height without width or the reverse, or a size that does not fit the grid.
     """
     multiple = grid.multiple(with_source=source_size is not None)
     if (height is None) != (width is None):
@@ -130,13 +131,17 @@ def resolve_size(
     if tuple(resolved) != tuple(source_size):
         notes.append(
             f"The source is {source_size[1]}x{source_size[0]}; it was resized to {resolved[1]}x{resolved[0]}"
-            + (f", the nearest multiples of {multiple}." if keep_source_size else ", the preset's area in its shape.")
+            + (
+                f", the nearest multiples of {multiple}."
+                if keep_source_size
+                else ", the area of the preset in the aspect ratio of the source."
+            )
         )
     return resolved[0], resolved[1], notes
 
 
 def check_num_frames(grid: LatentGrid, num_frames: int) -> None:
-    """A number of frames must be `temporal * n + 1`; a `ValueError` names the neighbours."""
+    """Raise a `ValueError` that names the nearest values, unless the number of frames is `temporal * n + 1`."""
     if num_frames < 1 or (num_frames - 1) % grid.temporal:
         below = max(1, (num_frames - 1) // grid.temporal * grid.temporal + 1)
         raise ValueError(
@@ -146,13 +151,13 @@ def check_num_frames(grid: LatentGrid, num_frames: int) -> None:
 
 
 def trim_num_frames(grid: LatentGrid, num_frames: int) -> tuple[int, list[str]]:
-    """The longest `temporal * n + 1` within a source of `num_frames` frames, and the note that says so."""
+    """The largest `temporal * n + 1` up to `num_frames`, and a note for the user if frames are left out."""
     kept = (num_frames - 1) // grid.temporal * grid.temporal + 1
     if kept == num_frames:
         return kept, []
     return kept, [
-        f"The source has {num_frames} frames; the last {num_frames - kept} were left out, since the VAE needs "
-        f"{grid.temporal}n+1."
+        f"The source has {num_frames} frames; the last {num_frames - kept} were left out, because the VAE needs "
+        f"{grid.temporal}n+1 frames."
     ]
 
 
@@ -165,24 +170,24 @@ class Proposal:
     num_frames: int
 
     def arguments(self, with_frames: bool) -> str:
-        """In the words of the pipeline's call."""
+        """The proposal as arguments of the pipeline's call."""
         return f"`height={self.height}, width={self.width}" + (
             f", num_frames={self.num_frames}`" if with_frames else "`"
         )
 
     def flags(self, with_frames: bool) -> str:
-        """In the words of the command line."""
+        """The proposal as flags of the command line."""
         return f"`--size {self.width}x{self.height}" + (f" --frames {self.num_frames}`" if with_frames else "`")
 
 
 class SizeError(ValueError):
     """
-    A size or length that the model cannot do, and some that it can.
+    A size or length that the model does not support, with proposals that it supports.
 
     Attributes:
-        height, width, num_frames: what was asked for.
-        problem: what is wrong, without the words of an entry point.
-        proposals: what works; may be empty.
+        height, width, num_frames: requested size and length.
+        problem: description of the problem, without names of arguments or flags.
+        proposals: sizes and lengths that work; may be empty.
     """
 
     def __init__(
@@ -199,7 +204,7 @@ class SizeError(ValueError):
         super().__init__(self._sentence(Proposal.arguments, advice))
 
     def for_command_line(self) -> str:
-        """The message in the words of the command line."""
+        """The message with flags of the command line."""
         return self._command_line
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -215,7 +220,7 @@ class SizeError(ValueError):
 def _rebuilt_size_error(
     problem: str, size: tuple[int, int, int], proposals: Sequence[Proposal], text: str, command_line: str
 ) -> SizeError:
-    """A [`SizeError`] from another process, with its messages as they were."""
+    """Create a [`SizeError`] from its pickled messages."""
     error = SizeError(problem, size, proposals)
     error.args, error._command_line = (text,), command_line
     return error
@@ -231,15 +236,15 @@ def check_positions(
     room: int | None = None,
 ) -> None:
     """
-    Refuse a size or length for which the decoder has no positions.
+    Refuse a size or length for which the decoder has no position embeddings.
 
     Args:
-        preset: of the task, for what is proposed instead.
-        with_source: whether the size is also that of a source.
-        room: context tokens for the source; what is proposed fits into them.
+        preset: preset of the task, for the proposals.
+        with_source: whether a source has the same size.
+        room: number of context tokens for the source, which limits the proposals.
 
     Raises:
-        SizeError: with sizes and lengths that work.
+        SizeError: for such a size; the message proposes sizes and lengths that work.
     """
     if grid.has_positions(height, width, num_frames):
         return
@@ -262,15 +267,15 @@ def check_source_fits(
     preset: Mapping[str, Any] | None = None,
 ) -> None:
     """
-    Refuse a source that takes more than `room` context tokens, with sizes and lengths that fit.
+    Refuse a source that needs more than `room` context tokens.
 
     Args:
-        room: tokens of the context that the prompt, the visual tokens and the boundary embeddings leave free.
-        max_context_length: the whole context, for the message.
-        preset: of the task, for what is proposed instead.
+        room: number of context tokens that prompt, visual tokens and boundary embeddings leave free.
+        max_context_length: maximum length of the context, for the message.
+        preset: preset of the task, for the proposals.
 
     Raises:
-        SizeError: with sizes and lengths that work.
+        SizeError: for such a source; the message proposes sizes and lengths that fit.
     """
     tokens = grid.source_tokens(height, width, num_frames)
     if grid.source_patch is None or tokens <= room:
@@ -281,9 +286,9 @@ def check_source_fits(
         f"free of {max_context_length}.",
         (height, width, num_frames),
         proposals,
-        "Raise `max_context_length` to encode it whole, or pass `context_overflow='truncate'` to cut the context's "
-        "end as upstream does, the prompt first.",
-        "Raise `--max-context-length` to encode it whole.",
+        "Raise `max_context_length` to encode all of it, or pass `context_overflow='truncate'` to cut the end of the "
+        "context as the authors' code does, the prompt first.",
+        "Raise `--max-context-length` to encode all of it.",
     )
 
 
@@ -297,14 +302,14 @@ def propose_sizes(
     room: int | None = None,
 ) -> list[Proposal]:
     """
-    At most three sizes and lengths that work in place of one that does not, the better one first.
+    Propose up to three sizes and lengths that work, the best one first.
 
-    Fewer frames at the size that was asked for, or at the preset's area in its shape; all frames at a smaller size,
-    unless that is less than a quarter of the preset's area. Only where none of these works, the largest size of the
-    same shape with one frame.
+    Proposals are: fewer frames at the requested size, or at the area of the preset with the same aspect ratio; and all
+    frames at a smaller size of at least a quarter of the preset's area. If none of these works, the proposal is one
+    frame at the largest size with the same aspect ratio.
 
     Args:
-        height, width, num_frames: what was asked for.
+        height, width, num_frames: requested size and length.
         preset, with_source, room: see [`check_positions`].
     """
     multiple = grid.multiple(with_source)
@@ -317,13 +322,13 @@ def propose_sizes(
         return fits and grid.has_positions(*size, frames)
 
     def longest(size: tuple[int, int]) -> int:
-        """The most frames that work at a size, 0 for none."""
+        """The largest number of frames that works at a size, 0 for none."""
         steps = range((num_frames - 1) // grid.temporal + 1)
         count = bisect_left(steps, True, key=lambda step: not works(size, step * grid.temporal + 1))
         return (count - 1) * grid.temporal + 1 if count else 0
 
     def largest(frames: int) -> tuple[int, int] | None:
-        """The largest size of the same shape that works with a number of frames."""
+        """The largest size with the same aspect ratio that works with a number of frames."""
         scales = {step / side for side in (height, width) for step in range(multiple, side + 1, multiple)}
         for scale in sorted(scales, reverse=True):
             size = _below(height * scale, multiple), _below(width * scale, multiple)
@@ -360,7 +365,7 @@ def _described(height: int, width: int, num_frames: int) -> str:
 
 
 def _within_positions(grid: LatentGrid, height: int, width: int, multiple: int) -> tuple[int, int]:
-    """Height and width on the grid, each no more than the decoder has positions for."""
+    """Round height and width to the grid, limited by the position embeddings of the decoder."""
     limits = [
         math.inf if grid.positions is None else grid.positions * grid.spatial * patch for patch in grid.patch[1:]
     ]
@@ -368,7 +373,7 @@ def _within_positions(grid: LatentGrid, height: int, width: int, multiple: int) 
 
 
 def _below(value: float, multiple: int) -> int:
-    """The multiple at or below a value, at least one."""
+    """The largest multiple that is not above a value, at least `multiple` itself."""
     return max(multiple, int(value + 1e-6) // multiple * multiple)
 
 
@@ -376,10 +381,10 @@ def _nearest(value: float, multiple: int) -> int:
     return max(multiple, round(value / multiple) * multiple)
 
 
-# --- presets go along with the components ------------------------------------------------------------------------
+# --- presets stored in components --------------------------------------------------------------------------------
 
-# The adapter's configuration keeps them when it is saved by itself. A processor goes from pipeline to pipeline where
-# the adapter is another one, as of a fine-tune.
+# The adapter's configuration keeps presets when the adapter is saved alone. The processor keeps them for pipelines
+# that get another adapter, such as that of a fine-tuned model.
 _ENTRY = "_presets"
 _OF_PROCESSOR: "WeakKeyDictionary[Any, dict[str, Any]]" = WeakKeyDictionary()
 
@@ -388,11 +393,11 @@ def keep_presets(
     presets: dict[str, dict[str, Any]], scheduler_shift: float | None, adapter: Any, processor: Any
 ) -> None:
     """
-    Let a pipeline's components remember its presets, for a pipeline that is made of them.
+    Store the presets of a pipeline in its components, for other pipelines that are created from these components.
 
     Args:
-        presets: of every task.
-        scheduler_shift: of the scheduler that they belong to.
+        presets: settings by task.
+        scheduler_shift: shift of the scheduler to which the presets belong.
         adapter, processor: the components.
     """
     kept = {"presets": presets, "scheduler_shift": scheduler_shift}
@@ -403,7 +408,7 @@ def keep_presets(
 
 
 def find_presets(adapter: Any, processor: Any) -> tuple[dict[str, dict[str, Any]], float | None]:
-    """The presets that components remember, and the shift of their scheduler; upstream's where there are none."""
+    """Presets and scheduler shift stored in components; without them, the presets of the released model."""
     kept = None if adapter is None else adapter.config.get(_ENTRY)
     kept = kept or (None if processor is None else _OF_PROCESSOR.get(processor)) or {"presets": PRESETS}
     return kept["presets"], kept.get("scheduler_shift")

@@ -1,4 +1,4 @@
-"""Loading, saving and pushing of the pipeline: as a repository that transformers and diffusers open."""
+"""`from_pretrained`, `save_pretrained` and `push_to_hub` of the pipeline, as a repository for both libraries."""
 
 import tempfile
 from pathlib import Path
@@ -19,10 +19,10 @@ CLASSES = {cls.__name__: cls for cls in (OmniVideoForConditionalGeneration, Omni
 
 class OmniVideoRepositoryMixin:
     """
-    What [`OmniVideoPipeline`] does differently from other pipelines when it is loaded and saved.
+    Loading and saving of [`OmniVideoPipeline`] as a repository.
 
-    Loaded through this class, a repository's own code is not needed and not run: its components are the classes that
-    this one came with. `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` runs the repository's.
+    This class loads the components with its own classes and never runs the code of the repository. That code runs in
+    `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)`.
     """
 
     @classmethod
@@ -39,28 +39,28 @@ class OmniVideoRepositoryMixin:
 
         Args:
             pretrained_model_name_or_path: folder or Hub repository.
-            memory: `"24GB"`, `"16GB"`, `"12GB"` or `"8GB"`, a profile that fits an accelerator of that much memory:
-                number format, quantisation, offloading and VAE tiling, see [`PROFILES`]. By default nothing of it.
-            memory_device: the accelerator that `memory` is about, the one that there is by default.
-            kwargs: as in diffusers.
+            memory: `"24GB"`, `"16GB"`, `"12GB"` or `"8GB"`: a profile for an accelerator with this memory, which sets
+                dtype, quantisation, offloading and VAE tiling, see [`PROFILES`]. Default: no profile.
+            memory_device: the accelerator for `memory`. Default: the current one.
+            kwargs: arguments of `from_pretrained` of diffusers.
 
         Raises:
-            ValueError: for an unknown profile, one together with arguments that it chooses, or without accelerator;
-                for a folder into which a save did not finish, or whose index names files outside of it.
+            ValueError: for an unknown profile, a profile together with arguments that it sets, or a profile without an
+                accelerator; for a folder with an unfinished save, or whose index names files outside the folder.
         """
         if Path(pretrained_model_name_or_path).is_dir():
             check_finished(pretrained_model_name_or_path)
         if memory is None:
             if memory_device is not None:
-                raise ValueError(f"`memory_device` is {memory_device!r}, but no `memory` was asked for: pass both.")
+                raise ValueError(f"`memory_device` is {memory_device!r}, but `memory` is missing: pass both.")
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         profiles = import_from_package("pipelines.memory.profiles")
         profile = profiles.get_memory_profile(memory)
         chosen = sorted(kwargs.keys() & {"dtype", "torch_dtype", "quantization_config", "device_map"})
         if chosen:
             raise ValueError(
-                f"`memory={memory!r}` chooses `{'`, `'.join(chosen)}` by itself: leave one of them out, or make the "
-                "profile's settings by hand."
+                f"`memory={memory!r}` sets `{'`, `'.join(chosen)}` itself: leave one of them out, or choose all "
+                "settings of the profile yourself."
             )
         pipe = super().from_pretrained(pretrained_model_name_or_path, **profiles.loading_arguments(profile), **kwargs)
         profiles.apply_memory_profile(pipe, profile, memory_device)
@@ -68,8 +68,8 @@ class OmniVideoRepositoryMixin:
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """The pipeline's index, as in diffusers, with this code's classes in the place of the repository's."""
-        if Path(pretrained_model_name_or_path).is_dir():  # a user's, or what was downloaded
+        """Load `model_index.json`, as in diffusers, but with the classes of this code instead of the repository's."""
+        if Path(pretrained_model_name_or_path).is_dir():  # a local folder, or a download
             check_indices(pretrained_model_name_or_path)
         config = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
         index = config[0] if isinstance(config, tuple) else config
@@ -81,7 +81,7 @@ class OmniVideoRepositoryMixin:
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
-        """Download what this pipeline needs of a Hub repository, its code excepted; as in diffusers otherwise."""
+        """Download the files of a Hub repository that this pipeline needs, except its code; as in diffusers."""
         reader = type(cls.__name__, (_ReadsWithoutCode, cls), {})
         return super(OmniVideoRepositoryMixin, reader).download(pretrained_model_name, **kwargs)
 
@@ -95,29 +95,30 @@ class OmniVideoRepositoryMixin:
         **kwargs: Any,
     ) -> None:
         """
-        Write a complete repository: components, processor, the index of the whole model, and the code to load it.
+        Save a complete repository: components, processor, index of the whole model, and the code to load it.
 
         Args:
-            save_directory: made if need be; weights of an earlier save are replaced when the new ones are complete.
-            safe_serialization: must stay `True`; pickles are not written.
-            variant: as in `model.fp16.safetensors`.
-            max_shard_size: largest file.
+            save_directory: target folder; created if it does not exist. Weights of an earlier save are replaced when
+                the new ones are complete.
+            safe_serialization: must be `True`; pickles are not written.
+            variant: variant in the file names, such as `fp16` for `model.fp16.safetensors`.
+            max_shard_size: maximum size of a file.
             push_to_hub: push afterwards, with the arguments of [`push_to_hub`] in `kwargs`.
 
         Raises:
-            ValueError: when a component carries LoRA layers, or is of a class that no repository's code knows.
+            ValueError: if a component has LoRA layers, or a class that the code of a repository does not contain.
         """
         if not safe_serialization:
-            raise ValueError("`safe_serialization=False` would write pickles, which can run code: leave it `True`.")
+            raise ValueError("`safe_serialization=False` would write pickles, which can run code: pass `True`.")
         for name in self._lora_loadable_modules:
             if getattr(self, name) is not None and has_lora(getattr(self, name)):
                 raise ValueError(
-                    f"`{name}` carries LoRA layers. Save them with `save_lora_weights(folder, "
-                    "**collect_lora_layers(pipe))`, or make them part of the weights with `fuse_lora()` and "
+                    f"The component `{name}` has LoRA layers. Save them with `save_lora_weights(folder, "
+                    "**collect_lora_layers(pipe))`, or merge them into the weights with `fuse_lora()` and "
                     "`unload_lora_weights()` first."
                 )
         for tokenizer in (self.tokenizer, self.processor.tokenizer):
-            if getattr(tokenizer, "is_fast", False):  # padding of the last call, set anew by the next one
+            if getattr(tokenizer, "is_fast", False):  # padding of the last call; the next call sets its own
                 tokenizer.backend_tokenizer.no_padding()
                 tokenizer.backend_tokenizer.no_truncation()
         with staged(save_directory, variant, ["", *self.components]) as folder:
@@ -143,16 +144,16 @@ class OmniVideoRepositoryMixin:
         Push a complete repository in one commit.
 
         Args:
-            repo_id: `owner/name`, created if need be.
+            repo_id: target repository, `owner/name`; created if it does not exist.
             commit_message: title of the commit or pull request.
             private: whether a new repository is private.
-            token: for the Hub; the stored one by default.
+            token: access token of the Hub. Default: the stored one.
             create_pr: open a pull request instead of committing.
-            revision: branch, created if need be.
-            kwargs: as in [`save_pretrained`].
+            revision: branch of the target; created if it does not exist.
+            kwargs: arguments of [`save_pretrained`].
 
         Returns:
-            The commit, as huggingface_hub describes it.
+            The `CommitInfo` of huggingface_hub.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **kwargs)
@@ -169,7 +170,7 @@ class OmniVideoRepositoryMixin:
 
 
 class _ReadsWithoutCode:
-    """Reads an index as if its components needed no code: diffusers neither looks for it nor asks for trust."""
+    """Reads an index without its references to code, so that diffusers does not ask for `trust_remote_code`."""
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:

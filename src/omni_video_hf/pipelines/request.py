@@ -1,4 +1,4 @@
-"""Checks of a call of the pipeline, whether its source fits, and every number that it will use."""
+"""Request of a pipeline call: checks of its arguments, the fit of its source, and all its settings."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +25,7 @@ from .scheduling import check_scheduler, chosen_shift
 
 
 class OmniVideoRequestMixin:
-    """What [`OmniVideoPipeline`] does with the arguments of a call before anything runs."""
+    """Methods of [`OmniVideoPipeline`] that check the arguments of a call and determine its settings."""
 
     def check_inputs(
         self,
@@ -77,13 +77,13 @@ class OmniVideoRequestMixin:
         if num_frames is not None:
             check_num_frames(self.grid, num_frames)
             if task is not None and get_task(task).output == "image" and num_frames != 1:
-                raise ValueError(f"Task {task!r} draws one image, but `num_frames` is {num_frames}.")
+                raise ValueError(f"Task {task!r} generates one image, but `num_frames` is {num_frames}: leave it out.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, got {sorted(unknown)}."
+                f"`callback_on_step_end_tensor_inputs` may have {self._callback_tensor_inputs}, got {sorted(unknown)}."
             )
 
     def _check_task_source(
@@ -105,7 +105,7 @@ class OmniVideoRequestMixin:
                     f"Task {task!r} has no source: leave `video` and `image` out, or choose an edit task."
                 )
         elif not given[spec.source]:
-            raise ValueError(f"Task {task!r} needs `{spec.source}`.")
+            raise ValueError(f"Task {task!r} needs a source: pass `{spec.source}`.")
         elif (video if spec.source == "image" else image) is not None:
             raise ValueError(f"Task {task!r} takes `{spec.source}`, not the other kind of source.")
 
@@ -130,7 +130,7 @@ class OmniVideoRequestMixin:
         Refuse files that fit neither the context nor the decoder's positions before a single frame is decoded.
 
         Args:
-            room: context tokens that are free for the source; by default as many as without any text.
+            room: number of free context tokens for the source. Default: the number without any text.
         """
         limit = max_context_length or self.adapter.config.max_context_length
         if context_overflow != "error":
@@ -164,11 +164,11 @@ class OmniVideoRequestMixin:
         max_context_length: int | None = None,
     ) -> tuple[GenerationSettings, Source]:
         """
-        Every number of the generation: the caller's, else the source's, else the preset's of the task.
+        All settings of the generation: those of the caller, else of the source, else of the task's preset.
 
         Args:
-            room: context tokens that are free for the source; `None` for as many as it takes.
-            max_context_length: the whole context, for the message; the adapter's by default.
+            room: number of free context tokens for the source; `None` for no limit.
+            max_context_length: maximum length of the context, for messages. Default: that of the adapter.
 
         Returns:
             The settings, and the source cut to their number of frames. Roundings go to `notes`.
@@ -245,7 +245,7 @@ class OmniVideoRequestMixin:
         return settings, source
 
     def _preset(self, task: str) -> Mapping[str, Any]:
-        """Default settings of a task: the repository's, or those of the table where it has none."""
+        """Default settings of a task: those of the repository, or else those of the released model."""
         return self.config.presets.get(task) or get_task(task).preset
 
     def _source_room(
@@ -286,7 +286,7 @@ class OmniVideoRequestMixin:
         max_context_length: int | None,
         output_kind: str,
     ) -> list[str]:
-        """What `context_overflow="truncate"` cuts: of the prompts for the text encoder, and of the context."""
+        """Notes about what `context_overflow="truncate"` cuts from the text encoder's prompts and the context."""
         notes = []
         for name, texts in (("prompt", prompts), ("negative_prompt", negative_prompt)):
             longest = max(self._text_lengths(texts), default=0)
@@ -305,7 +305,7 @@ class OmniVideoRequestMixin:
         return notes
 
     def _context_length(self, prompt_embeds: torch.Tensor | list[torch.Tensor], output_kind: str) -> int:
-        """Context tokens of everything but the source, its markers included."""
+        """Number of context tokens without the source, including its boundary embeddings."""
         config = self.adapter.config
         vision_tokens = (
             config.num_image_vision_tokens
@@ -319,7 +319,7 @@ class OmniVideoRequestMixin:
 
 
 def _rows(embeds: torch.Tensor | Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor]:
-    """Embeddings prompt by prompt; none of `None`."""
+    """Embeddings as a list with one entry per prompt; empty for `None`."""
     return () if embeds is None else list(embeds)
 
 

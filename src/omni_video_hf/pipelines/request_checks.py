@@ -1,4 +1,4 @@
-"""Checks of the numbers and tensors of a request, before any work is done, and of what the parts compute from them."""
+"""Checks of the numbers and tensors of a request before the work, and of computed values for NaN and infinity."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-# Numbers of a generation: whether they are whole, the least value, and whether that value itself is allowed.
+# Numbers of a generation: whether they must be integers, the minimum, and whether the minimum itself is allowed.
 NUMBERS: dict[str, tuple[bool, float, bool]] = {
     "height": (True, 1, True),
     "width": (True, 1, True),
@@ -21,23 +21,23 @@ NUMBERS: dict[str, tuple[bool, float, bool]] = {
     "max_new_tokens": (True, 1, True),
     "max_sequence_length": (True, 1, True),
     "max_context_length": (True, 1, True),
-    "scale": (False, -math.inf, False),  # of LoRA, in `attention_kwargs`
+    "scale": (False, -math.inf, False),  # scale of LoRA, in `attention_kwargs`
 }
 
 Result = TypeVar("Result", torch.Tensor, list[torch.Tensor])
 
 
 class NotFiniteError(ValueError):
-    """A part of the model computed NaN or infinite values from finite ones."""
+    """A component of the model computed NaN or infinite values from finite values."""
 
 
 def check_number(name: str, value: Any) -> int | float:
     """
-    A number of a generation as Python's own; numpy's are taken, booleans and strings are not.
+    Check a number and convert it to a Python number. Numbers of numpy are allowed, booleans and strings are not.
 
     Args:
-        name: one of `NUMBERS`.
-        value: what the caller passed.
+        name: name of the argument, a key of `NUMBERS`.
+        value: value from the caller.
 
     Raises:
         ValueError: for another type, NaN, infinity, and values out of range.
@@ -57,16 +57,19 @@ def check_number(name: str, value: Any) -> int | float:
 
 
 def check_numbers(**numbers: Any) -> dict[str, int | float | None]:
-    """Check those of the numbers that are given, see [`check_number`]; `None` means that the preset decides."""
+    """Check all numbers that are not `None`, see [`check_number`]; for `None` the preset is used."""
     return {name: None if value is None else check_number(name, value) for name, value in numbers.items()}
 
 
 def check_tensors(**tensors: torch.Tensor | Sequence[torch.Tensor] | None) -> None:
     """
-    Refuse tensors of the caller that are no floating point tensors or hold NaN or infinite values.
+    Refuse tensors of the caller that are not floating point tensors or contain NaN or infinite values.
 
     Args:
-        tensors: by argument; each a tensor, a list with one per prompt, or `None`.
+        tensors: tensors by argument name; each is a tensor, a list with one tensor per prompt, or `None`.
+
+    Raises:
+        ValueError: for such a tensor; the message names the argument.
     """
     for name, given in tensors.items():
         for tensor in () if given is None else [given] if isinstance(given, torch.Tensor) else given:
@@ -76,55 +79,60 @@ def check_tensors(**tensors: torch.Tensor | Sequence[torch.Tensor] | None) -> No
             bad = _not_finite(tensor)
             if bad:
                 raise ValueError(
-                    f"`{name}` holds {bad} values of {tensor.numel()} that are NaN or infinite: every frame would be "
-                    "black. Look at where it was computed."
+                    f"`{name}` contains {bad} NaN or infinite values of {tensor.numel()}, which would make every "
+                    "frame black: check the code that computed it."
                 )
 
 
 def check_result(result: Result, part: str) -> Result:
     """
-    Refuse a result that is not finite, and return it otherwise.
+    Return a result if all its values are finite.
 
     Args:
-        result: what a part of the model computed.
-        part: the part, for the message, such as "The VAE's decoder".
+        result: tensor or tensors that a component computed.
+        part: name of the component for the message, such as "The VAE's decoder".
+
+    Raises:
+        NotFiniteError: for NaN or infinite values.
     """
     tensors = [result] if isinstance(result, torch.Tensor) else list(result)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         bad, total = sum(map(_not_finite, tensors)), sum(tensor.numel() for tensor in tensors)
         formats = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
         raise NotFiniteError(
-            f"{part} computed {bad} values of {total} that are NaN or infinite ({formats}), from finite ones: every "
-            "frame would be black. Values overflow easily in float16: load the part in bfloat16 or float32. Otherwise "
-            "its weights, or a LoRA, are damaged."
+            f"{part} computed {bad} NaN or infinite values of {total} ({formats}) from finite ones, which would make "
+            "every frame black. float16 overflows easily: load this component in bfloat16 or float32. If it is not "
+            "float16, its weights or a LoRA are damaged."
         )
     return result
 
 
 class FiniteSteps:
-    """Notes after every denoising step whether the latents are finite, without waiting for the device."""
+    """Records after every denoising step whether the latents are finite, without waiting for the device."""
 
     def __init__(self) -> None:
         self._flags: list[tuple[int, str, torch.Tensor]] = []
 
     def add(self, step: int, latents: torch.Tensor, changed_by: str = "the decoder") -> None:
         """
+        Record the latents of a step.
+
         Args:
             step: number of the step, from 0.
-            latents: after it.
-            changed_by: what changed them last, for the message.
+            latents: latents after the step.
+            changed_by: component that changed them last, for the message.
         """
         self._flags.append((step, changed_by, torch.isfinite(latents).all()))
 
     def check(self, num_steps: int) -> None:
-        """Refuse latents that are not finite, by the first step after which they were not."""
+        """Raise a [`NotFiniteError`] that names the first step after which latents were not finite."""
         if not self._flags or bool(torch.stack([flag for *_, flag in self._flags]).all()):
             return
         step, part, _ = next(entry for entry in self._flags if not bool(entry[2]))
         raise NotFiniteError(
-            f"{part[0].upper()}{part[1:]} made the latents NaN or infinite in step {step + 1} of {num_steps}: every "
-            "frame would be black. Values overflow easily in float16: load the decoder in bfloat16 or float32. "
-            "Otherwise look at `guidance_scale`, at a LoRA's scale, and at what a callback changes."
+            f"{part[0].upper()}{part[1:]} made the latents NaN or infinite in step {step + 1} of {num_steps}, which "
+            "would make every frame black. float16 overflows easily: load the decoder in bfloat16 or float32. If it "
+            "is not float16, check `guidance_scale`, the scale of a LoRA, and the changes of a callback."
         )
 
 

@@ -1,4 +1,4 @@
-"""Schedulers of diffusers: which ones can be used, whose shift applies, and one of its own for every call."""
+"""Schedulers: checks that a scheduler fits the model, the choice of its shift, and a copy for every call."""
 
 import inspect
 from collections.abc import Mapping
@@ -9,15 +9,15 @@ from diffusers import SchedulerMixin
 
 from ..diffusion.flow_matching import sampling_sigmas
 
-_SHIFTS = ("flow_shift", "shift")  # names that diffusers' classes have for it
+_SHIFTS = ("flow_shift", "shift")  # names of the shift in the classes of diffusers
 
 
 def check_scheduler(scheduler: Any) -> None:
     """
-    Refuse a scheduler that cannot integrate this model's velocities.
+    Refuse a scheduler that cannot integrate the velocities of this model.
 
     Raises:
-        ValueError: with the name of the class, and the entry of its configuration that does not fit.
+        ValueError: for such a scheduler; the message names its class and the entry of its configuration.
     """
     name = type(scheduler).__name__
     parameters = inspect.signature(type(scheduler).__init__).parameters
@@ -27,19 +27,19 @@ def check_scheduler(scheduler: Any) -> None:
             f"{name} has neither. Use e.g. UniPCMultistepScheduler or FlowMatchEulerDiscreteScheduler."
         )
     config = scheduler.config
-    # A class without these settings keeps those of the class that it was made from, and does not read them.
+    # A class without these settings keeps them from the class it was converted from, but does not use them.
     found = {entry: config[entry] for entry in _NEEDED if entry in parameters and config[entry] != _NEEDED[entry][0]}
     for entry, value in found.items():
         needed, reason = _NEEDED[entry]
         raise ValueError(
-            f"`scheduler.config.{entry}` of the {name} must be {needed!r}, got {value!r}: {reason}. Make it with "
+            f"`scheduler.config.{entry}` of the {name} must be {needed!r}, got {value!r}: {reason}. Create it with "
             f"`{name}.from_config(scheduler.config, {entry}={needed!r})`."
         )
     step = inspect.signature(scheduler.step).parameters.values()
     more = [entry.name for entry in step if entry.default is entry.empty and entry.kind is entry.POSITIONAL_OR_KEYWORD]
     if len(more) != 3 or not hasattr(scheduler, "set_begin_index"):
         raise ValueError(
-            f"`scheduler` is a {name}, which does not step from a velocity, a timestep and latents alone. Use e.g. "
+            f"`scheduler` is a {name}, whose `step` needs more than velocity, timestep and latents. Use e.g. "
             "UniPCMultistepScheduler or FlowMatchEulerDiscreteScheduler."
         )
 
@@ -52,22 +52,22 @@ _NEEDED = {
 
 
 def scheduler_shift(scheduler: SchedulerMixin) -> float | None:
-    """The shift that a scheduler was made with or set to; `None` where it is its class's default or there is none."""
+    """The shift that a scheduler was created with or set to; `None` for the default of its class, or no shift."""
     parameters = inspect.signature(type(scheduler).__init__).parameters
     name = _shift_name(scheduler)
     if name is None:
         return None
     value = scheduler.config[name]
-    if isinstance(getattr(type(scheduler), "shift", None), property):  # which `set_shift` changes
+    if isinstance(getattr(type(scheduler), "shift", None), property):  # `set_shift` changes it
         value = scheduler.shift
     if value != parameters[name].default or name not in scheduler.config.get("_use_default_values", ()):
         return value
-    # Made from the configuration of another class, whose name for it is the other one.
+    # Created from the configuration of another class, which uses the other name.
     return next((scheduler.config[other] for other in _SHIFTS if other != name and other in scheduler.config), None)
 
 
 def preset_shift(presets: Mapping[str, Mapping[str, Any]], scheduler: SchedulerMixin | None) -> float | None:
-    """The shift of the scheduler that presets belong to: theirs where they agree, that of the one at hand else."""
+    """The shift of the scheduler to which presets belong: that of the presets if all agree, else of `scheduler`."""
     shifts = {preset["flow_shift"] for preset in presets.values() if "flow_shift" in preset}
     if len(shifts) == 1:
         return shifts.pop()
@@ -76,11 +76,11 @@ def preset_shift(presets: Mapping[str, Mapping[str, Any]], scheduler: SchedulerM
 
 def chosen_shift(scheduler: SchedulerMixin, preset_scheduler_shift: float | None) -> float | None:
     """
-    The shift that the caller chose by setting or exchanging the scheduler; `None` where presets decide.
+    The shift that the caller chose by changing or replacing the scheduler; `None` if presets decide.
 
     Args:
-        scheduler: the pipeline's.
-        preset_scheduler_shift: that of the scheduler which the presets came with, see [`preset_shift`].
+        scheduler: scheduler of the pipeline.
+        preset_scheduler_shift: shift of the scheduler to which the presets belong, see [`preset_shift`].
     """
     shift = scheduler_shift(scheduler)
     return None if shift == preset_scheduler_shift else shift
@@ -90,9 +90,9 @@ def prepare_scheduler(
     scheduler: SchedulerMixin, num_inference_steps: int, flow_shift: float, device: torch.device | None = None
 ) -> SchedulerMixin:
     """
-    A scheduler like `scheduler`, which is not touched, with its timesteps set.
+    Copy a scheduler and set the timesteps of the copy; `scheduler` itself is not changed.
 
-    Its sigmas are upstream's where `set_timesteps` takes sigmas.
+    The sigmas are those of the authors' code if `set_timesteps` accepts sigmas.
     """
     check_scheduler(scheduler)
     own = type(scheduler).from_config(scheduler.config, **{_shift_name(scheduler): flow_shift})

@@ -1,8 +1,8 @@
 """
-Bounds for chat templates, which are programs that come with a repository.
+Limits for chat templates, which are programs that a repository contains.
 
-transformers runs them in Jinja's sandbox, which keeps them from files and code, but not from loops in loops or texts
-that double. What can be seen in a template is refused when it is read, everything else is counted while it runs.
+transformers runs them in the sandbox of Jinja, which protects files and code, but does not stop endless loops or texts
+that grow without end. Some faults are found when a template is read; everything else is counted while it runs.
 """
 
 import sys
@@ -18,12 +18,12 @@ from jinja2.parser import Parser
 
 from ..utils.read_budget import ReadBudget, current_budget, how_to_raise
 
-TEMPLATE_FILE = "<template>"  # what Jinja calls a template that comes from a string
-TEXT_SHARE = 64  # a text or list of a template may take this part of the budget's bytes
+TEMPLATE_FILE = "<template>"  # file name that Jinja gives to a template from a string
+TEXT_SHARE = 64  # a text or list in a template may take `max_bytes / TEXT_SHARE`
 
 
 class _Generation(Extension):
-    """transformers' own block around what the assistant says."""
+    """The `generation` block of transformers, which marks messages of the assistant."""
 
     tags = {"generation"}  # noqa: RUF012 - as in Jinja
 
@@ -34,13 +34,13 @@ class _Generation(Extension):
 
 def check_chat_template(template: Any) -> None:
     """
-    Refuse a chat template that computes giant numbers or texts, before it is compiled: Jinja computes constants then.
+    Refuse a chat template that computes giant numbers or texts, before Jinja compiles it and computes constants.
 
     Args:
-        template: source of a template, or sources by name.
+        template: source of a template, or a dict of sources by name.
 
     Raises:
-        ValueError: names the line and what is wrong.
+        ValueError: for such a template; the message names the line.
     """
     sources = template.values() if isinstance(template, dict) else [template]
     limit = current_budget().max_steps
@@ -48,16 +48,16 @@ def check_chat_template(template: Any) -> None:
         try:
             tree = Environment(extensions=[_Generation, loopcontrols]).parse(source)  # noqa: S701 - only read
         except (TemplateSyntaxError, RecursionError) as error:
-            raise ValueError(f"`chat_template` is no Jinja template ({error}).") from None
+            raise ValueError(f"`chat_template` is not a valid Jinja template ({error}).") from None
         for node in tree.find_all((nodes.Pow, nodes.Mul, nodes.Const)):
             if isinstance(node, nodes.Pow):
-                raise ValueError(f"`chat_template`, line {node.lineno}: `**` is not read; write the number out.")
+                raise ValueError(f"`chat_template`, line {node.lineno}: `**` is not allowed; write the number.")
             product = 1
             for constant in [node] if isinstance(node, nodes.Const) else node.find_all(nodes.Const):
                 product *= max(1, abs(constant.value)) if isinstance(constant.value, int) else 1
             if product > limit:
                 raise ValueError(
-                    f"`chat_template`, line {node.lineno}: has numbers that make {product:,}, more than {limit:,}. "
+                    f"`chat_template`, line {node.lineno}: its numbers multiply to {product:,}, more than {limit:,}. "
                     f"{how_to_raise('max_steps')}"
                 )
 
@@ -65,10 +65,10 @@ def check_chat_template(template: Any) -> None:
 @contextmanager
 def bounded_rendering() -> Iterator[None]:
     """
-    Count the lines that chat templates run in the block, and stop one that runs on and on.
+    Limit the chat templates that are rendered in the block.
 
     Raises:
-        ValueError: more lines, seconds or text than the read budget allows.
+        ValueError: if a template runs more lines, takes more seconds or creates more text than the read budget allows.
     """
     count = _Count(current_budget())
     before = sys.gettrace()
@@ -80,7 +80,7 @@ def bounded_rendering() -> Iterator[None]:
 
 
 class _Count:
-    """A trace function for the frames of templates alone."""
+    """A trace function that counts lines in the frames of templates."""
 
     def __init__(self, budget: ReadBudget) -> None:
         self.budget, self.lines, self.start = budget, 0, time.monotonic()
@@ -102,13 +102,13 @@ class _Count:
         most = self.budget.max_bytes // TEXT_SHARE
         if any(_size(value) > most for value in frame.f_locals.values()):
             raise ValueError(
-                f"The chat template makes a text of more than {most:,} bytes. {how_to_raise('max_bytes')}"
+                f"The chat template creates a text of more than {most:,} bytes. {how_to_raise('max_bytes')}"
             )
         return self.line
 
 
 def _size(value: Any) -> int:
-    """Bytes that a text takes, or the largest text of a namespace; containers count by their entries."""
+    """Bytes of a text, or of the largest text in a namespace; containers count by their number of entries."""
     if isinstance(value, (str, list, tuple, dict)):
         return len(value) * (1 if isinstance(value, str) else 8)
     attributes = getattr(value, "_Namespace__attrs", None)

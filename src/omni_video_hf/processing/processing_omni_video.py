@@ -1,4 +1,4 @@
-"""Processor of Omni-Video: prompts of every task, token ids as upstream makes them, images and frames."""
+"""`OmniVideoProcessor`: prompts of every task, token ids that match the released model, images and video frames."""
 
 import re
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ SYSTEM_PROMPT = (
 IMAGE_TOKEN = "<image>"
 
 
-# Upstream's `llama_3` conversation. A closing assistant message ends with eos, every other message with `<|eot_id|>`.
-# `generation` marks what the assistant says, for `return_assistant_tokens_mask`; it renders nothing.
+# The `llama_3` conversation of the authors' code. A final assistant message ends with eos, every other message with
+# `<|eot_id|>`. `generation` marks messages of the assistant for `return_assistant_tokens_mask`; it renders nothing.
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}"
     "{{ bos_token + '<|start_header_id|>system<|end_header_id|>\n\n" + SYSTEM_PROMPT + "<|eot_id|>' }}"
@@ -53,23 +53,23 @@ _MARKS_THE_ASSISTANT = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 class OmniVideoProcessor(ProcessorMixin):
     r"""
-    Image processor, tokenizer and chat template.
+    Combines image processor, tokenizer and chat template into the inputs of the MLLM.
 
     Args:
         image_processor (`SiglipImageProcessorPil`): Resizes (bicubic, squashed to a square) and normalises images.
-        tokenizer (`PreTrainedTokenizerFast`): The language model's tokenizer, `<image>` among its special tokens.
-        chat_template (`str`, *optional*): Defaults to upstream's `llama_3` conversation.
-        num_image_tokens (`int`, defaults to 196): Tokens an image takes (`VilaConfig.image_seq_length`).
+        tokenizer (`PreTrainedTokenizerFast`): The tokenizer of the language model, with `<image>` as a special token.
+        chat_template (`str`, *optional*): Defaults to the `llama_3` conversation of the authors' code.
+        num_image_tokens (`int`, defaults to 196): Tokens per image (`VilaConfig.image_seq_length`).
         image_aspect_ratio (`str`, defaults to `"resize"`): `"resize"` squashes images to a square, `"pad"` centres
-            them on a grey one first.
-        model_max_length (`int`, *optional*): Longest prompt with images; upstream cuts longer ones, and only with
-            images.
-        num_frames (`int`, defaults to 8): Frames of a video the MLLM is shown.
-        mllm_frames (`str`, defaults to `"first"`): Of a video to edit, the MLLM is shown the first frame only, as
-            upstream's is, or `"all"`: `num_frames` of them. What it was trained with.
+            them on a grey square first.
+        model_max_length (`int`, *optional*): Maximum length of a prompt with images, in tokens. The authors' code
+            cuts longer ones, but does not limit prompts without images.
+        num_frames (`int`, defaults to 8): Number of frames of a video for the MLLM.
+        mllm_frames (`str`, defaults to `"first"`): Frames of a video to edit that the MLLM gets, which must match its
+            training: `"first"`, the first frame only, as in the authors' code, or `"all"`, `num_frames` frames.
     """
 
-    # What a call takes where it is told nothing: `generate` needs the padding on the left.
+    # Defaults of a call; `generate` needs the padding on the left.
     text_kwargs = {"padding": True, "padding_side": "left"}  # noqa: RUF012
 
     def __init__(
@@ -107,36 +107,37 @@ class OmniVideoProcessor(ProcessorMixin):
         Args:
             images: one image, or a list (of lists) in the order of the placeholders: path, URL, PIL image, array or
                 tensor.
-            text: one prompt or a list, with one `<image>` per image. Prompts are tokenised as upstream does, the
-                tokenizer's special tokens included: `add_special_tokens=False` has an effect only on a text that does
-                not begin with the bos token, as a completion that is tokenised by itself.
-            kwargs: `videos` are refused here: a conversation or a task's prompt says where frames go, see
-                [`apply_chat_template`] and [`apply_task_template`]. Otherwise those of every
-                transformers processor, or the same in `text_kwargs` and `images_kwargs`:
+            text: one prompt or a list, with one `<image>` per image. Prompts are tokenised with special tokens, as the
+                released model needs. `add_special_tokens=False` only affects a text that does not begin with the bos
+                token, such as a completion that is tokenised alone.
+            kwargs: arguments of every transformers processor, also in `text_kwargs` and `images_kwargs`. `videos` are
+                refused, because this method does not know their place in the prompt: use [`apply_chat_template`] or
+                [`apply_task_template`].
 
-                - `padding`: `True` by default, to the longest prompt; `"max_length"`, to `max_length`; or `False`.
-                - `padding_side`: `"left"`, which `generate` needs and the default, or `"right"`.
-                - `pad_to_multiple_of`: pad to a multiple of it.
-                - `truncation`: cut prompts to `max_length`, or prompts with images to `model_max_length` as upstream
-                  does, question and answer first. Placeholders are never cut.
-                - `max_length`: tokens; nothing is cut without `truncation`.
+                - `padding`: `True` (default) pads to the longest prompt, `"max_length"` to `max_length`; or `False`.
+                - `padding_side`: `"left"` (default), which `generate` needs, or `"right"`.
+                - `pad_to_multiple_of`: pad to a multiple of this length.
+                - `truncation`: cut the end of prompts to `max_length`, or the end of prompts with images to
+                  `model_max_length`, as the authors' code does. Placeholders are never cut.
+                - `max_length`: maximum length in tokens; prompts are cut only with `truncation`.
                 - `return_tensors`: `"pt"`, `"np"` or `None`.
                 - `return_attention_mask`, `return_offsets_mapping`, `return_text_replacement_offsets` and
                   `return_mm_token_type_ids` (1 at placeholders).
-                - what the image processor takes, e.g. `do_rescale`.
+                - arguments of the image processor, e.g. `do_rescale`.
 
         Returns:
-            `input_ids` and `attention_mask` `[batch, length]`, and `pixel_values` `[images, 3, size, size]` if any.
+            `input_ids` and `attention_mask` `[batch, length]`; with images also `pixel_values`
+            `[images, 3, size, size]`.
 
         Raises:
-            ValueError: when images and placeholders differ in number, a prompt with images is too long, or truncation
-                would cut placeholders.
+            ValueError: if the numbers of images and placeholders differ, if a prompt with images is too long, or if
+                truncation would cut placeholders.
             TypeError: for an argument that is unknown or not supported.
         """
         kwargs = check_call(self, kwargs)
         if text is None and images is None:
             raise ValueError("Pass `text`, `images` or both.")
-        # The tokenizer's own side is that of training; `generate` needs the other.
+        # The tokenizer's own padding side is that of training; `generate` needs the other side.
         settings = {name: value for name, value in self.tokenizer.init_kwargs.items() if name != "padding_side"}
         merged = self._merge_kwargs(tokenizer_init_kwargs=settings, **kwargs)
         data: dict[str, Any] = {}
@@ -169,7 +170,7 @@ class OmniVideoProcessor(ProcessorMixin):
         return_text_replacement_offsets: bool = False,
         **_: Any,
     ) -> dict[str, Any]:
-        """Ids of prompts, cut and padded, and what else the tokenizers of transformers return."""
+        """Token ids of prompts, cut and padded, with the other outputs of transformers' tokenizers."""
         rows, offsets = [], []
         for prompt in prompts:
             bare = not add_special_tokens and not prompt.startswith(self.tokenizer.bos_token or "")
@@ -197,7 +198,7 @@ class OmniVideoProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[Sequence[int]] | None = None, **_: Any
     ) -> MultiModalData:
-        """Placeholders and patches of images of any size: each is brought to one size, so all take the same."""
+        """Number of placeholders and patches per image; it is the same for all images, which are resized."""
         if image_sizes is None:
             return MultiModalData()
         count = len(image_sizes)
@@ -209,14 +210,14 @@ class OmniVideoProcessor(ProcessorMixin):
         """
         Render and tokenise conversations, as in every transformers processor.
 
-        Image parts hold a path, URL, PIL image, array or tensor under `image`, `url` or `path`; video parts a path,
-        URL, list of frames, array, tensor or `VideoClip` under `video`, `url` or `path`. A video becomes
-        `num_frames` images, chosen by `frame_sampling`; both can be given here, in `processor_kwargs` or in its
-        `videos_kwargs`, and default to upstream's (8 frames, `"upstream_understand"`).
+        Image parts contain a path, URL, PIL image, array or tensor as `image`, `url` or `path`. Video parts contain a
+        path, URL, list of frames, array, tensor or `VideoClip` as `video`, `url` or `path`. A video becomes
+        `num_frames` images, selected by `frame_sampling`. Both can be passed here, in `processor_kwargs` or in its
+        `videos_kwargs`; the defaults are those of the authors' code (8 frames, `"upstream_understand"`).
 
         Raises:
-            ValueError: for `return_assistant_tokens_mask` with a template that does not mark what the assistant says.
-            TypeError: for another way to choose frames, e.g. `fps`.
+            ValueError: for `return_assistant_tokens_mask` with a template that does not mark the assistant's messages.
+            TypeError: for other arguments that select frames, e.g. `fps`.
         """
         processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
         frames = split_frame_kwargs(kwargs, processor_kwargs)
@@ -234,7 +235,7 @@ class OmniVideoProcessor(ProcessorMixin):
             return super().apply_chat_template(loaded, *args, processor_kwargs=processor_kwargs, **kwargs)
 
     def _with_loaded_media(self, message: dict[str, Any], num_frames: int, sampling: str) -> dict[str, Any]:
-        """The message with images loaded and every video replaced by its frames."""
+        """Load the images of a message, and replace every video by images of its frames."""
         if not isinstance(message.get("content"), (list, tuple)):
             return message
         content: list[dict[str, Any]] = []
@@ -244,7 +245,7 @@ class OmniVideoProcessor(ProcessorMixin):
                 content.append({"type": "image", "image": load_image(source)})
             elif part["type"] == "video":
                 if source is None:
-                    raise ValueError("A video part needs its video under 'video', 'url' or 'path'.")
+                    raise ValueError("A video part of a message needs its video as 'video', 'url' or 'path'.")
                 frames = self.sample_frames(source, num_frames, sampling)
                 content += [{"type": "image", "image": frame} for frame in frames]
             else:
@@ -265,22 +266,22 @@ class OmniVideoProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> BatchFeature:
         """
-        Inputs of the MLLM for a task, teacher-forced over prompt and answer (`understand` has no answer).
+        Inputs of the MLLM for a task, teacher-forced over prompt and forced answer (`understand` has no answer).
 
         Args:
             task: `t2i`, `t2v`, `i2i`, `v2v`, `i2v` or `understand`.
             prompt: one prompt or a list.
             images: one image per prompt (`i2i`, `i2v`, `understand`).
             videos: one video per prompt (`v2v`, `understand`).
-            mllm_frames: for `v2v`, `"first"` shows the MLLM the first frame only, as upstream does; `"all"` shows
-                `num_frames` frames. By default the processor's own.
-            frame_sampling: named strategy; upstream's own for the task by default.
-            allow_empty: take an empty prompt, as negative prompts may be.
-            kwargs: as in `__call__`.
+            mllm_frames: frames of a `v2v` source that the MLLM gets: `"first"`, the first frame only, as in the
+                authors' code, or `"all"`, `num_frames` frames. Default: the setting of the processor.
+            frame_sampling: name of the strategy that selects frames. Default: that of the authors' code for the task.
+            allow_empty: allow an empty prompt, such as a negative prompt.
+            kwargs: see `__call__`.
 
         Raises:
-            ValueError: for an unknown task, an empty prompt, a prompt that holds control tokens, or media that the
-                task does not take.
+            ValueError: for an unknown task, an empty prompt, a prompt with control tokens, or images or videos that
+                do not fit the task.
         """
         mllm_frames = self.mllm_frames if mllm_frames is None else mllm_frames
         _check_mllm_frames(mllm_frames)
@@ -301,13 +302,13 @@ class OmniVideoProcessor(ProcessorMixin):
 
     def build_prompt(self, task: str, prompt: str, num_images: int | None = None, allow_empty: bool = False) -> str:
         """
-        The whole conversation of a task as one string, exactly as upstream builds it.
+        Render the conversation of a task as one string, exactly as the authors' code does.
 
         Args:
             task: name of the task.
-            prompt: the user's text.
-            num_images: images or frames shown; by default one where the task has a source.
-            allow_empty: take an empty prompt.
+            prompt: text of the user.
+            num_images: number of images or frames. Default: one if the task has a source, else none.
+            allow_empty: allow an empty prompt.
         """
         spec = get_task(task)
         self._check_prompt(prompt, allow_empty)
@@ -326,8 +327,8 @@ class OmniVideoProcessor(ProcessorMixin):
         template = self._resolve_chat_template(args[0] if args else kwargs.get("chat_template"))
         if kwargs.get("return_assistant_tokens_mask") and not _MARKS_THE_ASSISTANT.search(template):
             raise ValueError(
-                "`return_assistant_tokens_mask` needs a chat template with `{% generation %}` around what the "
-                "assistant says, and this one has none: pass `chat_template=`, e.g. this class's own, "
+                "`return_assistant_tokens_mask` needs a chat template with `{% generation %}` around messages of the "
+                "assistant, and this template has none: pass `chat_template=`, e.g. the one of this class, "
                 "`processing_omni_video.CHAT_TEMPLATE`."
             )
 
@@ -341,18 +342,19 @@ class OmniVideoProcessor(ProcessorMixin):
 
     def tokenize_prompt(self, prompt: str) -> list[int]:
         """
-        Token ids of a rendered prompt, every `<image>` expanded to `num_image_tokens` placeholders.
+        Token ids of a rendered prompt, in which every `<image>` becomes `num_image_tokens` placeholders.
 
-        As upstream: text between placeholders is tokenised piece by piece with special tokens on. When the first
-        piece starts with bos, one bos is kept and the first id of *every* piece is dropped. With a tokenizer that adds
-        bos this leaves two (its own and the template's); with one that does not, later pieces lose a real token.
+        The ids match the authors' code, which tokenises the texts between placeholders separately, with special
+        tokens. If the first text starts with bos, one bos is kept and the first id of *every* text is removed. With a
+        tokenizer that adds bos, two remain (its own and that of the template); with another tokenizer, every later
+        text loses a real token.
         """
         return self._tokenize(prompt)[0]
 
     def _tokenize(
         self, prompt: str, with_offsets: bool = False, bare: bool = False
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids, and where asked the place of each in the prompt with every placeholder written out."""
+        """Token ids, and with `with_offsets` the place of each token in the prompt with all placeholders expanded."""
         pieces = prompt.split(self.image_token)
         options = {"add_special_tokens": not bare, "return_offsets_mapping": with_offsets or None}
         encoded = [self.tokenizer(piece, **options) for piece in pieces]
@@ -375,8 +377,14 @@ class OmniVideoProcessor(ProcessorMixin):
 
     def preprocess_images(self, images: Sequence[Any], **kwargs: Any) -> torch.Tensor:
         """
-        `[images, 3, size, size]` float32 pixel values of images of any kind [`load_image`] reads; `kwargs` are the
-        image processor's.
+        Load and preprocess images.
+
+        Args:
+            images: images in any form that [`load_image`] reads.
+            kwargs: arguments of the image processor.
+
+        Returns:
+            float32 pixel values `[images, 3, size, size]`
         """
         pictures = [load_image(image) for image in images]
         if self.image_aspect_ratio == "pad":
@@ -387,7 +395,7 @@ class OmniVideoProcessor(ProcessorMixin):
     def sample_frames(
         self, video: Any, num_frames: int, sampling: str = "upstream_understand", only_first: bool = False
     ) -> list[Image.Image]:
-        """Frames of a video (path, URL, frames, array, tensor or `VideoClip`) by a named strategy, as PIL images."""
+        """Select frames of a video (path, URL, frames, array, tensor or `VideoClip`) with a named strategy."""
         frames = load_sampled_video(video, sampling, num_frames)
         return [Image.fromarray(frame) for frame in frames[: 1 if only_first else None]]
 
@@ -398,7 +406,7 @@ class OmniVideoProcessor(ProcessorMixin):
             if media is not None and len(media) != num_prompts:
                 raise ValueError(f"`{name}` has {len(media)} entries for {num_prompts} prompts: pass one per prompt.")
             if not spec.answers_in_text and (media is not None) != (source == kind):
-                wants = f"one of `{source}s` per prompt" if source else "no media"
+                wants = f"one of `{source}s` per prompt" if source else "no images and no videos"
                 raise ValueError(
                     f"Task {task!r} takes {wants}; `{name}` was {'' if media is not None else 'not '}given."
                 )

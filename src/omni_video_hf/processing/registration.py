@@ -1,4 +1,4 @@
-"""Makes the package's classes known to transformers' Auto classes; importing this module imports all of them."""
+"""Registration of the package's classes with the Auto classes of transformers; this module imports all of them."""
 
 from functools import cache
 
@@ -22,7 +22,7 @@ def register_auto_classes() -> None:
     """
     Register configurations, models and processor, once per process.
 
-    With the package installed no `trust_remote_code` is needed then, and the package's classes are used.
+    The Auto classes then use the classes of the package, without `trust_remote_code`.
     """
     for config, model in (
         (OmniVideoConfig, OmniVideoForConditionalGeneration),

@@ -1,11 +1,11 @@
-"""Arguments of the processor that concern text: which there are, how prompts are cut, and how they are padded."""
+"""Text arguments of the processor: checks of the arguments, truncation and padding of prompts."""
 
 from typing import Any
 
 from transformers import ProcessorMixin
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKwargs
 
-# What the tokenizers of transformers take and a prompt of placeholders and text has no meaning for.
+# Arguments of transformers' tokenizers that have no meaning for a prompt of placeholders and text.
 _UNSUPPORTED = (
     "text_pair",
     "text_target",
@@ -19,18 +19,18 @@ _UNSUPPORTED = (
     "sanitize_control_tokens",
 )
 _FRAMES = ("num_frames", "frame_sampling")
-# Frames are chosen by their number; these choose by something else.
+# Frames are selected by their number; these arguments would select them in another way.
 _OTHER_FRAMES = ("fps", "video_metadata")
-_NO_LIMIT = 10**20  # tokenizers that know no longest prompt say 10**30
+_NO_LIMIT = 10**20  # `model_max_length` of a tokenizer without a limit is 10**30
 
 
 def check_call(processor: ProcessorMixin, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
-    The arguments of a call that say something, the others being `None`.
+    Check the arguments of a call, and return those that are not `None`.
 
     Raises:
-        ValueError: for videos, whose place in the prompt a call does not know.
-        TypeError: for an argument that is unknown, or not supported.
+        ValueError: for videos, because their place in the prompt is unknown.
+        TypeError: for an argument that is unknown or not supported.
     """
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     if "videos" in kwargs:
@@ -52,17 +52,17 @@ def check_call(processor: ProcessorMixin, kwargs: dict[str, Any]) -> dict[str, A
     unsupported = [name for name in _UNSUPPORTED if everything.get(name)]
     if unsupported:
         raise TypeError(f"{type(processor).__name__} does not support {', '.join(unsupported)}: leave it out.")
-    kwargs.pop("do_sample_frames", None)  # transformers adds it beside `num_frames`
+    kwargs.pop("do_sample_frames", None)  # transformers adds it together with `num_frames`
     return kwargs
 
 
 def split_frame_kwargs(kwargs: dict[str, Any], processor_kwargs: dict[str, Any]) -> dict[str, Any]:
     """
-    Take `num_frames` and `frame_sampling` out of the arguments of `apply_chat_template`, wherever they were given.
+    Remove `num_frames` and `frame_sampling` from the arguments of `apply_chat_template`, and return them.
 
     Raises:
-        TypeError: for another way to choose frames.
-        ValueError: when one was given twice with different values.
+        TypeError: for other arguments that select frames.
+        ValueError: if one of them was passed twice with different values.
     """
     videos = dict(processor_kwargs.pop("videos_kwargs", None) or {})
     places = (kwargs, processor_kwargs, videos)
@@ -70,25 +70,23 @@ def split_frame_kwargs(kwargs: dict[str, Any], processor_kwargs: dict[str, Any])
     for name in (*_FRAMES, *_OTHER_FRAMES):
         values = [place.pop(name) for place in places if place.get(name) is not None]
         if values and name in _OTHER_FRAMES:
-            raise TypeError(
-                f"`{name}` is not supported: say `num_frames`, and `frame_sampling` for how to choose them."
-            )
+            raise TypeError(f"`{name}` is not supported: pass `num_frames`, and `frame_sampling` to select them.")
         if any(value != values[0] for value in values):
-            raise ValueError(f"`{name}` was given twice, as {' and '.join(map(repr, values))}: give it once.")
+            raise ValueError(f"`{name}` was given twice, as {' and '.join(map(repr, values))}: pass it once.")
         if values:
             found[name] = values[0]
     videos.pop("do_sample_frames", None)
     if videos:
-        raise TypeError(f"`videos_kwargs` hold unexpected arguments: {', '.join(sorted(videos))}.")
+        raise TypeError(f"`videos_kwargs` contains unexpected arguments: {', '.join(sorted(videos))}.")
     return found
 
 
 def cut_to_length(processor: ProcessorMixin, ids: list[int], truncation: bool | str, max_length: int | None) -> slice:
     """
-    What is kept of a prompt.
+    The slice of a prompt's token ids that truncation keeps.
 
     Raises:
-        ValueError: when a prompt with images is longer than the model was trained with, or placeholders would be cut.
+        ValueError: if a prompt with images is longer than those of the training, or if placeholders would be cut.
     """
     cuts = truncation not in (None, False, "do_not_truncate")
     images = ids.count(processor.image_token_id)
@@ -102,14 +100,14 @@ def cut_to_length(processor: ProcessorMixin, ids: list[int], truncation: bool | 
     length = len(ids[kept])
     if trained is not None and length > trained:
         raise ValueError(
-            f"A prompt with images has {length} tokens, more than the {trained} the model was trained with. Show "
-            "fewer images or shorten the text; `truncation=True` cuts the end as upstream does."
+            f"A prompt with images has {length} tokens, more than the {trained} the model was trained with. Pass "
+            "fewer images or shorten the text; `truncation=True` cuts the end, as the authors' code does."
         )
     lost = images - ids[kept].count(processor.image_token_id)
     if lost:
         raise ValueError(
             f"Truncation to {limit} tokens would cut {lost} of the {images} image placeholders of a prompt of "
-            f"{len(ids)} tokens. Raise `max_length`, or show fewer images."
+            f"{len(ids)} tokens. Raise `max_length`, or pass fewer images."
         )
     return kept
 
@@ -123,10 +121,10 @@ def pad_rows(
     pad_to_multiple_of: int | None,
 ) -> dict[str, Any]:
     """
-    `input_ids` and `attention_mask` of prompts.
+    Pad prompts to `input_ids` and `attention_mask`.
 
     Raises:
-        ValueError: when they are to be padded to a longest length that nothing says.
+        ValueError: for `padding="max_length"` if neither `max_length` nor the tokenizer determines the length.
     """
     tokenizer = processor.tokenizer
     if padding != "max_length":
@@ -134,7 +132,7 @@ def pad_rows(
     elif max_length is None:
         max_length = processor.model_max_length or tokenizer.model_max_length
         if max_length >= _NO_LIMIT:
-            raise ValueError("`padding='max_length'` needs `max_length`: the tokenizer knows no longest prompt.")
+            raise ValueError("`padding='max_length'` needs `max_length`, because the tokenizer has no limit.")
     padded = tokenizer.pad(
         {"input_ids": rows},
         padding=padding,

@@ -1,4 +1,4 @@
-"""Fine-tuning Omni-Video with transformers' Trainer: the paper's stages, upstream's released recipe, and LoRA."""
+"""Training with the Trainer of transformers: the stages of the paper, the authors' released recipe, and LoRA."""
 
 from importlib import import_module
 
@@ -11,7 +11,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import the trainer when it is asked for: the command line need not wait for it."""
+    """Import the trainer when it is used, so that the command line starts quickly."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,4 +1,4 @@
-"""Settings of a training run: transformers' own, and what Omni-Video adds."""
+"""`OmniVideoTrainingArguments`: the settings of transformers' Trainer and those of Omni-Video's stages."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,42 +13,43 @@ from ..utils.names import check_known
 from .stages import PARTS, Stage, get_stage
 
 LORA_PARTS = ("mllm", "vision_head", "adapter", "decoder")
-# Settings of peft's LoraConfig that the file of a LoRA can say, and the parts that get matrices.
+# Settings of peft's LoraConfig that a LoRA file can store, and the components that get LoRA layers.
 LORA_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "target_modules", "parts")
 
 
 @dataclass
 class OmniVideoTrainingArguments(TrainingArguments):
     """
-    transformers' [`TrainingArguments`] and the settings of Omni-Video's stages.
+    [`TrainingArguments`] of transformers with the settings of Omni-Video's stages.
 
     Args:
-        stage: one of `align`, `connect`, `joint`, `decoder`, `understand`, `lora` (see `stages.STAGES`).
-        losses: options of [`OmniVideoLossConfig`] in place of the stage's, e.g. `{"alignment": "squared_l2"}`.
-        part_learning_rates: learning rates of parts in place of `learning_rate`, e.g. `{"decoder": 1e-6}`; names are
-            `text_head`, `vision_head`, `adapter`, `visual_context_adapter`, `decoder`.
+        stage: training stage: `align`, `connect`, `joint`, `decoder`, `understand` or `lora` (see `stages.STAGES`).
+        losses: options of [`OmniVideoLossConfig`] that replace those of the stage, e.g. `{"alignment": "squared_l2"}`.
+        part_learning_rates: learning rates of components, instead of `learning_rate`, e.g. `{"decoder": 1e-6}`; names
+            are `text_head`, `vision_head`, `adapter`, `visual_context_adapter`, `decoder`.
         condition_dropout: probability per sample, 0..1, that instruction and prompt are both replaced by the stored
             null states (upstream: 0.2).
-        instruction_dropout: likewise of the instruction alone.
-        prompt_dropout: likewise of the prompt alone. The three exclude each other, so they add up to 1 at most.
-        source_dropout: probability per sample, 0..1, that the decoder is shown no source, whatever else it is shown:
-            for `source_guidance_scale`.
-        ema_decay: decay of an exponential moving average of what trains, 0 for none. The average is what
-            `save_model` and previews show.
-        preview_steps: draw the previews every so many steps, 0 for never.
+        instruction_dropout: probability per sample, 0..1, that only the instruction is replaced.
+        prompt_dropout: probability per sample, 0..1, that only the prompt is replaced. The three dropouts exclude each
+            other, so their sum must be at most 1.
+        source_dropout: probability per sample, 0..1, that the source is left out, for `source_guidance_scale`. It is
+            independent of the other three.
+        ema_decay: decay of an exponential moving average of the trained weights, 0 for none. `save_model` and previews
+            use the average.
+        preview_steps: number of steps between previews, 0 for no previews.
         previews: arguments of the pipeline's call, one mapping per preview, e.g. `{"prompt": "a fox", "task": "t2i"}`.
-        frozen_dtype: `float32`, or `bfloat16` to keep what does not train in half the memory (with `bf16`).
-        result_dtype: in which the outcome stores what was trained: `float32`, from which the next stage goes on
-            without loss, or `bfloat16` for files of half the size. What was not trained stays as the base stores it.
+        frozen_dtype: dtype of frozen weights: `float32`, or `bfloat16` for half the memory (with `bf16`).
+        result_dtype: dtype of the trained weights in the result: `float32`, so that the next stage starts without
+            loss, or `bfloat16` for files of half the size. Other weights keep the dtype of the base model.
         hub_strategy: `end`, or `every_save` to push the whole repository at every checkpoint.
-        lora: settings of peft's `LoraConfig` for the `lora` stage; `parts` names the parts that get matrices.
+        lora: settings of peft's `LoraConfig` for the `lora` stage; `parts` lists the components that get LoRA layers.
 
     Raises:
         ValueError: for unknown names and numbers out of range.
     """
 
     stage: str = field(
-        default="decoder", metadata={"help": "What trains: align, connect, joint, decoder, understand or lora."}
+        default="decoder", metadata={"help": "Stage: align, connect, joint, decoder, understand or lora."}
     )
     losses: dict[str, Any] | str | None = field(default=None, metadata={"help": "Options of OmniVideoLossConfig."})
     part_learning_rates: dict[str, float] | str | None = field(
@@ -59,12 +60,12 @@ class OmniVideoTrainingArguments(TrainingArguments):
     prompt_dropout: float = field(default=0.0, metadata={"help": "Prompt alone replaced."})
     source_dropout: float = field(default=0.0, metadata={"help": "Source left out, for source_guidance_scale."})
     ema_decay: float = field(default=0.0, metadata={"help": "Decay of the moving average of weights, 0 for none."})
-    preview_steps: int = field(default=0, metadata={"help": "Draw previews every so many steps, 0 for never."})
+    preview_steps: int = field(default=0, metadata={"help": "Number of steps between previews, 0 for none."})
     previews: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Arguments of pipeline calls."})
-    frozen_dtype: str = field(default="float32", metadata={"help": "Format of what does not train."})
+    frozen_dtype: str = field(default="float32", metadata={"help": "Dtype of frozen weights."})
     result_dtype: str = field(
         default="float32",
-        metadata={"help": "Format in which the outcome stores what was trained: float32 or bfloat16."},
+        metadata={"help": "Dtype of the trained weights in the result: float32 or bfloat16."},
     )
     hub_strategy: HubStrategy | str = field(
         default="end", metadata={"help": "`end`, or `every_save`: a push of the whole repository at every checkpoint."}
@@ -86,7 +87,7 @@ class OmniVideoTrainingArguments(TrainingArguments):
         self.loss_config = self.training_stage.loss_config(self.losses)
         self._check_numbers()
         if self.preview_steps and not self.previews:
-            raise ValueError("`preview_steps` is set but `previews` names nothing to draw.")
+            raise ValueError("`preview_steps` is set, but `previews` is empty: pass arguments of the pipeline's call.")
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ValueError(
                 f"`hub_strategy` {self.hub_strategy.value!r} would push optimiser states: use 'end' or 'every_save', "
@@ -95,7 +96,7 @@ class OmniVideoTrainingArguments(TrainingArguments):
         for name in ("frozen_dtype", "result_dtype"):
             check_known(name, [getattr(self, name)], ["float32", "bfloat16"])
         if self.frozen_dtype == "bfloat16" and not self.bf16:
-            raise ValueError("`frozen_dtype: bfloat16` needs `bf16: true`, which lets float32 parts work beside it.")
+            raise ValueError("`frozen_dtype: bfloat16` needs `bf16: true`, which combines it with float32 weights.")
         if self.lora is not None and not self.training_stage.lora:
             raise ValueError(f"`lora` is set but `stage` is {self.stage!r}: use `stage: lora`.")
         check_known("lora", self.lora or {}, LORA_SETTINGS)

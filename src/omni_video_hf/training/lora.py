@@ -1,4 +1,4 @@
-"""Low-rank matrices in every part of the model, by peft."""
+"""LoRA training: add LoRA layers of peft to components of the model, and save them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..utils.names import check_known
 from .arguments import LORA_PARTS, LORA_SETTINGS
 
 ADAPTER_NAME = "default"
-# Projections of attention and feed-forward layers, part by part; not the MLLM's vision tower.
+# Projections of attention and feed-forward layers, by component; not in the vision tower of the MLLM.
 TARGETS = {
     "mllm": r"mllm\.(?!.*vision).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
     "vision_head": r"vision_head\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
@@ -27,16 +27,17 @@ DEFAULTS = {"r": 16, "lora_alpha": 16}
 
 def add_lora(model: OmniVideoForConditionalGeneration, settings: Mapping[str, Any] | None = None) -> None:
     """
-    Put low-rank matrices into a model; they train, and nothing else does.
+    Add LoRA layers to a model and freeze all other weights.
 
     Args:
-        settings: fields of peft's [`LoraConfig`], and `parts`: which of `mllm`, `vision_head`, `adapter`, `decoder`
-            get matrices, by default all that the model has. `target_modules` is a pattern over the whole model's
-            names. Without it, a decoder with source channels also trains its patch embedding in full, where the
-            source comes in: by matrices of full rank, so that the LoRA stays one file that every loader reads.
+        model: the model, changed in place.
+        settings: fields of [`LoraConfig`] of peft, and `parts`: those of `mllm`, `vision_head`, `adapter`, `decoder`
+            that get LoRA layers. Default: all that the model has. `target_modules` is a pattern for names in the whole
+            model. Without it, a decoder with source channels also trains its patch embedding, by LoRA layers of full
+            rank that can express every change of its weights.
 
     Raises:
-        ValueError: for unknown settings, and parts that are unknown or not there.
+        ValueError: for unknown settings, and for parts that are unknown or that the model does not have.
     """
     settings = dict(settings or {})
     check_known("lora", settings, LORA_SETTINGS)
@@ -45,7 +46,7 @@ def add_lora(model: OmniVideoForConditionalGeneration, settings: Mapping[str, An
     check_known("lora.parts", parts, LORA_PARTS)
     missing = [part for part in parts if part not in present]
     if missing:
-        raise ValueError(f"`lora.parts` names {', '.join(missing)}, which this model does not have ({present}).")
+        raise ValueError(f"`lora.parts` has {', '.join(missing)}, but this model has only {present}.")
     if "target_modules" not in settings:
         settings["target_modules"] = "|".join(TARGETS[part] for part in parts)
         if "decoder" in parts and model.adapter is not None and model.adapter.takes_source_in_channels:
@@ -66,7 +67,7 @@ def _whole_patch_embedding(model: OmniVideoForConditionalGeneration, targets: st
 
 
 def checkpoint_metadata(model: OmniVideoForConditionalGeneration) -> dict[str, Any]:
-    """What a checkpoint of the `lora` stage says of its layers, so that `load_lora_weights` reads it, too."""
+    """Metadata for a checkpoint of the `lora` stage with rank and alpha, so that `load_lora_weights` can read it."""
     layers = collect_lora_layers(model, ADAPTER_NAME)
     settings = {}
     for name, values in layers.items():
@@ -76,5 +77,5 @@ def checkpoint_metadata(model: OmniVideoForConditionalGeneration) -> dict[str, A
 
 
 def save_lora(model: OmniVideoForConditionalGeneration, folder: Path) -> None:
-    """Write the matrices of every part into one file, which `OmniVideoPipeline.load_lora_weights` reads."""
+    """Save the LoRA layers of all components in one file, for `OmniVideoPipeline.load_lora_weights`."""
     OmniVideoPipeline.save_lora_weights(folder, **collect_lora_layers(model, ADAPTER_NAME))

@@ -1,4 +1,4 @@
-"""Recipes: a training run as one YAML file, with every key known and every value said."""
+"""Recipes: the settings of a training run as one YAML file, with overrides from the command line."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -20,20 +20,20 @@ RECIPES = Path(__file__).parent / "recipes"
 @dataclass
 class RunArguments:
     """
-    What a run is made of, beside the settings of its training.
+    Model and data of a training run; the settings of the training are in [`OmniVideoTrainingArguments`].
 
     Args:
-        model: folder or Hub repository to start from.
+        model: folder or Hub repository of the model before the training.
         data: feature cache, or several (see docs/data.md), of `omni-video precompute` or `import-features`.
-        questions: table with questions and answers (see docs/data.md), read as they are, beside `data` or alone;
-            those in a cache count as well.
+        questions: table with questions and answers (see docs/data.md) without precomputed features, in addition to
+            `data` or alone.
         eval_data: feature cache, or several, for evaluation.
-        task_weights: share of the batches by task, e.g. `{t2v: 2, understand: 1}`; by default every sample once.
-        stopping_strategy: with weights, what ends an epoch: `first_exhausted` or `all_exhausted`.
-        check_data: read every tensor before training; may be off for data that were checked before.
+        task_weights: share of the batches by task, e.g. `{t2v: 2, understand: 1}`. Default: every sample once.
+        stopping_strategy: with `task_weights`, the end of an epoch: `first_exhausted` or `all_exhausted`.
+        check_data: read every tensor before training; can be off for data that were checked before.
         on_bad_data: `stop` with a list of all samples that cannot be used, or `skip` to leave them out and count them.
-        revision: of the Hub repository.
-        resume: go on from the last complete checkpoint of `output_dir`, if there is one.
+        revision: branch, tag or commit of the Hub repository.
+        resume: resume from the last complete checkpoint of `output_dir`, if there is one.
     """
 
     model: str | None = None
@@ -49,10 +49,10 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         if not self.model:
-            raise ValueError("`model` is missing: name it in the recipe, or pass `--model ...`.")
+            raise ValueError("`model` is missing: set it in the recipe, or pass `--model ...`.")
         if not self.data and not self.questions:
             raise ValueError(
-                "`data` is missing: name a feature cache in the recipe or with `--data ...`, or a table of questions "
+                "`data` is missing: set a feature cache in the recipe or with `--data ...`, or a table of questions "
                 "with `--questions ...`."
             )
         check_known("on_bad_data", [self.on_bad_data], ON_BAD_DATA)
@@ -71,47 +71,49 @@ def read_recipe(config: str | Path, overrides: Sequence[str] = ()) -> tuple[RunA
     Read a recipe.
 
     Args:
-        config: a YAML file, or the name of a recipe of the package.
-        overrides: command line words, `--key value`, `--key=value` or `--key` for true; `--losses.alignment cosine`
-            reaches into a mapping.
+        config: a YAML file, or the name of a recipe in the package.
+        overrides: words of the command line: `--key value`, `--key=value`, or `--key` for true; `--losses.alignment
+            cosine` sets an entry of a mapping.
 
     Raises:
-        ValueError: for a file that is not there or not a mapping, for keys that nothing knows, and for values of
-            another type than their setting's.
+        ValueError: for a file that does not exist or is not a mapping, unknown keys, and values of a wrong type.
     """
     path = Path(config) if str(config).endswith((".yaml", ".yml")) else RECIPES / f"{config}.yaml"
     if not path.is_file():
-        raise ValueError(f"{config}: no such file, and no recipe of the package ({', '.join(shipped_recipes())}).")
+        raise ValueError(
+            f"{config}: no such file, and no recipe of the package. Pass a YAML file, or one of "
+            f"{', '.join(shipped_recipes())}."
+        )
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of settings, got {type(values).__name__}.")
+        raise ValueError(f"{path}: a recipe must be a mapping of settings, got {type(values).__name__}.")
     run_types = {field.name: field.type for field in fields(RunArguments)}
     types = {field.name: field.type for field in fields(OmniVideoTrainingArguments) if field.init} | run_types
     check_known(path.name, values, types)
     values = overridden(values, overrides)
     check_known("command line", values, types)
-    values = {name: _meant(value, types[name]) for name, value in values.items()}
+    values = {name: _corrected(value, types[name]) for name, value in values.items()}
     for name, value in values.items():
         check_setting(name, value, types[name])
     run = RunArguments(**{name: value for name, value in values.items() if name in run_types})
     training = {name: value for name, value in values.items() if name not in run_types}
     if "output_dir" not in training:
-        raise ValueError("`output_dir` is missing: name it in the recipe, or pass `--output_dir ...`.")
-    # By default transformers ties the progress bar to the verbosity of its log.
+        raise ValueError("`output_dir` is missing: set it in the recipe, or pass `--output_dir ...`.")
+    # By default the log level of transformers decides whether it shows a progress bar.
     return run, OmniVideoTrainingArguments(**({"disable_tqdm": False} | training))
 
 
 def overridden(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    """Settings with those of command line words in their place, as in [`read_recipe`]."""
+    """Replace settings by overrides from the command line, see [`read_recipe`]."""
     values = dict(values)
     words = list(words)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            raise ValueError(f"{word!r}: settings are given as `--key value`.")
+            raise ValueError(f"{word!r}: settings must be passed as `--key value`.")
         key, given, text = word[2:].partition("=")
         if not given:
             text = words.pop(0) if words and not words[0].startswith("--") else "true"
@@ -126,13 +128,13 @@ def overridden(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any
         if inner:
             if not isinstance(values.get(outer) or {}, dict):
                 raise ValueError(f"`--{key}`: `{outer}` is not a mapping in the recipe.")
-            value = dict(values.get(outer) or {}) | {inner: _meant(value, "float | bool")}
+            value = dict(values.get(outer) or {}) | {inner: _corrected(value, "float | bool")}
         values[outer] = value
     return values
 
 
-def _meant(value: Any, kind: Any) -> Any:
-    """YAML reads 1e-5 as text, for want of a dot, and `no` as false where `save_strategy: no` means the word."""
+def _corrected(value: Any, kind: Any) -> Any:
+    """Correct values that YAML reads differently: `1e-5`, which it reads as text, and the word `no`, as false."""
     if isinstance(value, bool) and "bool" not in str(kind) and "str" in str(kind):
         return "yes" if value else "no"
     if isinstance(value, str) and "float" in str(kind):

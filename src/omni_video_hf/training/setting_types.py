@@ -1,4 +1,4 @@
-"""Types of settings that users write, checked before anything is loaded."""
+"""Type checks of the settings in a recipe, before anything is loaded."""
 
 from collections.abc import Mapping
 from enum import Enum
@@ -8,7 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from ..diffusion.losses import OmniVideoLossConfig
 from ..utils.names import check_known
 
-# Settings that are mappings, and the types of what they hold.
+# Settings that are mappings, and the types of their entries.
 NESTED: dict[str, dict[str, Any]] = {
     "losses": get_type_hints(OmniVideoLossConfig),
     "lora": {
@@ -25,15 +25,15 @@ NESTED: dict[str, dict[str, Any]] = {
 
 def check_setting(name: str, value: Any, kind: Any) -> None:
     """
-    Refuse a value that is not of the type of its setting.
+    Refuse a value that does not have the type of its setting.
 
     Args:
-        name: of the setting.
-        value: as YAML reads it.
-        kind: type of the field.
+        name: name of the setting.
+        value: value from the YAML file.
+        kind: type annotation of the setting.
 
     Raises:
-        ValueError: names the setting, the value and what it must be; a word among several has its nearest one.
+        ValueError: for a wrong type; the message names setting, value and type, and the nearest allowed word, if any.
     """
     if name in NESTED and isinstance(value, Mapping):
         check_known(name, value, NESTED[name])
@@ -42,7 +42,7 @@ def check_setting(name: str, value: Any, kind: Any) -> None:
         return
     if name in NESTED and isinstance(value, str) and not value.startswith("{"):
         raise ValueError(f"`{name}` must be a mapping such as {{name: value}}, got {value!r}.")
-    words = _words(kind)
+    words = _allowed_words(kind)
     if words and isinstance(value, str):
         check_known(name, [value], words)
     elif not _fits(value, kind):
@@ -50,7 +50,7 @@ def check_setting(name: str, value: Any, kind: Any) -> None:
 
 
 def describe(kind: Any) -> str:
-    """A type in words."""
+    """Description of a type for messages."""
     if get_origin(kind) in (Union, UnionType):
         kinds = [entry for entry in get_args(kind) if entry is not NoneType]
         return " or ".join(dict.fromkeys(describe(entry) for entry in kinds))
@@ -64,8 +64,8 @@ def describe(kind: Any) -> str:
     return words.get(origin, getattr(origin, "__name__", str(origin)))
 
 
-def _words(kind: Any) -> list[str]:
-    """The words of a type that is a choice of some; none where any text will do."""
+def _allowed_words(kind: Any) -> list[str]:
+    """The allowed words of a `Literal` or enumeration; empty for other types."""
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     for entry in kinds:
         if isinstance(entry, type) and issubclass(entry, Enum):

@@ -1,4 +1,4 @@
-"""What each stage of training trains, by which losses, and which parts it needs (paper, section 3; upstream)."""
+"""The table of training stages: trained components, losses, and required components (paper, section 3)."""
 
 import copy
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from ..models.configuration_omni_video import OmniVideoConfig
 from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
 from ..utils.names import check_known
 
-# What can train, in the order of the figure.
+# Components that can be trained, in the order of the data flow.
 PARTS = ("text_head", "vision_head", "adapter", "visual_context_adapter", "decoder")
-# By which losses a part learns. Where the weights of all of them are 0, it stays frozen, and need not be there.
+# Losses that train a component. If the weights of all of them are 0, it stays frozen and may be missing.
 LOSSES_OF = {
     "text_head": ("answer",),
     "vision_head": ("alignment", "text_alignment", "flow_matching"),
@@ -31,10 +31,10 @@ class Stage:
     A stage of training.
 
     Args:
-        trains: names of `PARTS`; everything else is frozen.
-        losses: names of `LOSS_NAMES` that are minimised; the others have weight 0.
-        lora: whether low-rank matrices train instead of weights.
-        about: one sentence for people.
+        trains: trained components, names of `PARTS`; all others are frozen.
+        losses: minimised losses, names of `LOSS_NAMES`; all others have weight 0.
+        lora: train LoRA layers instead of weights.
+        about: one sentence that describes the stage.
     """
 
     trains: tuple[str, ...]
@@ -54,12 +54,12 @@ STAGES = {
     "align": Stage(
         trains=("text_head", "vision_head"),
         losses=("answer", "alignment"),
-        about="Paper, stage 1: the MLLM learns to ask for pictures, and its visual tokens to say what they show.",
+        about="Paper, stage 1: the MLLM learns to request images, and its visual tokens to describe them.",
     ),
     "connect": Stage(
         trains=("adapter",),
         losses=("flow_matching",),
-        about="Paper, stage 2: the adapter carries visual tokens into the decoder's condition space.",
+        about="Paper, stage 2: the adapter learns to project visual tokens into the decoder's condition space.",
     ),
     "joint": Stage(
         trains=("text_head", "vision_head", "adapter", "decoder"),
@@ -69,34 +69,34 @@ STAGES = {
     "decoder": Stage(
         trains=("visual_context_adapter", "decoder"),
         losses=("flow_matching",),
-        about="Upstream's released fine-tune: decoder and visual context adapter.",
+        about="The authors' released fine-tuning: decoder and visual context adapter.",
     ),
     "understand": Stage(
         trains=("text_head",),
         losses=("answer",),
-        about="Questions with answers alone: the MLLM's text head learns to answer, and nothing is drawn.",
+        about="Questions with answers only: the text head of the MLLM learns to answer; nothing is generated.",
     ),
     "lora": Stage(
         trains=(),
         losses=("answer", "alignment", "flow_matching"),
-        about="Low-rank matrices in MLLM, vision head, adapter and decoder.",
+        about="LoRA layers in MLLM, vision head, adapter and decoder.",
         lora=True,
     ),
 }
 
 
 def get_stage(name: str) -> Stage:
-    """One of `STAGES`; a `ValueError` names the nearest."""
+    """Look a stage of `STAGES` up by its name; a `ValueError` proposes the nearest name."""
     check_known("stage", [name], STAGES)
     return STAGES[name]
 
 
 def stage_config(config: OmniVideoConfig, losses: OmniVideoLossConfig, precomputed: bool) -> OmniVideoConfig:
     """
-    The configuration without the parts that the losses do not run, so that they are not even loaded.
+    Remove the components that no loss uses from the configuration, so that they are not loaded.
 
     Args:
-        precomputed: whether the data bring `mllm_hidden_states`. The MLLM is then needed for answers only.
+        precomputed: whether the data contain `mllm_hidden_states`, so that only text answers need the MLLM.
     """
     config = copy.deepcopy(config)
     config.enable_mllm = not precomputed or losses.answer_weight > 0
@@ -120,18 +120,18 @@ def part_modules(model: OmniVideoForConditionalGeneration) -> dict[str, nn.Modul
 
 def freeze_all_but(model: OmniVideoForConditionalGeneration, stage: Stage, losses: OmniVideoLossConfig) -> list[str]:
     """
-    Let exactly the parameters of the stage train.
+    Freeze all parameters except those of the stage.
 
-    A part stays frozen where no loss reaches it: the text head without answers, the decoder without flow matching.
-    With tied embeddings the text head is the token embedding as well. A stage that trains low-rank matrices leaves
-    those trainable that are there (see `lora.add_lora`). The visual context adapter stays frozen where sources reach
-    the decoder in its channels alone.
+    A component that no loss uses stays frozen: the text head without answers, the decoder without flow matching. With
+    tied embeddings the text head is also the token embedding. A LoRA stage trains the existing LoRA layers (see
+    `lora.add_lora`). The visual context adapter stays frozen if sources reach the decoder only in its
+    channels.
 
     Returns:
-        Names of the parameters that train.
+        Names of the trained parameters.
 
     Raises:
-        ValueError: when the model lacks a part of the stage, or nothing would train.
+        ValueError: if the model lacks a component of the stage, or if no parameter would be trained.
     """
     if not stage.lora:
         model.requires_grad_(False)
@@ -152,7 +152,7 @@ def freeze_all_but(model: OmniVideoForConditionalGeneration, stage: Stage, losse
     if not trained:
         raise ValueError(
             "Nothing would train: "
-            + ("add low-rank matrices first (`add_lora`)." if stage.lora else "the weights of all its losses are 0.")
+            + ("add LoRA layers first (`add_lora`)." if stage.lora else "the weights of all its losses are 0.")
         )
     return trained
 
@@ -163,9 +163,9 @@ def _is_reached(part: str, losses: OmniVideoLossConfig) -> bool:
 
 def cast_frozen(model: OmniVideoForConditionalGeneration, dtype: torch.dtype) -> None:
     """
-    Keep what does not train in another format, but for the modules that the decoder wants in float32.
+    Cast frozen weights to another dtype, except modules that the decoder needs in float32.
 
-    What trains stays in float32: steps as small as a learning rate of 3e-6 would be lost in bf16.
+    Trained weights stay in float32, because bf16 would lose small updates, as with a learning rate of 3e-6.
     """
     kept = () if model.decoder is None else tuple(model.decoder._keep_in_fp32_modules)
     for name, parameter in model.named_parameters():
@@ -175,7 +175,7 @@ def cast_frozen(model: OmniVideoForConditionalGeneration, dtype: torch.dtype) ->
 
 
 def part_of(name: str) -> str:
-    """Which of `PARTS` (or `"mllm"`) the parameter called `name` belongs to, for learning rates."""
+    """The component in `PARTS` (or `"mllm"`) of the parameter `name`, for learning rates."""
     if name.startswith("adapter.visual_context_adapter."):
         return "visual_context_adapter"
     part = name.split(".", 1)[0]

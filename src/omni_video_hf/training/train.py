@@ -1,4 +1,4 @@
-"""A training run, from its recipe to a repository that transformers and diffusers load."""
+"""A training run: load model and data of a recipe, train, and write a complete repository."""
 
 from pathlib import Path
 
@@ -33,14 +33,14 @@ LORA_FOLDER = "lora"
 
 def train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console | None = None) -> Path:
     """
-    Train, and write the whole model with what was trained.
+    Train, and write the repository of the trained model.
 
     Returns:
-        `output_dir/pipeline`, the starting repository with the trained weights in place of its own; after the
-        `lora` stage with the matrices merged, which `output_dir/lora` holds alone.
+        `output_dir/pipeline`, a copy of the starting repository with the trained weights. After the `lora` stage the
+        LoRA is merged into its weights, and `output_dir/lora` contains the LoRA alone.
 
     Raises:
-        ValueError: for data, settings and folders that do not fit, before anything is loaded.
+        ValueError: for unsuitable data, settings or folders, before anything is loaded.
     """
     console = console or Console(stderr=True)
     with only_training(args):
@@ -66,7 +66,7 @@ def _train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console
     sampler = make_sampler(data, run, batch_size, args.world_size, data_seed)
     set_seed(args.seed)
     model = load_for_stage(folder, args, is_precomputed(data))
-    model.config._name_or_path = run.model  # not where it lies in a cache, which means nothing to others
+    model.config._name_or_path = run.model  # not the path in a local cache, which is useless to others
     trainer = OmniVideoTrainer(
         model,
         args,
@@ -92,21 +92,23 @@ def _train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console
 
 
 def _check_reporters(args: OmniVideoTrainingArguments) -> None:
-    """Refuse loggers whose packages are missing; the Trainer would, when the model is loaded."""
+    """Refuse loggers whose packages are missing, before the model is loaded."""
     for name, kind in zip(args.report_to, get_reporting_integration_callbacks(args.report_to), strict=True):
         try:
             kind()
         except RuntimeError as error:
-            raise ValueError(f"`report_to`: {name} is not installed ({error})") from error
+            raise ValueError(
+                f"`report_to`: {name} is not installed ({error}). Install it, or leave it out."
+            ) from error
 
 
 def leave_process_group(trainer: OmniVideoTrainer) -> None:
     """
-    End what the processes of a run share; every process must call, after its last work.
+    Destroy the process group of a run. Every process must call this after its last work.
 
-    A thread of the group that lets go of its last tensor while Python exits aborts the process, and the launcher then
-    kills the others. Destroying the group waits for its threads, but only when nothing holds it any more: the wrapper
-    of the model does.
+    Otherwise a thread of the group may free its last tensor while Python exits, which aborts the process, so that the
+    launcher kills the others. Destroying the group waits for its threads, but only if no object refers to the group
+    any more, such as the wrapper of the model.
     """
     trainer.model_wrapped = trainer.model
     trainer.accelerator.wait_for_everyone()
@@ -118,10 +120,10 @@ def load_for_stage(
     folder: Path, args: OmniVideoTrainingArguments, precomputed: bool
 ) -> OmniVideoForConditionalGeneration:
     """
-    The model in float32 with the parts that the stage runs; the others are not read.
+    Load the model in float32 with the components that the stage uses; other components are not read.
 
-    bf16 weights would lose updates as small as a learning rate of 3e-6; `bf16: true` computes in bf16 all the same.
-    Previews load what else they need into a pipeline of their own: what trains must not depend on them.
+    bf16 weights would lose small updates, as with a learning rate of 3e-6. `bf16: true` still computes in bf16.
+    Previews load other components into their own pipeline, so that the training does not depend on previews.
     """
     config = stage_config(OmniVideoConfig.from_pretrained(folder), args.loss_config, precomputed)
     model = OmniVideoForConditionalGeneration.from_pretrained(folder, config=config, dtype=torch.float32)
@@ -132,9 +134,9 @@ def load_for_stage(
 
 def save_result(trainer: OmniVideoTrainer, base: Path) -> Path:
     """
-    Write the outcome of a run into its `output_dir`; every process must call.
+    Write the result of a run into its `output_dir`. Every process must call this.
 
-    What was trained is stored in `args.result_dtype`, everything else as `base` stores it.
+    Trained weights are stored in `args.result_dtype`, all others with the dtype that they have in `base`.
     """
     args, folder = trainer.args, Path(trainer.args.output_dir) / PIPELINE_FOLDER
     with only_training(args), trainer.averaged_weights():
@@ -151,7 +153,7 @@ def save_result(trainer: OmniVideoTrainer, base: Path) -> Path:
 
 
 def parameter_table(model: OmniVideoForConditionalGeneration, stage: str) -> Table:
-    """How many parameters of each part are loaded, and train."""
+    """A table with the number of loaded and of trained parameters of each component."""
     counts: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         row = counts.setdefault(part_of(name), [0, 0])
@@ -167,8 +169,8 @@ def _checkpoint_to_resume(run: RunArguments, args: OmniVideoTrainingArguments) -
     found = checkpoints.numbered(args.output_dir)
     if found and not run.resume:
         raise ValueError(
-            f"`output_dir` {args.output_dir} holds {found[-1].name} of an earlier run: pass `--resume` to go on from "
-            "it, or choose another folder."
+            f"`output_dir` {args.output_dir} contains {found[-1].name} of an earlier run: pass `--resume` to resume "
+            "from it, or choose another folder."
         )
     return checkpoints.last_checkpoint(args.output_dir)
 

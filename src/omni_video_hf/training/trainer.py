@@ -1,4 +1,4 @@
-"""transformers' Trainer for Omni-Video: what differs for a model with several losses, tasks and frozen parts."""
+"""`OmniVideoTrainer`: the Trainer of transformers for a model with several losses, tasks and frozen components."""
 
 import contextlib
 import logging
@@ -45,7 +45,7 @@ from .stages import cast_frozen, freeze_all_but, part_of
 logger = logging.getLogger(__name__)
 
 
-# Inputs that decide which parts of the model run.
+# Inputs that determine which components of the model run.
 ROUTE = (
     "input_ids",
     "pixel_values",
@@ -58,7 +58,7 @@ ROUTE = (
 )
 
 
-EVALUATION = 2**31  # stands where training has its step, so that both draw different noise
+EVALUATION = 2**31  # replaces the step of the training in seeds, so that evaluation uses other noise
 
 
 class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
@@ -70,17 +70,17 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
             pass `model_init`, which makes one when a training begins.
         args: [`OmniVideoTrainingArguments`].
         train_batch_sampler: yields lists of indices into `train_dataset`, each of one task and size; has `__len__` and
-            `set_epoch`. Without it, batches are drawn at random as by every Trainer.
-        preview_pipeline: draws the previews; its trained parts are replaced by the model's.
-        trainer_arguments: of transformers' [`Trainer`]. `compute_metrics` gets logits and labels of answers, so it is
-            for data of the task `understand`.
+            `set_epoch`. Without it, batches are sampled at random, as in transformers.
+        preview_pipeline: pipeline that generates the previews with the components of the model.
+        trainer_arguments: arguments of [`Trainer`] of transformers. `compute_metrics` gets logits and labels of text
+            answers, so it is for data of the task `understand`.
 
-    A dataset may be a stream (`IterableDataset`): it gives samples, from which batches are made here.
+    A dataset may be a stream of samples (`IterableDataset`), which the trainer groups into batches.
 
     Batches are arguments of the model's `forward` and `task`, one of `t2i t2v i2i v2v i2v understand`.
 
     Raises:
-        ValueError: for what does not fit the stage.
+        ValueError: for arguments that do not fit the stage.
     """
 
     def __init__(
@@ -98,10 +98,10 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
         metrics = trainer_arguments.get("compute_metrics")
         check_metrics(metrics, args.loss_config, args.stage, args.prediction_loss_only, evaluated)
         if args.preview_steps > 0 and preview_pipeline is None:
-            raise ValueError("`preview_steps` is set: pass the `preview_pipeline` that draws.")
+            raise ValueError("`preview_steps` is set, but `preview_pipeline` is missing: pass it.")
         check_previews(args.previews or [])
         if train_batch_sampler is not None and isinstance(trainer_arguments.get("train_dataset"), IterableDataset):
-            raise ValueError("`train_batch_sampler` chooses samples by number, which a stream has not: leave it out.")
+            raise ValueError("`train_batch_sampler` chooses samples by number, but a stream has none: leave it out.")
         self.train_batch_sampler = train_batch_sampler
         self.preview_pipeline = preview_pipeline
         self.base_revision: str | None = None  # of the Hub repository that the model came from
@@ -130,7 +130,7 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
             self.add_callback(Previews(self))
 
     def call_model_init(self, trial: Any = None) -> OmniVideoForConditionalGeneration:
-        """A new model of `model_init`, with what the stage does not train frozen."""
+        """Create a new model with `model_init`, and freeze all parameters that the stage does not train."""
         model = super().call_model_init(trial)
         self._prepare_for_stage(model)
         return model
@@ -144,15 +144,15 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
             bind_pipeline(self.preview_pipeline, model)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that train, by name."""
+        """The trained parameters, by name."""
         parameters = dict(self.accelerator.unwrap_model(self.model).named_parameters())
         return {name: parameters[name] for name in self.trained_names}
 
     def gather_trained(self) -> dict[str, torch.Tensor]:
         """
-        Whole tensors of the parameters that train, by name, also where they are sharded.
+        Gather the trained parameters as complete tensors, by name, also if they are sharded.
 
-        Every process must call; with DeepSpeed only the main process gets them.
+        Every process must call this; with DeepSpeed only the main process gets the tensors.
         """
         parameters = self.trained_parameters()
         if not self.is_deepspeed_enabled:
@@ -162,21 +162,21 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **arguments: Any) -> TrainOutput:
         """
-        transformers' `train`, with its `output_dir` kept from other trainings; see [`only_training`].
+        Train, as in transformers, with a lock on `output_dir`; see [`only_training`].
 
         Args:
             resume_from_checkpoint: a complete checkpoint, or `True` for the newest complete one.
-            arguments: of transformers' method.
+            arguments: other arguments of `train` of transformers.
 
         Raises:
-            ValueError: when another training works in the folder, and for a checkpoint that is not complete.
+            ValueError: if another training uses the folder, and for a checkpoint that is not complete.
         """
         with only_training(self.args):
             checkpoint = resume_from_checkpoint or None
             if checkpoint is True:
                 checkpoint = checkpoints.last_checkpoint(self.args.output_dir)
                 if checkpoint is None:
-                    raise ValueError(f"`resume_from_checkpoint`: {self.args.output_dir} holds no checkpoint.")
+                    raise ValueError(f"`resume_from_checkpoint`: {self.args.output_dir} contains no checkpoint.")
             elif checkpoint is not None:
                 checkpoints.check_complete(checkpoint)
             run = None if checkpoint is None else checkpoints.run_of(Path(checkpoint))
@@ -188,7 +188,7 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
     # --- data -------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of `train_batch_sampler` or of a stream, dealt out to the processes."""
+        """Data loader of this process, for `train_batch_sampler` or a stream."""
         if isinstance(self.train_dataset, IterableDataset):
             return stream_loader(self.train_dataset, self.data_collator, self.args, self.accelerator, training=True)
         if self.train_batch_sampler is None:
@@ -219,7 +219,7 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """transformers' batches, or those of a stream."""
+        """Data loader of the evaluation, as in transformers or for a stream."""
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         data = data[eval_dataset] if isinstance(eval_dataset, str) else data
         if isinstance(data, IterableDataset):
@@ -227,13 +227,13 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """Likewise for `predict`."""
+        """Data loader of `predict`, as in transformers or for a stream."""
         if isinstance(test_dataset, IterableDataset):
             return stream_loader(test_dataset, self.data_collator, self.args, self.accelerator, training=False)
         return super().get_test_dataloader(test_dataset)
 
     def _run_epoch(self, **arguments: Any) -> None:
-        """A run that is resumed at its end has nothing left to do; transformers would take one more step."""
+        """Skip the epoch of a run that is resumed at its end, where transformers would train one more step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -244,7 +244,7 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Dropout of layers comes from the global generator, so that too is set by the step."""
+        """Seed the global generator by the step, because dropout layers use it."""
         step, batch = self._micro_step
         self._micro_step = (self.state.global_step, batch + 1 if step == self.state.global_step else 0)
         torch.manual_seed(derive_seed(self.args.seed, *self._micro_step, self._data_rank()))
@@ -257,7 +257,7 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,  # noqa: ARG002 - the model's losses are means
     ) -> torch.Tensor | tuple[torch.Tensor, OmniVideoOutput]:
-        """The weighted sum of the stage's losses, with noise and dropped conditions that belong to the step."""
+        """The weighted sum of the stage's losses; the step determines noise and dropped conditions."""
         inputs = dict(inputs)
         task = inputs.pop("task", None)
         batch_size = self._check_batch(inputs, task)
@@ -269,7 +269,7 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
         if model.training and self.args.source_dropout > 0:
             inputs["drop_source"] = draw_source_dropout(generators, self.args.source_dropout)
         if inputs.get("input_ids") is not None and inputs.get("labels") is None:
-            inputs["logits_to_keep"] = 1  # nobody reads the others
+            inputs["logits_to_keep"] = 1  # the other logits are not used
         output = model(**inputs, generator=generators, loss_config=self.args.loss_config)
         if output.loss is None:
             raise ValueError(
@@ -290,7 +290,7 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
         The loss of a batch, whose noise is the same at every evaluation, and logits and labels of answers.
 
         Raises:
-            ValueError: when more than the loss is wanted of a batch without answers.
+            ValueError: if logits are requested for a batch without text answers.
         """
         if not prediction_loss_only:
             check_predictable(inputs)
@@ -346,18 +346,19 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
         )
         if rows is None:
             raise ValueError(
-                f"A batch must bring `input_ids` or `mllm_hidden_states`, and `latents` to draw; got {sorted(inputs)}."
+                f"A batch must have `input_ids` or `mllm_hidden_states`, and `latents` to train generation; got "
+                f"{sorted(inputs)}."
             )
         if inputs.get("input_ids") is None and inputs.get("mllm_hidden_states") is None:
-            # The model would take the empty instruction's states, and train on that unseen.
-            raise ValueError(f"A batch must bring `input_ids` or `mllm_hidden_states`, got {sorted(inputs)}.")
+            # Otherwise the model would silently train with the states of the empty instruction.
+            raise ValueError(f"A batch must have `input_ids` or `mllm_hidden_states`, got {sorted(inputs)}.")
         if self.is_sharded and self.accelerator.num_processes > 1:
             route = sum(2**i for i, name in enumerate(ROUTE) if inputs.get(name) is not None)
             routes = self.accelerator.gather(torch.tensor([route], device=self.accelerator.device)).tolist()
             if len(set(routes)) > 1:
                 raise ValueError(
-                    "With sharded weights (FSDP, DeepSpeed) the processes must run the same parts of the model in "
-                    f"every step, but their batches bring different inputs (this one: {sorted(inputs)}). Use a batch "
+                    "With sharded weights (FSDP, DeepSpeed) the processes must run the same components in every "
+                    f"step, but their batches have different inputs (this one: {sorted(inputs)}). Use a batch "
                     "sampler that gives one task to all processes, or DDP."
                 )
         return find_batch_size(rows)
@@ -394,14 +395,14 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
     # --- moving average, previews -----------------------------------------------------------------------------------
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:
-        """The moving average begins where the schedule does: the model is in place and nothing is trained yet."""
+        """Create scheduler and moving average, when the model is ready and before the first step."""
         if self.args.ema_decay > 0:
             self.ema = EMAModel(self.trained_parameters().values(), decay=self.args.ema_decay)
         return super().create_scheduler(*args, **kwargs)
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """The moving average in place of the weights, where there is one."""
+        """Use the moving average instead of the weights during the block, if there is one."""
         if self.ema is None:
             yield
             return
@@ -414,7 +415,7 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
             self.ema.restore(parameters)
 
     def draw_previews(self) -> Path | None:
-        """Draw the previews with the weights of now into `output_dir/previews`, and show them to the loggers."""
+        """Generate the previews with the current weights into `output_dir/previews`, and log them."""
         pipeline = self.preview_pipeline.to(self.args.device)
         was_training = self.model.training
         self.model.eval()
@@ -431,9 +432,9 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Save every part of the model that is loaded, the moving average in place of the weights where there is one.
+        Save all loaded components, with the moving average instead of the weights if there is one.
 
-        Of the `lora` stage it is the matrices alone. A checkpoint holds what trains instead.
+        In the `lora` stage only the LoRA layers are saved. Checkpoints contain the trained weights only.
         """
         if not self._writing:
             with self.averaged_weights():
@@ -462,7 +463,7 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
         return str(Path(folder) / checkpoints.WRITING_FOLDER) if self._writing or self._ending else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the checkpoint under another name, and give it its own when it is complete."""
+        """Write the checkpoint to a temporary folder, and rename it when it is complete."""
         run_folder = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         writing = run_folder / checkpoints.WRITING_FOLDER
@@ -493,7 +494,7 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
         checkpoints.rotate(run_folder, self.args.save_total_limit, self._run_id, kept)
 
     def _finalize_training(self, trial: Any, *args: Any) -> TrainOutput:
-        """With `save_total_limit=1` and a best checkpoint the others go; transformers would ask not whose they are."""
+        """With `save_total_limit=1` and a best checkpoint, remove the other checkpoints of this run only."""
         self._ending = True
         try:
             output = super()._finalize_training(trial, *args)
@@ -503,7 +504,9 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
             seen = set(gather_object(sorted(self.meters[True].seen)))
             for name in self.args.training_stage.losses:
                 if self.args.loss_config.weight(name) > 0 and name not in seen:
-                    logger.warning("No batch allowed the %s loss, whose weight is positive: it was not trained.", name)
+                    logger.warning(
+                        "No batch allowed the %s loss, whose weight is positive: it was not minimised.", name
+                    )
         if self.args.should_save and self.state.best_model_checkpoint is not None and self.args.save_total_limit == 1:
             self._rotate(Path(self._get_output_dir(trial)))
         return output
@@ -545,10 +548,12 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
                     "or train with DDP."
                 )
         if args.training_stage.lora:
-            raise ValueError("The `lora` stage trains too little to shard: use DDP instead of FSDP and DeepSpeed.")
+            raise ValueError(
+                "The `lora` stage does not support FSDP and DeepSpeed, because it trains few weights: use DDP."
+            )
         if args.frozen_dtype != "float32":
             raise ValueError(
-                "`frozen_dtype` must be float32 with FSDP and DeepSpeed, which shard one format at a time."
+                "`frozen_dtype` must be float32 with FSDP and DeepSpeed, which need one dtype for all weights."
             )
 
     def _name_fsdp_blocks(self, model: nn.Module) -> None:

@@ -1,1 +1,1 @@
-"""Helpers without a subject of their own, which every other folder may import."""
+"""Helpers that every other folder may import: files, names, read limits, safe loading, locks between threads."""

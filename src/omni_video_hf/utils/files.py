@@ -1,9 +1,9 @@
 """
-Files that are complete or absent, and folders that may be removed because they are known to be written here.
+Atomic writing of files, workspaces, and locks between processes.
 
-Everything is written in a workspace: a hidden folder that holds a mark of this module and a lock. A file gets its name
-by one rename out of it. A workspace whose process was killed keeps its mark and loses its lock, so the next write to
-the same target finds it and removes it. Nothing else is ever removed, and nothing through a link.
+A file is written in a workspace: a hidden folder with a mark file of this module and a lock. One rename then moves the
+file to its final name. When a process is killed, its workspace keeps the mark and loses the lock, so that the next
+write to the same target finds and removes it. Nothing else is ever removed, and links are never followed.
 """
 
 import json
@@ -27,17 +27,17 @@ WRITER = "omni_video_hf"
 @contextmanager
 def complete_or_absent(path: str | Path) -> Iterator[Path]:
     """
-    A name to write under; the file gets its own name when the block ends well and it lies on the disk.
+    Yield a temporary path to write to; after the block the file is synced to disk and renamed to `path`.
 
-    The name to write under is new, in a folder that nobody else writes to, so that no planted link is followed. A link
-    at `path` itself is replaced by the file; what it leads to stays as it is.
+    If the block raises, `path` is not touched. The temporary path is new and in a folder of this process, so that no
+    link is followed. If `path` is a link, the link is replaced, and its target is not changed.
 
     Args:
-        path: of the file; its folder is made if need be.
+        path: final path of the file; its folder is created if it does not exist.
     """
     path = Path(path)
     around = next((parent for parent in path.absolute().parents if parent.name.endswith(WORKSPACE_SUFFIX)), None)
-    if around is not None and read_mark(around) is not None:  # nobody sees it before the workspace is moved
+    if around is not None and read_mark(around) is not None:  # not visible before the workspace is moved
         path.unlink(missing_ok=True)
         yield path
         path.chmod((around / MARK).stat().st_mode)
@@ -45,13 +45,13 @@ def complete_or_absent(path: str | Path) -> Iterator[Path]:
     with workspace(path) as folder:
         partial = folder / path.name
         yield partial
-        partial.chmod((folder / MARK).stat().st_mode)  # safetensors writes files that nobody else may read
+        partial.chmod((folder / MARK).stat().st_mode)  # safetensors writes files that only their owner can read
         sync_file(partial)
         partial.replace(path)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file of UTF-8 that comes to its name when it is complete; one that is there with this text stays."""
+    """Write a UTF-8 file atomically; a file that already contains this text is not touched."""
     path = Path(path)
     if path.is_file() and not path.is_symlink() and path.read_bytes() == text.encode():
         return
@@ -60,24 +60,24 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write a JSON file, complete or not at all."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name in an index leads down from where the index lies: relative, and nowhere up."""
+    """Whether a file name in an index is a relative path without `..`, below the folder of the index."""
     parts = name.replace("\\", "/").split("/")
     return not Path(name).is_absolute() and not PureWindowsPath(name).drive and not {"", ".", ".."} & set(parts)
 
 
 def visible_files(directory: Path, name: str) -> list[Path]:
-    """Files of a name, or pattern, at any depth, none of them in a hidden folder."""
+    """Files that match a name or pattern at any depth, except in hidden folders."""
     found = sorted(directory.rglob(name))
     return [path for path in found if not any(part[0] == "." for part in path.relative_to(directory).parts[:-1])]
 
 
 def sync_file(path: Path) -> None:
-    """Wait until a file's bytes lie on the disk."""
+    """Wait until the content of a file is on the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
@@ -88,11 +88,13 @@ def sync_file(path: Path) -> None:
 @contextmanager
 def workspace(target: str | Path, parent: str | Path | None = None) -> Iterator[Path]:
     """
-    A new hidden folder to write in, removed when the block ends; those that killed processes left go first.
+    Create a hidden folder to write in and remove it after the block.
+
+    Workspaces for the same target that killed processes left are removed first.
 
     Args:
-        target: what is to be written; the folder's name says so.
-        parent: where the folder lies, by default beside `target`; made if need be.
+        target: file or folder that will be written; the name of the workspace is derived from it.
+        parent: folder of the workspace, by default that of `target`; created if it does not exist.
     """
     target = Path(target)
     parent = target.parent if parent is None else Path(parent)
@@ -111,10 +113,10 @@ def workspace(target: str | Path, parent: str | Path | None = None) -> Iterator[
 
 
 def remove_abandoned(target: str | Path | None, parent: str | Path) -> None:
-    """Remove the workspaces for `target`, or for anything, in a folder whose processes were killed."""
+    """Remove the workspaces of killed processes in `parent`, for `target`, or for any target if it is `None`."""
     for folder in workspaces(target, parent):
         with unlocked(folder) as is_free:
-            # One with a list of files is moving them, see `hub.staging`.
+            # A mark with a list of files belongs to a save that is moving them, see `hub.staging`.
             is_left = is_free and "files" not in (read_mark(folder) or ())
             if is_left:
                 empty(folder)
@@ -123,22 +125,22 @@ def remove_abandoned(target: str | Path | None, parent: str | Path) -> None:
 
 
 def workspaces(target: str | Path | None, parent: str | Path) -> list[Path]:
-    """Workspaces for `target`, or for anything, in a folder; in use or left by killed processes."""
+    """All workspaces in `parent`, in use or left by killed processes, for `target`, or for any target if `None`."""
     name, parent = None if target is None else Path(target).name, Path(parent)
     prefix = "." if target is None else _prefix(Path(target))
     found = []
     for folder in sorted(parent.iterdir()) if parent.is_dir() else []:
         if folder.name.startswith(prefix) and folder.name.endswith(WORKSPACE_SUFFIX):
             mark = read_mark(folder)
-            if (mark is None and _has_just_begun(folder)) or (mark is not None and name in (None, mark["target"])):
+            if (mark is None and _killed_before_mark(folder)) or (mark is not None and name in (None, mark["target"])):
                 found.append(folder)
     return found
 
 
 @contextmanager
 def unlocked(folder: Path) -> Iterator[bool]:
-    """Whether the process that made a workspace has ended; if so, nobody else takes it within the block."""
-    has_just_begun = _has_just_begun(folder)  # the lock changes the folder's time
+    """Yield whether the process of a workspace has ended; if so, the block holds the workspace's lock."""
+    was_killed_before_mark = _killed_before_mark(folder)  # the lock changes the folder's time
     try:
         lock = WeakFileLock(folder / LOCK, timeout=0.05)
         lock.__enter__()
@@ -146,13 +148,13 @@ def unlocked(folder: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        yield read_mark(folder) is not None or has_just_begun
+        yield read_mark(folder) is not None or was_killed_before_mark
     finally:
         lock.__exit__(None, None, None)
 
 
 def read_mark(folder: Path) -> dict[str, Any] | None:
-    """What a workspace says of itself; `None` for any other folder, and for a link to one."""
+    """Content of the mark file of a workspace; `None` for any other folder, and for a link."""
     path = folder / MARK
     if folder.is_symlink() or path.is_symlink() or not path.is_file() or (folder / LOCK).is_symlink():
         return None
@@ -164,15 +166,15 @@ def read_mark(folder: Path) -> dict[str, Any] | None:
     return mark if is_ours else None
 
 
-def _has_just_begun(folder: Path) -> bool:
-    """Whether a process was killed before it marked a workspace, which takes far less than a minute."""
+def _killed_before_mark(folder: Path) -> bool:
+    """Whether a process was killed before it marked its workspace: no mark, and older than a minute."""
     if folder.is_symlink() or not folder.is_dir() or time.time() - folder.stat().st_mtime < 60:
         return False
     return all(path.name in (LOCK, f"{MARK}.new") for path in folder.iterdir())
 
 
 def write_mark(folder: Path, content: dict[str, Any]) -> None:
-    """Replace what a workspace says of itself."""
+    """Replace the content of the mark file of a workspace."""
     new = folder / f"{MARK}.new"
     new.write_text(json.dumps({"written_by": WRITER, **content}), encoding="utf-8")
     if "files" in content:
@@ -181,12 +183,12 @@ def write_mark(folder: Path, content: dict[str, Any]) -> None:
 
 
 def _prefix(target: Path) -> str:
-    """Beginning of the names of a target's workspaces; short enough for any file system."""
+    """Prefix of the names of a target's workspaces; short enough for any file system."""
     return f".{target.name.encode()[:100].decode(errors='ignore')}."
 
 
 def empty(folder: Path) -> None:
-    """Remove what is in a workspace whose lock is held; its mark goes last, so that the next write finds a rest."""
+    """Empty a workspace whose lock is held. The mark is removed last, so that a later write finds what is left."""
     for path in folder.iterdir():
         if path.name not in (MARK, LOCK):
             remove_entry(path)
@@ -194,14 +196,14 @@ def empty(folder: Path) -> None:
 
 
 def remove_empty(folder: Path) -> None:
-    """Remove an emptied workspace, whose lock nobody holds any more."""
-    with suppress(OSError):  # another process removes it, too, or a reader on Windows has a file of it open
+    """Remove an emptied workspace after its lock was released."""
+    with suppress(OSError):  # another process may remove it too, or a reader on Windows may have a file open
         (folder / LOCK).unlink(missing_ok=True)
         folder.rmdir()
 
 
 def remove_entry(path: Path) -> None:
-    """Remove a file, a folder or a link; of a link only the link itself."""
+    """Remove a file, a folder or a link; the target of a link is not touched."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -214,17 +216,19 @@ def remove_entry(path: Path) -> None:
 @contextmanager
 def only_writer(lock_file: Path, message: str) -> Iterator[None]:
     """
-    Hold a lock file, or refuse; the lock goes with the process that holds it.
+    Hold the lock of a file during the block. The lock is released when the process ends, also when it is killed.
 
     Args:
-        lock_file: an empty file; made if need be, and never written to.
-        message: of the error when another process holds it.
+        lock_file: an empty file; created if it does not exist, and never written to.
+        message: message of the error when another process holds the lock.
 
     Raises:
-        ValueError: when another process holds the lock, or the file is a link or has contents.
+        ValueError: if another process holds the lock, or if the file is a link or has content.
     """
     if lock_file.is_symlink() or (lock_file.exists() and (not lock_file.is_file() or lock_file.stat().st_size)):
-        raise ValueError(f"{lock_file}: is in the place of a lock file, but no lock file: move it away.")
+        raise ValueError(
+            f"{lock_file}: a lock file of this name is needed, but this is a link or has content: move it away."
+        )
     try:
         lock = WeakFileLock(lock_file, timeout=0.1)
         lock.__enter__()

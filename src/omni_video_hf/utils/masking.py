@@ -1,4 +1,4 @@
-"""Keeps access tokens of the Hub out of everything that is printed, logged or written about a call."""
+"""Masking of Hub access tokens in printed, logged and written text."""
 
 import logging
 import re
@@ -15,10 +15,11 @@ def mask_tokens(text: str) -> str:
 
 def clean_token(token: str | None) -> str | None:
     """
-    A token without the white space around it, such as the line end of the file that it was read from.
+    Strip white space around a token, such as the line end of the file that contained it.
 
     Raises:
-        ValueError: for a token with white space or other characters that no HTTP header takes. It is not repeated.
+        ValueError: for a token with white space or other characters that are not allowed in an HTTP header. The
+            message does not contain the token.
     """
     if token is None:
         return None
@@ -32,13 +33,13 @@ def clean_token(token: str | None) -> str | None:
 
 
 class MaskedStream:
-    """A text stream that masks access tokens in what is written to it, line by line or in one piece."""
+    """A text stream that masks access tokens in everything written to it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write `text` masked; returns its own length, as callers expect."""
+        """Write `text` with tokens masked; return the length of `text`, as `write` of a stream does."""
         self._stream.write(mask_tokens(text))
         return len(text)
 
@@ -65,7 +66,7 @@ class MaskingFilter(logging.Filter):
 
 
 def mask_logging() -> None:
-    """Put the filter on every handler of every logger there is."""
+    """Add the filter to every handler of every existing logger."""
     loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
     for logger in loggers:
         for handler in getattr(logger, "handlers", ()):

@@ -1,4 +1,4 @@
-"""Small questions about torch modules and configurations."""
+"""Helpers for torch modules and configurations: find LoRA layers, set the dtype of nested configurations."""
 
 import torch
 from torch import nn
@@ -6,16 +6,15 @@ from transformers import PreTrainedConfig
 
 
 def has_lora(module: nn.Module) -> bool:
-    """Whether any layer of a module carries a LoRA adapter of peft."""
+    """Whether a layer of the module has a LoRA adapter of peft."""
     return any(hasattr(child, "base_layer") and hasattr(child, "lora_A") for child in module.modules())
 
 
 def set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
     """
-    Set `dtype` on a configuration and on all configurations nested in it.
+    Set `dtype` on a configuration and on all nested configurations.
 
-    transformers sets it on the configurations directly inside ours only; deeper ones would go on naming the dtype that
-    their checkpoint was stored in.
+    transformers sets it one level deep only; deeper configurations would keep the dtype of their checkpoint.
     """
     config.dtype = dtype
     for name in config.sub_configs:

@@ -1,4 +1,4 @@
-"""Names that users write, checked in one way."""
+"""Check of names that users write: unknown names are refused with the nearest known one."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -6,13 +6,15 @@ from difflib import get_close_matches
 
 def check_known(where: str, given: Iterable[str], known: Iterable[str]) -> None:
     """
-    Refuse names that nothing knows.
+    Refuse unknown names.
 
     Args:
-        where: the argument or file to name in the error.
+        where: argument or file that the error names.
+        given: names to check.
+        known: allowed names.
 
     Raises:
-        ValueError: with every unknown name and its nearest known one.
+        ValueError: for unknown names; the message lists each with its nearest known name.
     """
     known = list(known)
     unknown = [name for name in given if name not in known]

@@ -1,9 +1,8 @@
 """
-What reading one file may cost: one budget for all readers of images, videos, checkpoints, LoRA files, chat templates.
+The read budget: limits of memory and time for reading images, videos, checkpoints, LoRA files and chat templates.
 
-A file of a few hundred bytes can ask for gigabytes or hours. Every reader compares what a file asks for with the
-budget before it does the work, or while it works where nothing tells in advance, and refuses the file with the
-limit's name.
+A file of a few hundred bytes can require gigabytes of memory or hours of work. Every reader checks the limits before
+it does the work, or during the work if the cost is not known before. The error names the limit.
 """
 
 import os
@@ -15,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-VARIABLE = "OMNI_VIDEO_READ_{name}"  # of the environment, such as OMNI_VIDEO_READ_MAX_PIXELS
+VARIABLE = "OMNI_VIDEO_READ_{name}"  # environment variable of a limit, such as OMNI_VIDEO_READ_MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -24,15 +23,15 @@ class ReadBudget:
     Limits for reading one file.
 
     Args:
-        max_bytes: bytes of memory that the frames of a video or a tensor may take, and bytes of a download.
+        max_bytes: bytes of memory for the frames of a video or for a tensor, and bytes of a download.
         max_pixels: pixels of one image or of one frame of a video.
-        max_seconds: seconds of one pass over a video file.
-        max_steps: nodes of a pickle that are named more than once, lines that a chat template runs, steps of a regular
-            expression in a LoRA file.
+        max_seconds: seconds for one pass over a video file, or for rendering a chat template.
+        max_steps: entries of a pickle that refers to the same values several times, lines that a chat template runs,
+            steps of a regular expression in a LoRA file.
     """
 
     max_bytes: int = 2**33  # 8 GiB: 46 seconds of 1920x1080 at 30 frames per second
-    max_pixels: int = 2**27  # 134 million: 15360x8640; the largest phones take 108 million
+    max_pixels: int = 2**27  # 134 million: 15360x8640; photos of phones have up to 108 million
     max_seconds: float = 300.0
     max_steps: int = 1_000_000
 
@@ -48,10 +47,10 @@ _chosen: ContextVar[ReadBudget | None] = ContextVar("read_budget", default=None)
 
 def current_budget() -> ReadBudget:
     """
-    The budget of this thread: that of the innermost [`read_budget`], else of the environment, else the defaults.
+    The budget of this thread: the innermost [`read_budget`], else the environment variables, else the defaults.
 
     Raises:
-        ValueError: for an environment variable that is no positive number.
+        ValueError: for an environment variable that is not a positive number.
     """
     return _chosen.get() or _of_environment()
 
@@ -59,17 +58,17 @@ def current_budget() -> ReadBudget:
 @contextmanager
 def read_budget(**limits: float) -> Iterator[ReadBudget]:
     """
-    Read with other limits inside a `with` block: `with read_budget(max_pixels=500_000_000): load_image(path)`.
+    Change the read limits within a `with` block: `with read_budget(max_pixels=500_000_000): load_image(path)`.
 
     Args:
-        limits: arguments of [`ReadBudget`]; the others stay as they are.
+        limits: arguments of [`ReadBudget`]; other limits do not change.
 
     Raises:
-        ValueError: for an unknown limit, or one that is no positive number.
+        ValueError: for an unknown limit, or a value that is not a positive number.
     """
     known = [entry.name for entry in fields(ReadBudget)]
     if unknown := sorted(limits.keys() - set(known)):
-        raise ValueError(f"Unknown limit {', '.join(unknown)}; known are {', '.join(known)}.")
+        raise ValueError(f"Unknown read limit {', '.join(unknown)}; allowed are {', '.join(known)}.")
     token = _chosen.set(replace(current_budget(), **limits))
     try:
         yield current_budget()
@@ -78,7 +77,7 @@ def read_budget(**limits: float) -> Iterator[ReadBudget]:
 
 
 def how_to_raise(name: str) -> str:
-    """One sentence that says how to raise a limit of the budget."""
+    """A sentence for error messages that explains how to raise a limit of the budget."""
     variable = VARIABLE.format(name=name.upper())
     return (
         f"If you trust the file, raise the limit: `with read_budget({name}=...)` (`from omni_video_hf import "
@@ -103,17 +102,17 @@ def _of_environment() -> ReadBudget:
 
 class Stopwatch:
     """
-    Counts the seconds that a reader works, without those in which its caller uses what was read.
+    Measures the seconds that a reader works, without the time in which the caller uses the results.
 
     Args:
-        overrun: makes the error out of one sentence that says what happened and what to do.
+        overrun: creates the error from a sentence that says what happened and what to do.
     """
 
     def __init__(self, overrun: Callable[[str], Exception]) -> None:
         self.limit, self.used, self.overrun = current_budget().max_seconds, 0.0, overrun
 
     def call(self, function: Callable[..., T], *args: Any) -> T:
-        """Call a function on the watch."""
+        """Call a function and count its time."""
         start = time.monotonic()
         try:
             return function(*args)
@@ -122,14 +121,14 @@ class Stopwatch:
             self._check()
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
-        """Go through `items` on the watch."""
+        """Iterate over `items` and count the time that each one takes to be produced."""
         end = object()
         iterator = iter(items)
         while (item := self.call(next, iterator, end)) is not end:
             yield item  # type: ignore[misc]
 
     def overrun_error(self) -> Exception:
-        """The error for a file that takes too long."""
+        """The error for a file whose reading takes too long."""
         return self.overrun(f"reading takes longer than {self.limit:g} seconds. {how_to_raise('max_seconds')}")
 
     def _check(self) -> None:

@@ -1,13 +1,13 @@
 """
-Reads tensors out of torch and pickle files without running anything that is in them.
+Safe loading of torch and pickle files: `load_checkpoint` reads tensors and plain values and runs no code of the file.
 
-Archives of today's `torch.save` go through torch's own weights-only loader, memory-mapped. Everything older, and plain
-pickles of tensors, whose bytes are themselves a nested torch stream, goes through an unpickler that can build
-containers, numbers, strings and tensors, and nothing else.
+Archives of a current `torch.save` are read by torch's weights-only loader, memory-mapped. Older files, and plain
+pickles of tensors, whose bytes contain a nested torch stream, are read by an unpickler that can only create
+containers, numbers, strings and tensors.
 
-A small file can also ask for endless work: lists that name the one before ten times, forty deep, have 10^40 entries
-for whoever walks through them. The pickle of an archive is therefore gone through before torch runs it, and every
-result is measured against the read budget.
+A small file can also cause endless work: if each of 40 nested lists contains the next one ten times, a walk through
+them visits 10^40 entries. The pickle of an archive is therefore checked before torch runs it, and every result is
+checked against the read budget.
 """
 
 import io
@@ -27,7 +27,7 @@ from .read_budget import current_budget, how_to_raise
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
-MAX_NESTING = 2  # a pickled tensor holds one torch stream, which holds none
+MAX_NESTING = 2  # a pickled tensor contains one torch stream, which contains no other
 
 STORAGE_TYPES = {
     "DoubleStorage": torch.float64,
@@ -41,37 +41,37 @@ STORAGE_TYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-# Opcodes that make objects of classes, or look code up in registries; tensors need none of them.
+# Opcodes that create objects of classes, or look up code in registries; tensors need none of them.
 PLAIN_KEYS = (str, bytes, int, float, bool, type(None))
-MAX_INTEGER_KEY = 2**48  # larger than any address; larger integers can be made to collide in a dict by the million
+MAX_INTEGER_KEY = 2**48  # larger than any address; a file can contain millions of larger integers whose hashes collide
 HASHING = {("builtins", "set"), ("builtins", "frozenset"), ("collections", "Counter"), ("collections", "OrderedDict")}
 REFUSED_OPCODES = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 
 
 class UnsafeCheckpointError(ValueError):
-    """A file asks for code to be run; nothing of it was."""
+    """The file refers to code to be run. None of it was run."""
 
 
 class CorruptCheckpointError(ValueError):
-    """A file is not what it should be: missing, empty, cut short or of another kind."""
+    """The file is missing, empty, truncated, damaged, or not a torch or pickle file."""
 
 
 def load_checkpoint(path: str | Path) -> Any:
     """
-    Tensors and plain values of a `.pt`, `.pth`, `.bin` or `.pkl` file, told apart by content.
+    Load tensors and plain values from a `.pt`, `.pth`, `.bin` or `.pkl` file. Its content determines the format.
 
-    Tensors are memory-mapped where the format allows it: nothing is read before it is used.
+    Tensors are memory-mapped if the format allows it, so that bytes are read when they are used.
 
     Args:
         path: the file.
 
     Returns:
-        What was saved: nested dicts, lists and tuples of tensors, numbers and strings.
+        The saved value: nested dicts, lists and tuples of tensors, numbers and strings.
 
     Raises:
-        UnsafeCheckpointError: the file asks for anything but tensors and plain values. Nothing in it has run.
-        CorruptCheckpointError: missing, empty, truncated, or not such a file; or one that, by naming things many
-            times, asks for more than the read budget allows.
+        UnsafeCheckpointError: for a file that needs anything but tensors and plain values. No code of it was run.
+        CorruptCheckpointError: for a file that is missing, empty, truncated, of another format, or larger when loaded
+            than the read budget allows.
     """
     path = Path(path)
     if not path.is_file():
@@ -84,13 +84,13 @@ def load_checkpoint(path: str | Path) -> Any:
             raise CorruptCheckpointError(f"{path}: is a Git LFS pointer, not the file itself. Run `git lfs pull`.")
         if head.startswith(b"PK\x03\x04"):
             return _checked_tree(path, _load_archive(path))
-        # A private mapping: writable for torch, and the file on disk never changes.
+        # A private mapping is writable, as torch requires, and never changes the file.
         buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
     try:
         value = _with_tensors(_load_stream(buffer, _Allowance(MAX_NESTING * len(buffer))), {})
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f"{path}: {error} Nothing in it was run.") from None
-    except Exception as error:  # hostile bytes raise anything, MemoryError and RecursionError included
+    except Exception as error:  # malicious bytes can raise any error, also MemoryError and RecursionError
         raise CorruptCheckpointError(
             f"{path}: not a readable torch or pickle file ({type(error).__name__}: {error}). Download it again."
         ) from error
@@ -98,15 +98,15 @@ def load_checkpoint(path: str | Path) -> Any:
 
 
 def _checked_tree(path: Path, value: Any) -> Any:
-    """The value, unless walking through it takes more than the read budget allows, or a tensor more memory."""
+    """Return the value if its entries and its tensors are within the read budget."""
     budget, size = current_budget(), path.stat().st_size
     try:
         nodes, largest = _measure(value, {})
     except (RecursionError, ValueError) as error:
-        raise CorruptCheckpointError(f"{path}: is nested without end ({error}).") from None
-    if nodes > max(budget.max_steps, size):  # without anything named twice, every node has a byte of its own
+        raise CorruptCheckpointError(f"{path}: its values are nested without end ({error}).") from None
+    if nodes > max(budget.max_steps, size):  # without repetitions, every node takes at least one byte of the file
         raise CorruptCheckpointError(
-            f"{path}: its {size:,} bytes name the same values so often that they have more than "
+            f"{path}: its {size:,} bytes repeat the same values so often that they have more than "
             f"{budget.max_steps:,} entries. {how_to_raise('max_steps')}"
         )
     if largest > max(budget.max_bytes, size):
@@ -118,7 +118,7 @@ def _checked_tree(path: Path, value: Any) -> Any:
 
 
 def _measure(value: Any, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
-    """Number of nodes of `value` as a tree, and bytes of its largest tensor; every object is looked at once."""
+    """Number of nodes of `value` as a tree, and bytes of its largest tensor; every object is visited once."""
     if isinstance(value, torch.Tensor):
         return 1, value.numel() * value.element_size()
     if not isinstance(value, (dict, list, tuple)):
@@ -130,17 +130,17 @@ def _measure(value: Any, known: dict[int, tuple[int, int] | None]) -> tuple[int,
         known[id(value)] = nodes, max((largest for _, largest in children), default=0)
     measured = known[id(value)]
     if measured is None:
-        raise ValueError("a container holds itself")
+        raise ValueError("a container contains itself")
     return measured
 
 
 def _load_archive(path: Path) -> Any:
-    """A zip archive of `torch.save`, by torch's weights-only loader."""
+    """Load a zip archive of `torch.save` with torch's weights-only loader."""
     try:
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise UnsafeCheckpointError("holds TorchScript code; only tensors are read.")
-            _rehearse(path, archive)
+                raise UnsafeCheckpointError("contains TorchScript code; only tensors are read.")
+            _dry_run(path, archive)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f"{path}: {error} Nothing in it was run.") from None
@@ -148,19 +148,19 @@ def _load_archive(path: Path) -> Any:
         reason = str(error).split("\n\n")[-1].split("\n")[0]
         if "GLOBAL" in str(error) or "global" in str(error):
             raise UnsafeCheckpointError(
-                f"{path}: asks for something other than tensors ({_named_global(str(error))}). Nothing in it was run."
+                f"{path}: refers to something other than tensors ({_named_global(str(error))}). Nothing in it was run."
             ) from None
         raise CorruptCheckpointError(f"{path}: not a readable torch archive ({reason}).") from error
-    except Exception as error:  # hostile bytes raise anything
+    except Exception as error:  # malicious bytes can raise any error
         reason = str(error).split("\n")[0]
         raise CorruptCheckpointError(
             f"{path}: not a readable torch archive ({type(error).__name__}: {reason}). Download it again."
         ) from error
 
 
-def _rehearse(path: Path, archive: zipfile.ZipFile) -> None:
+def _dry_run(path: Path, archive: zipfile.ZipFile) -> None:
     """
-    Go through the archive's pickle without making anything of it.
+    Go through the pickle of an archive without creating any object of it.
 
     Raises:
         ValueError: for compressed or overlapping records, which `torch.save` never writes, and for keys whose hash
@@ -168,7 +168,7 @@ def _rehearse(path: Path, archive: zipfile.ZipFile) -> None:
     """
     records = archive.infolist()
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise ValueError("holds compressed records, which `torch.save` never writes")
+        raise ValueError("contains compressed records, which `torch.save` never writes")
     if sum(record.file_size for record in records) > path.stat().st_size:
         raise ValueError("its records overlap")
     with path.open("rb") as file:
@@ -177,11 +177,11 @@ def _rehearse(path: Path, archive: zipfile.ZipFile) -> None:
                 file.seek(record.header_offset + 26)
                 name_length, extra_length = struct.unpack("<HH", file.read(4))
                 file.seek(name_length + extra_length, io.SEEK_CUR)
-                _Rehearsal(io.BytesIO(file.read(record.file_size))).load()
+                _DryRun(io.BytesIO(file.read(record.file_size))).load()
 
 
 def _named_global(message: str) -> str:
-    """The name of what torch refused, out of its long message."""
+    """The name of the class or function that torch refused, from its long message."""
     words = [word for word in message.replace("`", " ").split() if "." in word and word[0].isalpha()]
     return next((word.strip(".,") for word in words if not word.startswith("torch.load")), "an unknown global")
 
@@ -190,16 +190,16 @@ def _named_global(message: str) -> str:
 
 
 class _Frozen:
-    """What a pickle gets to hold. A pickle can set attributes on everything it names; not on these."""
+    """Base class of the objects that a pickle can create here. A pickle cannot set attributes on them."""
 
     __slots__ = ()
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise UnsafeCheckpointError(f"sets the attribute {name!r} of a {_plainly(self)}.")
+        raise UnsafeCheckpointError(f"sets the attribute {name!r} of a {_type_name(self)}.")
 
 
 class _Storage(_Frozen):
-    """The flat memory that tensors are views of, once it is found in the file."""
+    """The flat memory of tensors; `memory` is set once it is found in the file."""
 
     __slots__ = ("dtype", "memory", "numel")
 
@@ -209,7 +209,7 @@ class _Storage(_Frozen):
 
 
 class _Tensor(_Frozen):
-    """A view of a storage, every number checked before torch sees it."""
+    """A view of a storage, whose numbers are checked before torch gets them."""
 
     __slots__ = ("offset", "size", "storage", "stride")
 
@@ -223,7 +223,7 @@ class _Tensor(_Frozen):
             object.__setattr__(self, name, value)
 
     def build(self) -> torch.Tensor:
-        """The tensor, sharing memory with the file."""
+        """Create the tensor, which shares memory with the file."""
         storage, size, stride = self.storage, self.size, self.stride
         if storage.memory is None:
             raise ValueError("a tensor has no storage")
@@ -237,7 +237,7 @@ class _Tensor(_Frozen):
 
 
 class _Function(_Frozen):
-    """A function a pickle may call."""
+    """A function that a pickle may call."""
 
     __slots__ = ("call",)
 
@@ -248,18 +248,18 @@ class _Function(_Frozen):
         return self.call(*args)
 
 
-def _plainly(value: _Frozen) -> str:
+def _type_name(value: _Frozen) -> str:
     return type(value).__name__.lstrip("_").lower()
 
 
 def _with_tensors(value: Any, built: dict[int, Any]) -> Any:
-    """`value` with real tensors in the places of [`_Tensor`]; what it names twice is built once and stays shared."""
+    """Replace every [`_Tensor`] in `value` by a torch tensor; an object that occurs twice is created once."""
     if isinstance(value, _Frozen) and not isinstance(value, _Tensor):
-        raise UnsafeCheckpointError(f"holds a bare {_plainly(value)}.")
+        raise UnsafeCheckpointError(f"contains a bare {_type_name(value)}.")
     if not isinstance(value, (_Tensor, dict, list, tuple)):
         return value
     if id(value) not in built:
-        built[id(value)] = _Tensor  # stands for a container that is not complete
+        built[id(value)] = _Tensor  # marks a container that is not complete
         if isinstance(value, _Tensor):
             built[id(value)] = value.build()
         elif isinstance(value, dict):
@@ -267,24 +267,24 @@ def _with_tensors(value: Any, built: dict[int, Any]) -> Any:
         else:
             built[id(value)] = type(value)([_with_tensors(entry, built) for entry in value])
     if built[id(value)] is _Tensor:
-        raise ValueError("a container holds itself")
+        raise ValueError("a container contains itself")
     return built[id(value)]
 
 
 def _check_keys(keys: Iterable[Any]) -> None:
     """
-    Refuse keys that are not plain.
+    Refuse keys that are not plain values.
 
-    The hash of a tuple walks through all that is in it, in one call that nothing can interrupt.
+    The hash of a nested tuple visits all its entries in one call that cannot be interrupted.
     """
     for key in keys:
         for part in key if isinstance(key, tuple) else (key,):
             if not isinstance(part, PLAIN_KEYS) or (isinstance(part, int) and abs(part) > MAX_INTEGER_KEY):
-                raise ValueError(f"a key is a {type(key).__name__} that is no plain value")
+                raise ValueError(f"a key is a {type(key).__name__} that is not a plain value")
 
 
-class _GuardedUnpickler(pickle._Unpickler):  # the one in C cannot be told to look at keys before it hashes them
-    """Python's own unpickler, for containers with plain keys."""
+class _GuardedUnpickler(pickle._Unpickler):  # the unpickler in C has no hook before it hashes keys
+    """The unpickler in Python, restricted to containers with plain keys."""
 
     dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
 
@@ -316,7 +316,7 @@ class _GuardedUnpickler(pickle._Unpickler):  # the one in C cannot be told to lo
 
 
 class _Unpickler(_GuardedUnpickler):
-    """Builds containers, numbers, strings and tensors; refuses every other name."""
+    """Creates containers, numbers, strings and tensors; refuses every other class and function."""
 
     def __init__(
         self, file: io.BytesIO, allowance: "_Allowance", nesting: int, storages: dict[str, _Storage] | None = None
@@ -335,7 +335,7 @@ class _Unpickler(_GuardedUnpickler):
             return self.known[module, name]
         if module == "torch" and name in STORAGE_TYPES:
             return _Storage(STORAGE_TYPES[name], -1)  # stands for the type in the persistent id that follows
-        raise UnsafeCheckpointError(f"asks for {module}.{name}; only tensors and plain values are read.")
+        raise UnsafeCheckpointError(f"refers to {module}.{name}; only tensors and plain values are read.")
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, storage_type, key, _, numel, view = pid
@@ -347,14 +347,14 @@ class _Unpickler(_GuardedUnpickler):
 
 
 def _ordered_dict(*pairs: Any) -> OrderedDict:
-    """An `OrderedDict`, of whose keys the hash is cheap."""
+    """Create an `OrderedDict` after checking its keys."""
     for entries in pairs:
         _check_keys(entries if isinstance(entries, dict) else [key for key, _ in entries])
     return OrderedDict(*pairs)
 
 
 class _Anything:
-    """Stands in a rehearsal for everything that is neither a container nor a plain value."""
+    """Placeholder for every object that is neither a container nor a plain value, see [`_DryRun`]."""
 
     def __init__(self, name: tuple[str, str] | None = None) -> None:
         self.name = name
@@ -365,21 +365,21 @@ class _Anything:
         if self.name in HASHING and args:
             _check_keys(args[0])
         if self.name == ("builtins", "bytearray") and args and isinstance(args[0], int):
-            raise ValueError("asks for an empty array of bytes")
+            raise ValueError("allocates an empty array of bytes")
         return _Anything()
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
 
     def append(self, value: Any) -> None:
-        """Take a value in, as a list does."""
+        """Ignore a value, with the interface of a list."""
 
     def add(self, value: Any) -> None:
-        """Take a value in, as a set does."""
+        """Ignore a value, with the interface of a set."""
 
 
-class _Rehearsal(_GuardedUnpickler):
-    """Goes through a pickle of any classes; none of them is looked up."""
+class _DryRun(_GuardedUnpickler):
+    """Goes through a pickle of any classes without importing one of them."""
 
     dispatch: ClassVar = dict(_GuardedUnpickler.dispatch)
 
@@ -393,7 +393,7 @@ class _Rehearsal(_GuardedUnpickler):
         raise ValueError(f"refers to the registered extension {code}")
 
     def _load_object(self) -> None:
-        """INST and OBJ: everything down to the mark becomes an object."""
+        """Opcodes INST and OBJ: replace everything down to the mark by one placeholder."""
         self.pop_mark()
         self.append(_Anything())
 
@@ -420,20 +420,20 @@ class _Rehearsal(_GuardedUnpickler):
 
 
 class _Allowance:
-    """Bytes that nested streams may take together: a file holds each once, but can name it as often as it likes."""
+    """Limit of the bytes of all nested streams: a file contains each once, but can refer to it many times."""
 
     def __init__(self, left: int) -> None:
         self.left = left
 
     def take(self, number: int) -> None:
-        """Use up `number` bytes; a `ValueError` when they are not left."""
+        """Subtract `number` bytes; raise a `ValueError` if fewer are left."""
         self.left -= number
         if self.left < 0:
-            raise ValueError("the same tensor's stream is named too often")
+            raise ValueError("the stream of a tensor is used too often")
 
 
 def _load_stream(buffer: memoryview, allowance: _Allowance, nesting: int = 0) -> Any:
-    """One pickle, or a legacy torch stream: magic number, protocol, system, object, keys, then the storages' bytes."""
+    """Load one pickle or legacy torch stream: magic number, protocol, system, object, keys, bytes of the storages."""
     if nesting > MAX_NESTING:
         raise ValueError("streams are nested too deep")
     first, position = _unpickle(buffer, 0, allowance, nesting)
@@ -471,7 +471,7 @@ def _unpickle(
     nesting: int,
     storages: dict[str, _Storage] | None = None,
 ) -> tuple[Any, int]:
-    """The object of the pickle at `position`, and where it ends. Its opcodes are looked at before any is run."""
+    """The object of the pickle at `position`, and the end of the pickle. All opcodes are checked before any is run."""
     end = position + _checked_length(_Reader(buffer[position:]))
     value = _Unpickler(io.BytesIO(buffer[position:end]), allowance, nesting, storages).load()
     return value, end
@@ -504,7 +504,7 @@ def _checked_length(reader: _Reader) -> int:
     """Length of the pickle in `reader`, whose opcodes must be harmless."""
     for opcode, argument, _ in pickletools.genops(reader):
         if opcode.name in REFUSED_OPCODES:
-            raise UnsafeCheckpointError(f"uses the pickle opcode {opcode.name}, which makes objects.")
+            raise UnsafeCheckpointError(f"uses the pickle opcode {opcode.name}, which creates objects.")
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET") and int(argument) > len(
             reader.buffer
         ):
@@ -515,11 +515,11 @@ def _checked_length(reader: _Reader) -> int:
 def _load_storage(data: Any, allowance: _Allowance, nesting: int) -> _Storage:
     """The storage in the torch stream of a pickled tensor."""
     if not isinstance(data, (bytes, bytearray)):
-        raise ValueError("a tensor's stream is not bytes")
+        raise ValueError("the stream of a tensor is not bytes")
     allowance.take(len(data))
     storage = _load_stream(memoryview(bytearray(data)), allowance, nesting)
     if not isinstance(storage, _Storage) or storage.memory is None:
-        raise ValueError("a tensor's stream does not hold a storage")
+        raise ValueError("the stream of a tensor does not contain a storage")
     return storage
 
 

@@ -1,10 +1,10 @@
 """
-What keeps calls of different threads apart: turns on the components they share, and random numbers of their own.
+Thread safety of pipeline calls: locks on shared components (`turn`), and a random generator per call.
 
-A call changes its components while it runs: the decoder gets other attention processors and step caches, the VAE keeps
-features of earlier frames, tokenizers keep their padding, offloading moves weights. Calls that share a component
-therefore take turns, in the order in which they came, whichever pipelines they belong to. Nothing of this lies in the
-components: they are saved, copied and pickled as before.
+A call changes its components while it runs: it replaces attention processors and step caches of the decoder, the VAE
+stores features of earlier frames, tokenizers store their padding, offloading moves weights. Calls in several threads
+that share a component therefore run one after the other, in the order of their start, even in different pipelines.
+The locks are not stored in the components, which can still be saved, copied and pickled.
 """
 
 import os
@@ -20,11 +20,11 @@ from transformers import ProcessorMixin
 
 _CONDITION = threading.Condition()
 _OWNERS: dict[int, int] = {}  # id of a component in use -> thread that uses it
-_WAITING: list[tuple[int, frozenset[int]]] = []  # thread and components, in the order in which they came
+_WAITING: list[tuple[int, frozenset[int]]] = []  # waiting threads and their components, in order of arrival
 
 
 def _forget() -> None:
-    """A forked process has one thread, and no call of the parent's other threads runs in it."""
+    """Reset the locks in a forked process, which has one thread and none of the calls of its parent."""
     global _CONDITION  # noqa: PLW0603 - a condition that another thread held can never be acquired
     _CONDITION = threading.Condition()
     _OWNERS.clear()
@@ -38,19 +38,19 @@ if hasattr(os, "register_at_fork"):
 @contextmanager
 def turn(*components: Any, alone: Sequence[Any] = ()) -> Iterator[None]:
     """
-    Use components while no other thread does.
+    Lock components for this thread during the block.
 
-    All of them are taken at once, when they are free and nobody who came earlier waits for one of them. The pipeline
-    does so for every call and every public step. Whoever runs a component directly while calls run in other threads
-    does the same: `with turn(pipe.transformer): pipe.transformer(...)`.
+    All components are locked at once, when they are free and no earlier thread waits for one of them. The pipeline
+    locks its components in every call and every public step. To run a component directly while calls run in other
+    threads, lock it too: `with turn(pipe.transformer): pipe.transformer(...)`.
 
     Args:
-        components: models, processors and tokenizers; `None` is left out. The ones that this thread has already may
-            come again: a step within a call, a preview within a callback.
-        alone: those which must not come again in this thread.
+        components: models, processors and tokenizers; `None` is ignored. This thread may already hold their locks, as
+            in a step within a call or a preview within a callback.
+        alone: components whose locks this thread must not hold yet.
 
     Raises:
-        RuntimeError: when this thread has a component of `alone` already, or waits for a thread that waits for it.
+        RuntimeError: if this thread already holds a component of `alone`, or if two threads would wait for each other.
     """
     thread = threading.get_ident()
     parts = {id(part): part for part in map(_shared_part, (*components, *alone)) if part is not None}
@@ -58,8 +58,8 @@ def turn(*components: Any, alone: Sequence[Any] = ()) -> Iterator[None]:
         for part in alone:
             if _OWNERS.get(id(_shared_part(part))) == thread:
                 raise RuntimeError(
-                    f"A call on this {type(part).__name__} is still running in this thread, and a callback began "
-                    "another one: make the call after the first one, or use a pipeline over components of its own."
+                    f"A call on this {type(part).__name__} is still running in this thread, and a callback started "
+                    "another call: start it after the first call, or use a pipeline with components of its own."
                 )
         taken = frozenset(part for part in parts if _OWNERS.get(part) != thread)
         _wait_for(thread, taken)
@@ -74,16 +74,16 @@ def turn(*components: Any, alone: Sequence[Any] = ()) -> Iterator[None]:
 
 
 def has_turn(component: Any) -> bool:
-    """Whether this thread uses a component at the moment, see [`turn`]."""
+    """Whether this thread holds the lock of a component, see [`turn`]."""
     return _OWNERS.get(id(_shared_part(component))) == threading.get_ident()
 
 
 def in_turn(*names: str) -> Callable[[Callable], Callable]:
     """
-    Run a method of a pipeline without gradients, and while no other thread uses its components of these names.
+    Decorate a method of a pipeline: it runs without gradients and holds the locks of the named components.
 
     Args:
-        names: attributes of the pipeline.
+        names: names of components, which are attributes of the pipeline.
     """
 
     def decorate(method: Callable) -> Callable:
@@ -98,7 +98,7 @@ def in_turn(*names: str) -> Callable[[Callable], Callable]:
 
 
 def _wait_for(thread: int, wanted: frozenset[int]) -> None:
-    """Wait until components are free; a thread that holds others goes first, for those behind it may need them."""
+    """Wait until components are free. A thread that holds other locks goes first: others may wait for these locks."""
     request = (thread, wanted)
     holds = thread in _OWNERS.values()
     _WAITING.append(request)
@@ -109,8 +109,8 @@ def _wait_for(thread: int, wanted: frozenset[int]) -> None:
                 return
             if _waits_for(wanted, thread):
                 raise RuntimeError(
-                    "Two calls in two threads began calls on each other's components in their callbacks, and would "
-                    "wait for each other without end: make these calls after the first ones."
+                    "Two calls in two threads would wait for each other without end: the callback of each started a "
+                    "call on the components of the other. Start these calls after the first ones."
                 )
             _CONDITION.wait()
     finally:
@@ -119,7 +119,7 @@ def _wait_for(thread: int, wanted: frozenset[int]) -> None:
 
 
 def _waits_for(wanted: frozenset[int], thread: int) -> bool:
-    """Whether a thread has one of the components, or what the threads that have them wait for."""
+    """Whether `thread` holds one of the components, or one for which the holders of these components wait."""
     requests = dict(_WAITING)
     seen: set[int] = set()
     ahead = {_OWNERS[part] for part in wanted if part in _OWNERS}
@@ -133,22 +133,22 @@ def _waits_for(wanted: frozenset[int], thread: int) -> bool:
 
 
 def _shared_part(component: Any) -> Any:
-    """What several objects over the same weights have in common, so that they share their turn."""
+    """The object that stands for a component: several objects with the same weights share one lock."""
     if isinstance(component, ProcessorMixin):
-        return component.tokenizer  # which has all of its state
+        return component.tokenizer  # it has all of the processor's state
     if not isinstance(component, torch.nn.Module):
         return component
-    component = getattr(component, "_orig_mod", component)  # of a compiled module
-    inner = component._modules.get("mllm")  # the whole model and a pipeline's half of it share this part
+    component = getattr(component, "_orig_mod", component)  # a compiled module wraps the original one
+    inner = component._modules.get("mllm")  # the whole model and the pipeline's MLLM component share this module
     return component if inner is None else inner
 
 
 class OwnRandomNumbers(TorchFunctionMode):
     """
-    Sample tokens from a generator instead of from the one that all threads of the process share.
+    Sample tokens from a generator of this call instead of the global one, which all threads share.
 
     Args:
-        seed: the samples are those after `torch.manual_seed(seed)`.
+        seed: seed of the generator; the samples equal those after `torch.manual_seed(seed)`.
     """
 
     def __init__(self, seed: int) -> None:
@@ -159,7 +159,7 @@ class OwnRandomNumbers(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """As the function called; `torch.multinomial` gets the generator."""
+        """Call the function; `torch.multinomial` gets the generator."""
         kwargs = dict(kwargs or {})
         if function in (torch.multinomial, torch.Tensor.multinomial) and kwargs.get("generator") is None:
             device = (args[0] if args else kwargs["input"]).device

@@ -363,9 +363,9 @@ def put(value):
 
 
 REFUSED = {
-    "nan": (put(math.nan), r"vision_head.* holds \d+ values that are NaN or infinite"),
+    "nan": (put(math.nan), r"vision_head.* contains \d+ values that are NaN or infinite"),
     "inf": (put(math.inf), "NaN or infinite"),
-    "half": (broken(lambda tensors, key: tensors.pop(key)), "needs both matrices"),
+    "half": (broken(lambda tensors, key: tensors.pop(key)), "must have both matrices"),
     "integers": (broken(lambda t, key: t.__setitem__(key, t[key].int())), "is torch.int32"),
     "shape": (broken(lambda t, key: t.__setitem__(key, torch.zeros(7, 7))), "does not fit"),
     "norm": (
@@ -384,9 +384,9 @@ REFUSED = {
     ),
     "two adapters": (
         lambda t: t | peft({"blocks.0.attn1.to_q": (torch.ones(1, 24), torch.ones(24, 1))}, "transformer.", ".b"),
-        "holds several adapters",
+        "contains several adapters",
     ),
-    "nothing": (lambda _: {}, "holds no LoRA weights"),
+    "nothing": (lambda _: {}, "contains no LoRA weights"),
 }  # fmt: skip
 
 
@@ -405,7 +405,7 @@ def test_a_file_with_one_bad_weight_is_refused_whole(pipe, whole_file, tmp_path,
 def test_arguments_are_refused_before_anything_is_loaded(pipe, whole_file):
     before = state(pipe)
     for arguments, error, message in (
-        ({"hotswap": True}, ValueError, "cannot exchange LoRA layers of the MLLM"),
+        ({"hotswap": True}, ValueError, "cannot replace LoRA layers of the MLLM"),
         ({"adapter_name": "a.b"}, ValueError, "without a dot"),
         ({"weight": "x"}, TypeError, r"no arguments \['weight'\]"),
         ({"use_safetensors": False}, ValueError, "pickles are not opened"),
@@ -417,16 +417,16 @@ def test_arguments_are_refused_before_anything_is_loaded(pipe, whole_file):
 
 SETTINGS = {"r": 3, "lora_alpha": 6}
 BAD_SETTINGS = [
-    ({"lora_alpha": math.nan}, "`lora_alpha` of its settings must be a number, got nan"),
+    ({"lora_alpha": math.nan}, "the setting `lora_alpha` must be a number, got nan"),
     ({"lora_alpha": "6"}, "must be a number, got '6'"),
-    ({"r": 5}, "the rank 5, its matrices have 3"),
-    ({"use_dora": True}, "`use_dora` of its settings is True"),
+    ({"r": 5}, "the rank 5, but its matrices have 3"),
+    ({"use_dora": True}, "the setting `use_dora` is True"),
     ({"init_lora_weights": "pissa_niter_4"}, "also changed the model's weights"),
     ({"init_lora_weights": "pissa_niter_1000000"}, "also changed the model's weights"),
     ({"init_lora_weights": "loftq"}, "also changed the model's weights"),
     ({"alpha_pattern": {"(a+)+b": 1}}, "too complex to be matched safely"),
     ({"alpha_pattern": {".*.*.*x": 1}}, "too complex to be matched safely"),
-    ({"alpha_pattern": {"a|(": 1}}, "is no expression"),
+    ({"alpha_pattern": {"a|(": 1}}, "is not a regular expression"),
     ({"alpha_pattern": {f"x|{i}": 1 for i in range(17)}}, "more than 16 patterns"),
 ]
 
@@ -441,7 +441,7 @@ def test_settings_that_cannot_be_followed_are_refused(pipe, settings, message):
 
 
 def test_folders_without_one_lora_file_are_refused(tmp_path, whole_file):
-    with pytest.raises(ValueError, match=r"no LoRA, no \.safetensors file"):
+    with pytest.raises(ValueError, match=r"contains no LoRA: there is no \.safetensors file"):
         read_lora_file(tmp_path)
     with pytest.raises(ValueError, match="no such file or folder"):
         read_lora_file(tmp_path / "nowhere" / "of" / "this" / "name")

@@ -61,7 +61,7 @@ def test_a_loaded_file_gives_the_trained_outputs(file):
 def test_merged_weights_are_saved_and_unmerged_ones_are_not(file, tmp_path):
     pipe = tiny.pipeline()
     pipe.load_lora_weights(file, adapter_name="style")
-    with pytest.raises(ValueError, match=r"`transformer` carries LoRA layers"):
+    with pytest.raises(ValueError, match=r"`transformer` has LoRA layers"):
         pipe.save_pretrained(tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     pipe.fuse_lora()
@@ -69,7 +69,7 @@ def test_merged_weights_are_saved_and_unmerged_ones_are_not(file, tmp_path):
     expected = outputs(pipe)[0]
     pipe.save_pretrained(tmp_path / "merged")
     assert torch.equal(outputs(OmniVideoPipeline.from_pretrained(tmp_path / "merged"))[0], expected)
-    with pytest.raises(ValueError, match="carries LoRA layers"):
+    with pytest.raises(ValueError, match="The model has LoRA layers"):
         tuned_model().save_pretrained(tmp_path / "model")
 
 
@@ -109,7 +109,7 @@ def test_without_metadata_alpha_is_the_rank(file):
         ("transformer.blocks.9.attn1.to_q.lora_A.weight", "match no layer"),
         ("unet.blocks.0.attn1.to_q.lora_A.weight", "match no layer"),
         ("blocks.0.attn1.to_q.lora_A.weight", "match no layer"),
-        (None, "holds no LoRA weights"),
+        (None, "contains no LoRA weights"),
     ],
 )
 def test_an_adapter_of_another_model_is_refused_whole(file, tmp_path, key, message):

@@ -46,8 +46,8 @@ def test_a_pattern_that_is_no_expression():
         check_lora_metadata({"transformer.rank_pattern": {"(unclosed": 2}}, "fox.safetensors")
 
 
-def test_not_a_table():
-    with pytest.raises(ValueError, match="must be a table"):
+def test_settings_that_are_not_an_object():
+    with pytest.raises(ValueError, match="must be a JSON object"):
         check_lora_metadata(["target_modules"], "fox.safetensors")
 
 
@@ -95,7 +95,7 @@ def test_a_hostile_file_is_not_loaded(tmp_path, setting):
         ("auto_mapping", {"base_model_class": "Antigravity", "parent_library": "antigravity"}),
     ],
 )
-def test_what_a_file_says_beyond_rank_and_alpha_never_reaches_peft(tmp_path, setting, value):
+def test_settings_of_a_file_beyond_rank_and_alpha_never_reach_peft(tmp_path, setting, value):
     """Settings that peft would match against every name, or import code for."""
     pipe = tiny.pipeline()
     name = hostile_file(pipe, tmp_path / "fox.safetensors", **{setting: value})

@@ -63,7 +63,7 @@ def is_quantized(tensor):
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_profiles_switch_on_what_they_say(repository, name):
+def test_profiles_apply_their_settings(repository, name):
     profile = PROFILES[name]
     pipe = load(repository, memory=name, memory_device="cpu")
     quantized = {part for part in COMPONENTS if any(is_quantized(p) for p in getattr(pipe, part).parameters())}
@@ -195,12 +195,12 @@ def test_unknown_profiles_are_refused(repository):
     "arguments", [{"dtype": torch.float16}, {"device_map": "balanced"}, {"quantization_config": None}]
 )
 def test_a_profile_and_what_it_chooses_are_refused_together(repository, arguments):
-    with pytest.raises(ValueError, match=f"`memory='16GB'` chooses `{next(iter(arguments))}`"):
+    with pytest.raises(ValueError, match=f"`memory='16GB'` sets `{next(iter(arguments))}`"):
         load(repository, memory="16GB", memory_device="cpu", **arguments)
 
 
 def test_a_device_without_a_profile_is_refused(repository):
-    with pytest.raises(ValueError, match="`memory_device` is 'cpu', but no `memory`"):
+    with pytest.raises(ValueError, match="`memory_device` is 'cpu', but `memory` is missing"):
         load(repository, memory_device="cpu")
 
 

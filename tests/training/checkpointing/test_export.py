@@ -14,6 +14,6 @@ def test_an_unfinished_base_is_refused(base, data, tmp_path):
     assert run.exit_code == 0, run.output
     shutil.copytree(base, tmp_path / "unfinished")
     interrupt_save(tmp_path / "unfinished")
-    with pytest.raises(ValueError, match="is unfinished: a save to it was interrupted"):
+    with pytest.raises(ValueError, match="is unfinished: a save was interrupted"):
         export_checkpoint(tmp_path / "run" / "checkpoint-2", tmp_path / "out", base=str(tmp_path / "unfinished"))
     assert not (tmp_path / "out").exists()

@@ -89,13 +89,15 @@ def test_an_incomplete_checkpoint_is_never_picked_and_reported(tmp_path, caplog)
     assert not caplog.text
     assert checkpoints.last_checkpoint(tmp_path) == str(whole)
     for said in (
-        "checkpoint-10 is not complete and not resumed from: more/state.json has 0 bytes instead of 1",
-        "checkpoint-11 is not complete and not resumed from: trained.safetensors is missing",
-        "checkpoint-12 is not complete and not resumed from: it has no checkpoint.json",
-        "checkpoint-13 is not complete and not resumed from: checkpoint.json is damaged",
+        "checkpoint-10 is not complete, so it is not used to resume: more/state.json has 0 bytes instead of 1",
+        "checkpoint-11 is not complete, so it is not used to resume: trained.safetensors is missing",
+        "checkpoint-12 is not complete, so it is not used to resume: it has no checkpoint.json",
+        "checkpoint-13 is not complete, so it is not used to resume: checkpoint.json is damaged",
     ):
         assert said in caplog.text
-    with pytest.raises(ValueError, match=r"checkpoint-11 is no complete checkpoint.*Complete are: .*checkpoint-3\."):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-11 is not a complete checkpoint.*Complete are: .*checkpoint-3\."
+    ):
         checkpoints.check_complete(lost)
     shutil.rmtree(whole)
     with pytest.raises(ValueError, match=r"none of its checkpoints is complete \(checkpoint-10: more/state.json"):
@@ -170,7 +172,7 @@ def test_what_no_run_wrote_is_not_removed_with_unfinished_checkpoints(tmp_path):
     writing = tmp_path / checkpoints.WRITING_FOLDER
     (writing / "checkpoint-3").mkdir(parents=True)
     (writing / "notes.txt").touch()
-    with pytest.raises(ValueError, match=r"holds what this package does not write \(notes.txt\)"):
+    with pytest.raises(ValueError, match=r"contains what this package does not write \(notes.txt\)"):
         checkpoints.clear(writing)
     (writing / "notes.txt").unlink()
     checkpoints.clear(writing)
@@ -190,9 +192,9 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
         checkpoints.load_trained(file, parameters, "joint")
     checkpoints.save_trained(file, parameters, {"stage": "joint"})
     checkpoints.load_trained(file, parameters, "joint")
-    with pytest.raises(ValueError, match="1 are in one only, first b"):
+    with pytest.raises(ValueError, match="1 are in only one of the two, such as b"):
         checkpoints.load_trained(file, {"a": torch.zeros(2)}, "joint")
-    with pytest.raises(ValueError, match=r"b is \(3,\), the model's is \(4,\)"):
+    with pytest.raises(ValueError, match=r"b is \(3,\), but \(4,\) in the model"):
         checkpoints.load_trained(file, {"a": torch.zeros(2), "b": torch.zeros(4)}, "joint")
     samples = [training.sample("t2v", number) for number in range(2)]
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}

@@ -12,7 +12,7 @@ from training_runs import base_fixture, command, data_fixture  # noqa: F401
 from omni_video_hf.training.checkpointing import checkpoints
 from omni_video_hf.training.checkpointing.run_lock import LOCK_NAME, only_training
 
-MESSAGE = "another training works in this folder"
+MESSAGE = "another training uses this folder"
 
 
 @contextmanager

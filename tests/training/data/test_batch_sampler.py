@@ -116,8 +116,8 @@ def test_drop_last_gives_full_batches_only():
         ({"weights": {"t2w": 1}}, r"unknown 't2w' \(did you mean 't2v'\?\)"),
         ({"weights": {"t2v": 1}}, "`weights` has no entry for t2i, understand"),
         ({"weights": {"t2v": 1, "t2i": -1, "understand": 0}}, "t2i must be 0 or more, got -1"),
-        ({"weights": {"t2v": 0, "t2i": 0, "understand": 0}}, "all are 0"),
-        ({"weights": {"t2v": 1, "t2i": 1, "understand": 1, "v2v": 1}}, "no sample of it"),
+        ({"weights": {"t2v": 0, "t2i": 0, "understand": 0}}, "all weights are 0"),
+        ({"weights": {"t2v": 1, "t2i": 1, "understand": 1, "v2v": 1}}, "no sample of this task"),
         ({"stopping_strategy": "never"}, "`stopping_strategy`: unknown 'never'"),
     ],
 )

@@ -48,7 +48,7 @@ def test_inputs_that_would_not_reach_the_model_are_refused():
     samples = [
         training.sample("t2v", number) | {"prompt": "a fox", "timesteps": torch.zeros(2)} for number in range(2)
     ]
-    with pytest.raises(ValueError, match="task 't2v' hold prompt, timesteps, which would not reach the model"):
+    with pytest.raises(ValueError, match="task 't2v' contain prompt, timesteps, which the model does not use"):
         OmniVideoDataCollator()(samples)
 
 
@@ -113,7 +113,7 @@ def test_the_ids_are_those_of_the_whole_conversation():
     assert sample["input_ids"].tolist() == processor.tokenize_prompt(text)
 
 
-def test_a_drawing_task_learns_to_ask_for_its_output():
+def test_a_generation_task_learns_to_request_its_output():
     processor = tiny.processor()
     sample = encode_conversation(processor, "t2v", "a fox")
     assert sample["labels"][sample["labels"] != -100].tolist() == [99, 97]  # [GEN_VID] and the end
@@ -171,11 +171,11 @@ def test_collator_refuses_what_does_not_go_together():
         collate([training.sample("t2v"), other])
     other = training.sample("t2v", 1)
     other["latents"] = other["latents"][:, :1]
-    with pytest.raises(ValueError, match="`latents` of a batch must have one shape"):
+    with pytest.raises(ValueError, match="`latents` must have the same shape in all samples of a batch"):
         collate([training.sample("t2v"), other])
 
 
-def test_buckets_tell_shapes_and_inputs_apart():
+def test_buckets_distinguish_shapes_and_inputs():
     base = bucket_of("t2v", {"latents": (16, 2, 8, 4), "prompt_embeds": (5, 32)})
     assert base == bucket_of("t2v", {"prompt_embeds": (9, 32), "latents": (16, 2, 8, 4)})
     assert base != bucket_of("t2v", {"latents": (16, 2, 8, 4)})

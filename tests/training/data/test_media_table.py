@@ -111,7 +111,7 @@ def test_parquet(tmp_path):
         ([{"prompt": "x"}], {}, "have no column `task`"),
         ([{"task": "t2v"}], {"columns": {"promt": "x"}}, r"unknown 'promt' \(did you mean 'prompt'\?\)"),
         ([{"task": "t2v"}], {"columns": {"prompt": "caption"}}, "`columns`: unknown 'caption'"),
-        ([{"task": "t2v", "id": 1}, {"task": "t2v", "id": 1}], {}, "must be unique, but these come twice: 1"),
+        ([{"task": "t2v", "id": 1}, {"task": "t2v", "id": 1}], {}, "must be unique, but these occur twice: 1"),
         ([{"task": "t2v"}], {"data_format": "jsonl"}, r"unknown 'jsonl'"),
     ],
 )
@@ -123,7 +123,7 @@ def test_tables_that_make_no_sense_are_refused(tmp_path, rows, arguments, messag
 def test_sources_that_make_no_sense_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
         load_media_table(tmp_path / "nowhere.jsonl")
-    with pytest.raises(ValueError, match=r"holds no videos, images or \.tar"):
+    with pytest.raises(ValueError, match=r"contains no videos, images or \.tar"):
         load_media_table(tmp_path)
     (tmp_path / "x.txt").write_text("x")
     with pytest.raises(ValueError, match=r"the suffix must be one of \.jsonl"):
@@ -133,7 +133,7 @@ def test_sources_that_make_no_sense_are_refused(tmp_path):
         load_media_table(tmp_path / "broken.jsonl")
     make_clip(tmp_path / "both" / "a.mp4")
     make_image(tmp_path / "both" / "a.png")
-    with pytest.raises(ValueError, match="holds both videos and images"):
+    with pytest.raises(ValueError, match="contains both videos and images"):
         load_media_table(tmp_path / "both")
 
 
@@ -149,7 +149,7 @@ def test_everything_that_is_wrong_is_found_at_once(tmp_path):
         "missing": ({"media": "nowhere.mp4"}, "nowhere.mp4: no such file"),
         "cut": ({"media": "cut.mp4"}, "cut.mp4"),
         "empty": ({"media": "empty.mp4"}, "the file is empty"),
-        "noise": ({"media": "noise.mp4"}, "is not a video this reader knows"),
+        "noise": ({"media": "noise.mp4"}, "is not a video of a known format"),
         "no media": ({"media": None}, "`media` is empty; the task 't2v' needs the target video"),
         "image for video": ({"media": "a.png"}, "is an image; the task 't2v' needs a video"),
         "video for image": ({"task": "t2i"}, "is a video; the task 't2i' needs an image"),
@@ -160,7 +160,7 @@ def test_everything_that_is_wrong_is_found_at_once(tmp_path):
         "no source": ({"task": "v2v"}, "`source` is empty; the task 'v2v' needs a video"),
         "wrong source": ({"task": "v2v", "source": "a.png"}, "`source` a.png: is an image; the task 'v2v' needs a"),
         "bad source": ({"task": "v2v", "source": "noise.mp4"}, "`source`"),
-        "spare source": ({"source": "a.png"}, "`source` has a value, which the task 't2v' does not read"),
+        "spare source": ({"source": "a.png"}, "`source` has a value, but the task 't2v' does not use it"),
         "no answer": ({"task": "understand", "prompt": None, "question": "what?"}, "`answer` is empty"),
         "no question": ({"task": "understand", "prompt": None, "answer": "a"}, "`question` is empty"),
     }
@@ -247,7 +247,7 @@ def test_presets_stand_in_for_what_is_left_open():
     ("rules", "message"),
     [
         (FramingRules(frames=[81], fps=8), "has 42 frames at 8 per second, fewer than 81"),
-        (FramingRules(fps=30), "has 25 frames per second; at 30 frames would come twice"),
+        (FramingRules(fps=30), "has 25 frames per second; at 30, frames would be repeated"),
     ],
 )
 def test_a_video_that_does_not_fill_its_bucket_is_refused(rules, message):
@@ -297,9 +297,9 @@ def test_csv_cells_are_texts_and_empty_ones_none(tmp_path):
     assert table[1].answer == "NA"
     for wrong, message in (
         ("", "the file is empty"),
-        ("task,task\nt2v,t2v\n", "the column name 'task' is empty or comes twice"),
+        ("task,task\nt2v,t2v\n", "the column name 'task' is empty or occurs twice"),
         ("task,prompt\nt2v,a, b\n", "line 2 has 3 cells instead of 2: put texts with commas in double quotes"),
-        ("task,prompt\n", "holds no rows below its column names"),
+        ("task,prompt\n", "contains no rows below its column names"),
     ):
         (tmp_path / "data.csv").write_text(wrong)
         with pytest.raises(ValueError, match=message):
@@ -320,11 +320,11 @@ def test_captions_lie_beside_their_media(tmp_path):
     with pytest.raises(ValueError, match="The data have no column `task`"):
         load_media_table(tmp_path / "in")
     (tmp_path / "in" / "4.txt").write_text("nothing")
-    with pytest.raises(ValueError, match=r"1 captions have no image or video of their name beside them \(4\.txt\)"):
+    with pytest.raises(ValueError, match=r"1 captions have no image or video of the same name \(4\.txt\)"):
         load_media_table(tmp_path / "in", task="t2v")
     (tmp_path / "in" / "4.txt").unlink()
     make_image(tmp_path / "in" / "1.png")
-    with pytest.raises(ValueError, match=r"these captions have several files of their name: 1\.txt"):
+    with pytest.raises(ValueError, match=r"these captions have several images or videos of the same name: 1\.txt"):
         load_media_table(tmp_path / "in", task="t2v")
 
 
@@ -336,7 +336,7 @@ def test_a_data_set_of_the_hub_is_read_from_its_folder(tmp_path):
     Dataset.from_list([row]).to_parquet(data / "train-00000-of-00001.parquet")
     assert problems(load_media_table(tmp_path / "downloaded")) == {}
     Dataset.from_list([row]).to_parquet(data / "test-00000-of-00001.parquet")
-    with pytest.raises(ValueError, match=r"holds files of several splits \(test, train\): pass one file"):
+    with pytest.raises(ValueError, match=r"contains files of several splits \(test, train\): pass one file"):
         load_media_table(tmp_path / "downloaded")
     for name in ("lab/foxes", "hf://datasets/lab/foxes", "datasets/lab/foxes"):
         with pytest.raises(ValueError, match=r"no such file or folder\. .*`hf download lab/foxes --repo-type dataset"):

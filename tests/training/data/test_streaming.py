@@ -55,9 +55,9 @@ def test_batches_of_a_stream_are_of_one_task_and_shape_and_dealt_out():
     assert len(seen) == len(set(seen)) == 3 * 4  # a fifth one has no partner
     alone = [sample for batch in StreamOfBatches(Stream(samples), 2, 1, 0, endless=False) for sample in batch]
     assert len(alone) == 15
-    with pytest.raises(ValueError, match="gave no batch for 1 processes: is it empty"):
+    with pytest.raises(ValueError, match=r"gave no batch for 1 processes\. It is empty"):
         next(iter(StreamOfBatches(Stream([]), 2, 1, 0, endless=True)))
-    with pytest.raises(ValueError, match=r"Sample 0 of the stream: `latents` is list, no tensor"):
+    with pytest.raises(ValueError, match=r"Sample 0 of the stream: `latents` must be a tensor, got list"):
         next(iter(StreamOfBatches([{"task": "t2i", "latents": [1.0]}], 1, 1, 0, endless=False)))
 
 
@@ -87,7 +87,7 @@ def test_a_stream_takes_neither_numbers_nor_several_workers(tmp_path):
             train_dataset=stream,
             train_batch_sampler=training.BatchesInOrder([[0]]),
         )
-    with pytest.raises(ValueError, match="`dataloader_num_workers` is 2, but a stream is read by one"):
+    with pytest.raises(ValueError, match="`dataloader_num_workers` is 2, but a stream needs a single worker"):
         make(tmp_path, stream, dataloader_num_workers=2).train()
 
 
@@ -146,10 +146,10 @@ def test_answers_are_predicted_and_measured(tmp_path):
 
 
 def test_metrics_that_would_never_be_computed_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"the stage 'decoder' learns none .*use `stage='understand'`"):
+    with pytest.raises(ValueError, match=r"the stage 'decoder' trains none .*use `stage='understand'`"):
         make(tmp_path, Stream([]), compute_metrics=accuracy)
     whole = tiny.model()
-    with pytest.raises(ValueError, match="`prediction_loss_only` would never call it"):
+    with pytest.raises(ValueError, match="is never called with `prediction_loss_only=True`"):
         make(tmp_path, Stream([]), whole, stage="joint", compute_metrics=accuracy, prediction_loss_only=True)
     drawn = training.Samples([s | training.sample("t2v") for s in samples_of_tasks("understand", number=1)])
     run = make(tmp_path, drawn, whole, stage="joint", compute_metrics=accuracy, eval_dataset=drawn)

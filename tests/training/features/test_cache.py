@@ -23,7 +23,7 @@ from omni_video_hf.training.features.import_features import import_features
 
 @pytest.fixture
 def pickles(tmp_path):
-    """One file of every task that can be told, twice."""
+    """One file of every task that latents determine, twice."""
     folder = tmp_path / "pickles"
     for number in range(2):
         write_pickle(folder / f"t2v_{number}.pkl", number)
@@ -71,7 +71,7 @@ def test_upstreams_older_names_are_read(tmp_path):
     assert torch.equal(sample["prompt_embeds"], old["text_emb"])
 
 
-def test_a_task_that_latents_do_not_tell(tmp_path):
+def test_a_task_that_latents_do_not_determine(tmp_path):
     write_pickle(tmp_path / "a.pkl", source=True, latent_feature=torch.randn(16, 1, 8, 4))
     import_features([tmp_path / "a.pkl"], tmp_path / "cache", task="i2v")
     sample = FeatureCache(tmp_path / "cache")[0]
@@ -108,7 +108,7 @@ BAD = {
     "flat.pkl": ({"latent_feature_tgt": torch.zeros(16, 8, 4)}, "`latent_feature_tgt` must have 4 dimensions"),
     "no_states.pkl": ({"vlm_last_hidden_states": None}, "`vlm_last_hidden_states` must be a tensor, got NoneType"),
     "two_states.pkl": ({"vlm_last_hidden_states": torch.zeros(2, 7, 48)}, "must be of one sample"),
-    "whole_numbers.pkl": ({"t5_emb": torch.ones(4, 32, dtype=torch.int64)}, "`t5_emb` must hold floats"),
+    "whole_numbers.pkl": ({"t5_emb": torch.ones(4, 32, dtype=torch.int64)}, "`t5_emb` must contain floats"),
     "no_text.pkl": ({"prompt": ["x"]}, "`prompt` must be a text, got list"),
     "no_number.pkl": ({"frame_num": "17"}, "`frame_num` must be a whole number, got str"),
     "frames.pkl": ({"frame_num": 17}, "`frame_num` is 17, but the latents have 2 frames"),
@@ -138,7 +138,7 @@ def test_all_bad_files_are_listed_at_once(pickles, tmp_path, monkeypatch):
     assert "Nothing in it was run" in found["evil.pkl"]
     assert not (tmp_path / "evil").exists()
     assert str(caught.value).startswith("15 problems in 23 samples")
-    with pytest.raises(ValueError, match=r"holds no manifest.json"):
+    with pytest.raises(ValueError, match=r"contains no manifest.json"):
         FeatureCache(tmp_path / "cache")
 
     report = import_features([pickles], tmp_path / "cache", on_bad_data="skip")
@@ -155,7 +155,7 @@ def test_nothing_is_left_of_bad_data_alone(tmp_path):
 def test_sources_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
         import_features([tmp_path / "nowhere"], tmp_path / "cache")
-    with pytest.raises(ValueError, match="holds no feature files"):
+    with pytest.raises(ValueError, match="contains no feature files"):
         import_features([tmp_path], tmp_path / "cache")
     for folder in ("a", "b"):
         write_pickle(tmp_path / folder / "x.pkl")

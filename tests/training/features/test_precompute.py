@@ -104,7 +104,7 @@ def test_every_task_gets_what_the_pipeline_would_compute(data, pipeline, tmp_pat
     assert torch.equal(samples["t2v"]["prompt_embeds"], prompt_embeds)
 
 
-def test_cached_features_draw_what_the_pipeline_draws(data, pipeline, tmp_path):
+def test_cached_features_generate_what_the_pipeline_generates(data, pipeline, tmp_path):
     """An edit from cached features is the edit from the files."""
     precompute(load_media_table(data), encoder(pipeline), tmp_path / "cache")
     sample = by_task(FeatureCache(tmp_path / "cache"))["v2v"]
@@ -302,7 +302,7 @@ def test_bad_data_stop_before_anything_is_computed(data, pipeline, tmp_path):
     assert len(FeatureCache(tmp_path / "cache")) == 7
 
 
-def test_what_only_decoding_tells_is_listed_after_the_rest_is_computed(data, pipeline, tmp_path):
+def test_faults_that_only_decoding_finds_are_listed_after_the_rest_is_computed(data, pipeline, tmp_path):
     for name in ("one", "two"):
         path = tmp_path / f"{name}.mp4"
         path.write_bytes(CLIP.read_bytes())
@@ -380,7 +380,7 @@ def test_a_killed_run_goes_on_where_it_stopped(many, repository, pipeline, tmp_p
     assert process.returncode == -signal.SIGKILL
     done = set(read_records(cache))
     assert 3 <= len(done) < 12
-    with pytest.raises(ValueError, match=r"holds no manifest\.json"):
+    with pytest.raises(ValueError, match=r"contains no manifest\.json"):
         FeatureCache(cache)
 
     rules = FramingRules([(64, 32)], [5])
@@ -450,7 +450,7 @@ def test_one_video_of_an_unknown_codec_is_skipped_and_reported(pipeline, tmp_pat
     report = precompute(table, encoder(pipeline), tmp_path / "cache", on_bad_data="skip")
     (offender,) = report.skipped
     assert offender.sample == "t2v:odd.mp4"
-    assert "odd.mp4: its codec is not known to this FFmpeg; convert it to H.264" in offender.problem
+    assert "odd.mp4: this FFmpeg does not know its codec; convert the file to H.264" in offender.problem
     assert len(FeatureCache(tmp_path / "cache")) == 1
 
 

@@ -1,1 +1,1 @@
-"""Reading, checking and loading LoRA files."""
+"""LoRA of the pipeline: reading and checking files of all common namings, loading, saving and scaling."""

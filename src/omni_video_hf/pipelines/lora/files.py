@@ -1,10 +1,10 @@
 """
-LoRA files of every naming that tools for peft and Wan write, checked as a whole before anything is loaded.
+Reading of LoRA files in every naming that tools for peft and Wan write; a file is checked before any layer is loaded.
 
-    transformer.blocks.0.attn1.to_q.lora_A.weight                       diffusers; so is what this project writes
+    transformer.blocks.0.attn1.to_q.lora_A.weight                       diffusers, and files of this package
     decoder.blocks.0.attn1.to_q.lora_A.default.weight                   `checkpoint-N` folders of this trainer
     base_model.model.blocks.0.attn1.to_q.lora_A.weight                  PEFT, of the decoder or of the whole model
-    [diffusion_model.]blocks.0.self_attn.q.lora_A[.default].weight      Wan's own names: DiffSynth, ComfyUI, lightx2v
+    [diffusion_model.]blocks.0.self_attn.q.lora_A[.default].weight      names of Wan: DiffSynth, ComfyUI, lightx2v
     lora_unet_blocks_0_self_attn_q.lora_down.weight, .lora_up, .alpha   kohya, musubi-tuner
 """
 
@@ -29,7 +29,7 @@ from .matrices import _alpha, _matrices
 logger = logging.get_logger(__name__)
 
 
-# Component of the pipeline -> first parts of its keys in the file. Those of `mllm` are the names of its children.
+# Component of the pipeline -> prefixes of its keys in the file. Those of `mllm` are the names of its children.
 PREFIXES = {"transformer": ("transformer",), "adapter": ("adapter",), "mllm": ("mllm", "vision_head")}
 
 
@@ -40,10 +40,10 @@ LORA_NAME, PEFT_NAME, PEFT_CONFIG = (
 )
 
 
-TRAINED_NAME, EMA_NAME = "trained.safetensors", "ema.safetensors"  # of a checkpoint of the trainer
+TRAINED_NAME, EMA_NAME = "trained.safetensors", "ema.safetensors"  # files in a checkpoint of the trainer
 
 
-METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the arguments of `LoraConfig`
+METADATA_KEY = "lora_adapter_metadata"  # key under which diffusers stores the arguments of `LoraConfig`
 
 
 WAN_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "pipe.dit.", "dit.")
@@ -52,7 +52,7 @@ WAN_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "pipe.dit.", "dit.
 KOHYA_PREFIXES = ("lora_unet_", "lora_transformer_")
 
 
-# Parts of the decoder's names in diffusers and in Wan's own code, in the order of replacement.
+# Parts of the decoder's layer names in diffusers and in the code of Wan, in the order of replacement.
 WAN_NAMES = (
     (".attn1.", ".self_attn."),
     (".attn2.", ".cross_attn."),
@@ -75,7 +75,7 @@ WAN_NAMES = (
 )
 
 
-# First parts of the decoder's names, in diffusers and in Wan's own code.
+# Prefixes of the decoder's layer names, in diffusers and in the code of Wan.
 DECODER_CHILDREN = (
     "blocks", "condition_embedder", "patch_embedding", "proj_out", "head",
     "time_embedding", "time_projection", "text_embedding", "img_emb",
@@ -98,15 +98,15 @@ def read_lora_file(
     Read a LoRA from a file, a folder, a Hub repository or a state dict.
 
     Args:
-        given: `.safetensors` file; folder, such as what `save_lora_weights` or PEFT wrote or a `checkpoint-N` of a
-            LoRA run; `owner/name` on the Hub; or weights by name.
-        weight_name: the file to take where there are several.
-        subfolder: where it lies within the folder or repository.
+        given: a `.safetensors` file; a folder that `save_lora_weights` or PEFT wrote, or a `checkpoint-N` of a LoRA
+            training; `owner/name` on the Hub; or a dict of weights by name.
+        weight_name: name of the file, if there are several.
+        subfolder: folder of the file within the folder or repository.
         hub: arguments of `hf_hub_download`, such as `revision` and `token`.
 
     Raises:
-        ValueError: for a path that does not exist, a folder with no or several LoRA files, and files that are not
-            safetensors.
+        ValueError: for a path that does not exist, a folder without a LoRA file or with several ones, and files that
+            are not safetensors.
     """
     if isinstance(given, Mapping):
         return LoraFile(dict(given), "the state dict")
@@ -124,10 +124,10 @@ def read_lora_file(
 
 
 def _choose_file(names: set[str], source: str, weight_name: str | None) -> str:
-    """The LoRA file among the names of a folder or repository."""
+    """Select the LoRA file among the file names of a folder or repository."""
     if weight_name is not None:
         if weight_name not in names:
-            raise ValueError(f"{source}: holds no {weight_name!r} (`weight_name`).")
+            raise ValueError(f"{source}: contains no file {weight_name!r} (`weight_name`).")
         return weight_name
     for name in (LORA_NAME, PEFT_NAME):
         if name in names:
@@ -136,8 +136,8 @@ def _choose_file(names: set[str], source: str, weight_name: str | None) -> str:
         if EMA_NAME not in names:
             return TRAINED_NAME
         logger.warning(
-            f"{source}: the moving average {EMA_NAME} is loaded, as the result of the run has it; pass "
-            f"`weight_name={TRAINED_NAME!r}` for the weights that were trained last."
+            f"{source}: the moving average {EMA_NAME} is loaded, as in the result of the training; pass "
+            f"`weight_name={TRAINED_NAME!r}` to load the last trained weights instead."
         )
         return EMA_NAME
     if "model_index.json" in names:
@@ -148,16 +148,16 @@ def _choose_file(names: set[str], source: str, weight_name: str | None) -> str:
     if len(files) == 1:
         return files[0]
     if files:
-        raise ValueError(f"{source}: holds several safetensors files: choose one of {files} with `weight_name`.")
+        raise ValueError(f"{source}: contains several safetensors files: choose one of {files} with `weight_name`.")
     nested = sorted(name for name in names if name == "lora" or re.fullmatch(r"checkpoint-\d+", name))
     hint = f" It has the folders {nested}: pass one of them." if nested else ""
     if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
-        hint += " Pickles are not opened, they can run code: convert the file to safetensors."
-    raise ValueError(f"{source}: holds no LoRA, no .safetensors file.{hint}")
+        hint += " Pickles are not opened because they can run code: convert the file to safetensors."
+    raise ValueError(f"{source}: contains no LoRA: there is no .safetensors file.{hint}")
 
 
 def _download(given: str, weight_name: str | None, subfolder: str | None, hub: dict[str, Any]) -> tuple[Path, Path]:
-    """The LoRA file of a Hub repository, and where its PEFT configuration would lie."""
+    """Download the LoRA file of a Hub repository; returns it and the path of its PEFT configuration, if any."""
     hub = {name: value for name, value in hub.items() if value is not None}
     try:
         if hub.get("local_files_only") or HF_HUB_OFFLINE:
@@ -173,13 +173,13 @@ def _download(given: str, weight_name: str | None, subfolder: str | None, hub: d
         path = Path(hf_hub_download(given, chosen, subfolder=subfolder, **hub))
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise ValueError(
-            f"{given}: no such file or folder, and no repository of this name on the Hub that you may read."
+            f"{given}: no such file or folder, and no repository of this name on the Hub that you have access to."
         ) from error
     return path, path.with_name(PEFT_CONFIG)
 
 
 def _cached(given: str, weight_name: str | None, subfolder: str | None, hub: dict[str, Any]) -> tuple[Path, Path]:
-    """Likewise without the network."""
+    """Find the LoRA file of a Hub repository in the local cache, without the network."""
     hub = hub | {"local_files_only": True}
     for name in (weight_name,) if weight_name else (LORA_NAME, PEFT_NAME, EMA_NAME, TRAINED_NAME):
         try:
@@ -191,16 +191,16 @@ def _cached(given: str, weight_name: str | None, subfolder: str | None, hub: dic
         except LocalEntryNotFoundError:
             continue
     raise ValueError(
-        f"{given}: no such file or folder, and no LoRA of this name in the local cache. Offline, a file with a name "
-        "of its own needs `weight_name`."
+        f"{given}: no such file or folder, and no LoRA of this name in the local cache. Offline, a file with another "
+        "than the default name needs `weight_name`."
     )
 
 
 def _read(path: Path, config: Path | None) -> LoraFile:
-    """Tensors and settings of a file on disk."""
+    """Read tensors and settings of a file on disk."""
     if path.suffix != ".safetensors":
         raise ValueError(
-            f"{path}: LoRA are read from .safetensors files. Pickles can run code and are not opened: convert it."
+            f"{path}: LoRAs are read from .safetensors files only, because pickles can run code: convert the file."
         )
     try:
         with safe_open(path, "pt") as file:
@@ -210,14 +210,16 @@ def _read(path: Path, config: Path | None) -> LoraFile:
             with safe_open(path.with_name(TRAINED_NAME), "pt") as file:
                 metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file, or a damaged one ({error}).") from error
+        raise ValueError(f"{path}: not a safetensors file, or a damaged one ({error}). Download it again.") from error
     if path.name in (TRAINED_NAME, EMA_NAME):
         _check_checkpoint(path, metadata)
     settings = _json(metadata[METADATA_KEY], f"{path}: `{METADATA_KEY}`") if METADATA_KEY in metadata else None
     if settings is not None or config is None:
         return LoraFile(tensors, str(path), settings)
     if not config.is_file():
-        raise ValueError(f"{path}: {PEFT_CONFIG} is missing beside it; without it the scale of the LoRA is unknown.")
+        raise ValueError(
+            f"{path}: the file {PEFT_CONFIG} is missing in its folder; without it the scale of the LoRA is unknown."
+        )
     peft_config = _json(config.read_text(encoding="utf-8"), str(config))
     if peft_config.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"{config}: `peft_type` must be 'LORA', got {peft_config['peft_type']!r}.")
@@ -225,16 +227,16 @@ def _read(path: Path, config: Path | None) -> LoraFile:
 
 
 def _check_checkpoint(path: Path, metadata: Mapping[str, str]) -> None:
-    """Refuse checkpoints of the trainer that hold no LoRA, or not its scale."""
+    """Refuse checkpoints of the trainer that contain no LoRA, or a LoRA without its scale."""
     stage = json.loads(metadata.get("stage", "null"))
     if stage != "lora":
         raise ValueError(
-            f"{path}: holds trained weights of the stage {stage!r}, not a LoRA. Load the repository that the run "
-            "wrote (`OUTPUT_DIR/pipeline`)."
+            f"{path}: contains trained weights of the stage {stage!r}, not a LoRA. Load the repository that the "
+            "training wrote (`OUTPUT_DIR/pipeline`)."
         )
     if METADATA_KEY not in metadata:
         raise ValueError(
-            f"{path}: was written without the alpha of its layers, so its scale is unknown: go on with the run "
+            f"{path}: was written without the alpha of its layers, so its scale is unknown: resume the training "
             "(`--resume`), and use the `lora` folder that it writes at its end."
         )
 
@@ -251,15 +253,15 @@ def _json(text: str, source: str) -> dict[str, Any]:
 
 def split_lora(file: LoraFile, components: Mapping[str, nn.Module | None]) -> dict[str, LoraPart]:
     """
-    The LoRA of every component, all of it checked.
+    Split a LoRA by component, and check all of it.
 
     Args:
-        file: as [`read_lora_file`] returns it.
-        components: `transformer`, `adapter` and `mllm`; `None` for one that is not loaded.
+        file: result of [`read_lora_file`].
+        components: `transformer`, `adapter` and `mllm`; `None` for a component that is not loaded.
 
     Raises:
-        ValueError: for weights of no known naming or of no layer of the model, other shapes, values that are not
-            finite, half pairs, and settings that cannot be followed.
+        ValueError: for weights of an unknown naming or of a layer that the model does not have, wrong shapes, values
+            that are not finite, a matrix without its partner, and unsupported settings.
     """
     layers = _layers(file)
     _find_modules(layers, components, file)
@@ -273,9 +275,9 @@ def split_lora(file: LoraFile, components: Mapping[str, nn.Module | None]) -> di
             alpha = _alpha(layer, rank, file)
             if layer.name in scales[layer.component]:
                 raise ValueError(
-                    f"{file.source}: holds the layer {layer.component}.{layer.name} twice, also as {layer.key}."
+                    f"{file.source}: contains the layer {layer.component}.{layer.name} twice, also as {layer.key}."
                 )
-            if "diff_b" in layer.tensors:  # Wan's tools add it as it is, peft scales it with the matrices
+            if "diff_b" in layer.tensors:  # tools for Wan add it unscaled, peft scales it like the matrices
                 found["bias"] = layer.tensors["diff_b"] * (rank / alpha if alpha else 1.0)
             scales[layer.component][layer.name] = (rank, alpha)
             matrices[layer.component][layer.name] = found
@@ -290,12 +292,12 @@ def split_lora(file: LoraFile, components: Mapping[str, nn.Module | None]) -> di
             tensors, lora_settings(scales[component]) | {"lora_bias": has_bias}, scales[component]
         )
     if not parts:
-        raise ValueError(f"{file.source}: holds no LoRA weights.")
+        raise ValueError(f"{file.source}: contains no LoRA weights.")
     return parts
 
 
 def lora_settings(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """Arguments of `LoraConfig` that give every layer its rank and alpha."""
+    """Arguments of `LoraConfig` for layers with the given ranks and alphas."""
     (rank, alpha), _ = Counter(layers.values()).most_common(1)[0]
     others = {f"^{re.escape(name)}": values for name, values in layers.items() if values != (rank, alpha)}
     return {
@@ -310,7 +312,7 @@ def lora_settings(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
 
 
 def _layers(file: LoraFile) -> list[_Layer]:
-    """The weights of a file, layer by layer, under the file's own names."""
+    """Group the weights of a file by layer, with the names in the file."""
     layers: dict[str, _Layer] = {}
     adapters, unknown = set(), []
     for key, tensor in file.tensors.items():
@@ -323,26 +325,27 @@ def _layers(file: LoraFile) -> list[_Layer]:
         entry.weights.append(key)
         if kind in entry.tensors:
             raise ValueError(
-                f"{file.source}: holds several adapters ({sorted(filter(None, adapters))}): load one each."
+                f"{file.source}: contains several adapters ({sorted(filter(None, adapters))}): load them one by one."
             )
         entry.tensors[kind] = tensor
     for method, marks in (("DoRA", ("dora_scale", "lora_magnitude_vector")), ("LyCORIS", ("lokr_", "hada_", "oft_"))):
         if any(mark in key for key in unknown for mark in marks):
             raise ValueError(
-                f"{file.source}: is a {method} file, such as {unknown[0]!r}; LoRA alone is supported. Merge it "
-                "into its model with the tool that made it."
+                f"{file.source}: is a {method} file (it contains {unknown[0]!r}); only LoRA is supported. Merge it "
+                "into its model with the tool that wrote it."
             )
     if unknown:
         _refuse_keys(unknown, file)
     if len(adapters) > 1:
         raise ValueError(
-            f"{file.source}: holds several adapters ({sorted(filter(None, adapters))}): save and load them one by one."
+            f"{file.source}: contains several adapters ({sorted(filter(None, adapters))}): save and load them one by "
+            "one."
         )
     return list(layers.values())
 
 
 def _parse(key: str) -> tuple[str, str | None, str | None]:
-    """Name of the layer, kind of the weight (`None` if it is none of a LoRA) and name of the adapter, if any."""
+    """Name of the layer, kind of the weight (`None` if it is not a LoRA weight) and name of the adapter, if any."""
     for kind in ("alpha", "diff", "diff_b"):
         if key.endswith(f".{kind}"):
             return key.removesuffix(f".{kind}"), kind, None
@@ -363,13 +366,13 @@ def _refuse_keys(keys: list[str], file: LoraFile) -> None:
     namings = " and ".join(sorted({_naming(key) for key in keys}))
     raise ValueError(
         f"{file.source}: {len(keys)} of {len(file.tensors)} LoRA weights match no layer of this model, such as "
-        f"{keys[0]!r}. These names are {namings}. The LoRA was made for another model, or for parts that this one "
-        f"does not have; the names that can be read are {KNOWN_NAMINGS}, one kind in a file."
+        f"{keys[0]!r}. These names are {namings}. The LoRA was trained for another model, or for components that this "
+        f"model does not have. Supported names are {KNOWN_NAMINGS}; one file must use one of these namings."
     )
 
 
 def _naming(key: str) -> str:
-    """The naming a key follows, in words."""
+    """Description of the naming of a key, for messages."""
     first = key.partition(".")[0]
     if key.startswith(PEFT_PREFIX):
         return "PEFT's"
@@ -383,7 +386,7 @@ def _naming(key: str) -> str:
 
 
 def _find_modules(layers: list[_Layer], components: Mapping[str, nn.Module | None], file: LoraFile) -> None:
-    """Fill in the module of every layer; all names must be of one kind."""
+    """Find the module of every layer; all names in a file must follow the same naming."""
     qualified, decoder, flat = _names(components)
     kinds = Counter("of a decoder" if _is_bare(layer.key) else _naming(layer.key) for layer in layers)
     unmatched = []
@@ -405,12 +408,12 @@ def _find_modules(layers: list[_Layer], components: Mapping[str, nn.Module | Non
 
 
 def _is_bare(key: str) -> bool:
-    """Whether a name begins within the decoder, as diffusers or Wan name its layers."""
+    """Whether a name has no component prefix: it begins with a module of the decoder in diffusers or Wan."""
     return key.partition(".")[0] in DECODER_CHILDREN
 
 
 def _names(components: Mapping[str, nn.Module | None]) -> tuple[dict[str, tuple[str, str, nn.Module]], ...]:
-    """Modules by their names in the whole model, in the decoder alone (also Wan's), and flattened as by kohya."""
+    """Modules by names in the whole model, by names in the decoder (diffusers and Wan), and by kohya's flat names."""
     qualified, decoder, flat = {}, {}, {}
     for component, module in components.items():
         for name, child in () if module is None else module.named_modules():

@@ -1,4 +1,4 @@
-"""What a LoRA file holds, by file, component and layer."""
+"""Data classes for the content of a LoRA file, its components and its layers."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,17 +11,17 @@ PEFT_PREFIX = "base_model.model."
 
 @dataclass
 class LoraFile:
-    """Weights as a file names them, and what the file says about them."""
+    """The weights of a LoRA file by their names in the file, and its settings."""
 
     tensors: dict[str, torch.Tensor]
-    source: str  # for messages
-    settings: dict[str, Any] | None = None  # arguments of `LoraConfig`, each after `component.`, as diffusers writes
-    peft_config: dict[str, Any] | None = None  # of `adapter_config.json`, for all layers
+    source: str  # name for messages
+    settings: dict[str, Any] | None = None  # arguments of `LoraConfig` as `component.argument`, as in diffusers
+    peft_config: dict[str, Any] | None = None  # content of `adapter_config.json`, for all layers
 
 
 @dataclass
 class LoraPart:
-    """The LoRA of one component: weights by peft's names in it, arguments of `LoraConfig`, rank and alpha by layer."""
+    """The LoRA of one component: weights by their names in peft, `LoraConfig` arguments, rank and alpha by layer."""
 
     tensors: dict[str, torch.Tensor]
     settings: dict[str, Any]
@@ -30,10 +30,10 @@ class LoraPart:
 
 @dataclass
 class _Layer:
-    """What a file holds for one layer."""
+    """The weights of one layer in a file."""
 
-    key: str  # as the file names the layer
-    weights: list[str] = field(default_factory=list)  # its keys in the file
+    key: str  # name of the layer in the file
+    weights: list[str] = field(default_factory=list)  # keys of its weights in the file
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # by kind: A, B, bias, alpha, diff, diff_b
     component: str = ""
     name: str = ""

@@ -1,11 +1,11 @@
 """
-LoRA for every trained part, in one file.
+`load_lora_weights`, `save_lora_weights`, scale, fusing and hot-swapping: LoRA of all components in one file.
 
-    transformer.*            the decoder, as every Wan LoRA has it: other tools can read that part
+    transformer.*            the decoder, in the naming of every Wan LoRA, so that other tools can read it
     adapter.*                the adapter
-    mllm.*, vision_head.*    the parts of the pipeline's `mllm`
+    mllm.*, vision_head.*    MLLM and vision head, which are the pipeline's component `mllm`
 
-Rank and alpha of every layer are in the file's metadata, as diffusers writes them.
+The metadata of the file contain rank and alpha of every layer, as in diffusers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -35,11 +35,11 @@ FILE_ARGUMENTS = ("weight_name", "subfolder", "revision", "token", "cache_dir", 
 
 def with_lora_scale(call: Callable) -> Callable:
     """
-    Let `attention_kwargs={"scale": ...}` of a pipeline's call scale the LoRA of all its parts.
+    Decorate a pipeline's call so that `attention_kwargs={"scale": ...}` scales the LoRA of all components.
 
-    diffusers scales the decoder's alone, during each of its passes, and forgets the weights of `set_adapters` after a
-    scale of 0. Here every part has the scale during the whole call, and exactly its own again afterwards. The call
-    gives its decoder [`without_lora_scale`].
+    diffusers scales only the decoder, in each of its passes, and loses the weights of `set_adapters` after a scale of
+    0. Here the scale applies to every component during the whole call, and its own scale is restored exactly. The
+    decoder must get [`without_lora_scale`] of the arguments.
     """
     position = list(signature(call).parameters).index("attention_kwargs")
 
@@ -58,7 +58,7 @@ def with_lora_scale(call: Callable) -> Callable:
 
 
 def without_lora_scale(attention_kwargs: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What is left for the decoder where [`with_lora_scale`] has applied the scale."""
+    """`attention_kwargs` for the decoder, without the scale that [`with_lora_scale`] has applied."""
     return {name: value for name, value in (attention_kwargs or {}).items() if name != "scale"} or None
 
 
@@ -79,7 +79,7 @@ def _scaled(model: nn.Module | None, scale: float) -> Iterator[None]:
     finally:
         for layer, values in zip(layers, before, strict=True):
             for name, value in values.items():
-                if isinstance(value, torch.Tensor):  # of a compiled model, which holds the tensor itself
+                if isinstance(value, torch.Tensor):  # a compiled model refers to this tensor
                     layer.scaling[name].copy_(value)
                 else:
                     layer.scaling[name] = value
@@ -87,10 +87,10 @@ def _scaled(model: nn.Module | None, scale: float) -> Iterator[None]:
 
 class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
     """
-    Loads and saves LoRA of decoder, adapter, vision head and MLLM.
+    Loading and saving of LoRA for decoder, adapter, vision head and MLLM.
 
-    `set_adapters`, `delete_adapters`, `enable_lora`, `disable_lora` and `unload_lora_weights` are diffusers' and reach
-    all three components.
+    `set_adapters`, `enable_lora`, `disable_lora` and `unload_lora_weights` are those of diffusers and apply to all
+    three components.
     """
 
     _lora_loadable_modules = ["transformer", "adapter", "mllm"]  # noqa: RUF012 - as in diffusers
@@ -103,29 +103,31 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
         **kwargs: Any,
     ) -> None:
         """
-        Load a LoRA: ours, a checkpoint of a LoRA run, PEFT's, or one for Wan from diffusers, DiffSynth, ComfyUI,
-        kohya and musubi-tuner.
+        Load a LoRA of this package, a checkpoint of a LoRA training, a LoRA of PEFT, or a LoRA for Wan from diffusers,
+        DiffSynth, ComfyUI, kohya or musubi-tuner.
 
         Args:
             pretrained_model_name_or_path_or_dict: `.safetensors` file, folder, Hub repository, or state dict.
-            adapter_name: by default `default_0`, `default_1` and so on.
-            hotswap: exchange the weights of an adapter that is loaded; decoder and adapter only.
-            kwargs: where the file lies: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`,
+            adapter_name: name of the adapter. Default: `default_0`, `default_1` and so on.
+            hotswap: replace the weights of a loaded adapter; for decoder and adapter only.
+            kwargs: location of the file: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`,
                 `force_download`, `local_files_only`; and `low_cpu_mem_usage` as in diffusers.
 
         Raises:
-            ValueError: when the file does not fit the model as a whole: a layer the model does not have, another
-                shape, half a pair of matrices, a value that is not finite, a name in use. Whatever fails, also in the
-                midst of loading, nothing of the file is loaded then.
+            ValueError: if a part of the file does not fit the model: an unknown layer, a wrong shape, a matrix without
+                its partner, a value that is not finite, a name in use. After any error, nothing of the file is loaded.
         """
         if not is_peft_available():
-            raise ImportError("LoRA needs the package `peft`: `pip install peft`.")
+            raise ImportError("LoRA needs the package `peft`: run `pip install peft`.")
         low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", True)
         if kwargs.pop("use_safetensors", True) is False:
-            raise ValueError("`use_safetensors=False`: pickles are not opened, they can run code: convert the file.")
+            raise ValueError(
+                "`use_safetensors=False`: pickles are not opened because they can run code: convert the file to "
+                "safetensors."
+            )
         unknown = sorted(kwargs.keys() - set(FILE_ARGUMENTS))
         if unknown:
-            raise TypeError(f"`load_lora_weights` has no arguments {unknown}; there are {FILE_ARGUMENTS}.")
+            raise TypeError(f"`load_lora_weights` has no arguments {unknown}; allowed are {FILE_ARGUMENTS}.")
         components = {name: getattr(self, name, None) for name in PREFIXES}
         file = read_lora_file(pretrained_model_name_or_path_or_dict, **kwargs)
         check_lora_metadata(file.settings or file.peft_config, file.source)
@@ -136,17 +138,19 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
                 _load_part(components[component], part, adapter_name, hotswap, low_cpu_mem_usage)
 
     def _adapter_name(self, adapter_name: str | None, parts: Mapping[str, LoraPart], hotswap: bool) -> str:
-        """The name to load under: free, or of what is to be exchanged."""
+        """Check the adapter's name: a new one, or with `hotswap` that of a loaded adapter."""
         listed = self.get_list_adapters()
         names = {name for entries in listed.values() for name in entries}
         if hotswap:
             if "mllm" in parts:
-                raise ValueError("`hotswap=True` cannot exchange LoRA layers of the MLLM: load them under a new name.")
+                raise ValueError(
+                    "`hotswap=True` cannot replace LoRA layers of the MLLM: load them with a new `adapter_name`."
+                )
             holders = {component for component, entries in listed.items() if adapter_name in entries}
             if holders != set(parts):
                 raise ValueError(
-                    f"`hotswap=True` exchanges the LoRA `adapter_name` {adapter_name!r} in the parts that have it, "
-                    f"{sorted(holders)}; this file is for {sorted(parts)}."
+                    f"`hotswap=True` replaces the adapter `adapter_name` {adapter_name!r} in the components that have "
+                    f"it, {sorted(holders)}, but this file is for {sorted(parts)}: load it with a new name."
                 )
             return adapter_name
         if adapter_name is None:
@@ -159,7 +163,7 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
 
     @contextmanager
     def _without_offload(self) -> Iterator[None]:
-        """Take hooks of model and sequential offloading off, and put them on again whatever happens."""
+        """Remove hooks of model and sequential offloading during the block, and add them again after it."""
         model_offload, sequential_offload, group_offload = self._optionally_disable_offloading(self)
         try:
             yield
@@ -188,20 +192,22 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
         safe_serialization: bool = True,
     ) -> None:
         """
-        Write one safetensors file. [`collect_lora_layers`] gives the arguments for a trained model or a pipeline.
+        Save LoRA layers in one safetensors file.
+
+        [`collect_lora_layers`] collects the arguments from a trained model or a pipeline.
 
         Args:
-            save_directory: folder.
+            save_directory: target folder.
             transformer_lora_layers, adapter_lora_layers, mllm_lora_layers: LoRA weights by their names in the
                 component.
             transformer_lora_adapter_metadata, adapter_lora_adapter_metadata, mllm_lora_adapter_metadata: arguments of
-                peft's `LoraConfig`; without them alpha is lost and taken for the rank when the file is loaded.
-            is_main_process: only the main process writes.
-            weight_name: `pytorch_lora_weights.safetensors` by default.
-            safe_serialization: must stay `True`; pickles are not written.
+                `LoraConfig` of peft; without them alpha is not saved, and loading uses the rank instead.
+            is_main_process: `False` for processes that write nothing.
+            weight_name: file name. Default: `pytorch_lora_weights.safetensors`.
+            safe_serialization: must be `True`; pickles are not written.
         """
         if not safe_serialization:
-            raise ValueError("`safe_serialization=False` would write pickles, which can run code: leave it `True`.")
+            raise ValueError("`safe_serialization=False` would write pickles, which can run code: pass `True`.")
         layers = {"transformer": transformer_lora_layers, "adapter": adapter_lora_layers}
         metadata = {
             "transformer": transformer_lora_adapter_metadata,
@@ -216,7 +222,7 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
             }
         layers = {prefix: tensors for prefix, tensors in layers.items() if tensors}
         if not layers:
-            raise ValueError("There are no LoRA layers to save.")
+            raise ValueError("There are no LoRA layers to save: pass `transformer_lora_layers` or others.")
         if is_main_process:
             with staged(save_directory) as staging:
                 cls._save_lora_weights(
@@ -225,13 +231,13 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """
-        Remove adapters. A component that has none left is as it was before the first was loaded.
+        Remove adapters from all components. A component without adapters is restored to its state before LoRA.
 
         Args:
-            adapter_names: one or several, in whichever components they are.
+            adapter_names: one or several names.
 
         Raises:
-            ValueError: for a name that no component has.
+            ValueError: for a name that is not loaded in any component.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         listed = self.get_list_adapters()
@@ -251,9 +257,9 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
 
     def fuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
         """
-        Add the LoRA to the weights; by default in every component that has one. Arguments are diffusers'.
+        Merge the LoRA into the weights, by default in every component that has one; arguments as in diffusers.
 
-        A `lora_scale` counts until [`unfuse_lora`], which gives the layers back the scale they had.
+        A `lora_scale` applies until [`unfuse_lora`], which restores the scale of the layers.
         """
         components = components or list(self.get_list_adapters())
         for layer in self._lora_layers_of(components):
@@ -262,7 +268,7 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
         super().fuse_lora(components=components, **kwargs)
 
     def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
-        """Take it out again."""
+        """Remove a merged LoRA from the weights, see [`fuse_lora`]."""
         components = components or list(self.get_list_adapters())
         super().unfuse_lora(components=components, **kwargs)
         for layer in self._lora_layers_of(components):
@@ -275,15 +281,15 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
 
 def collect_lora_layers(model: Any, adapter_name: str = "default") -> dict[str, Any]:
     """
-    Arguments of [`OmniVideoLoraLoaderMixin.save_lora_weights`] for the LoRA layers a model carries.
+    Collect the LoRA layers of a model as arguments of [`OmniVideoLoraLoaderMixin.save_lora_weights`].
 
     Args:
-        model: an [`OmniVideoForConditionalGeneration`] with all parts, or a pipeline. How the layers came in (peft,
-            transformers' `add_adapter`, diffusers') does not matter.
-        adapter_name: the adapter to collect.
+        model: an [`OmniVideoForConditionalGeneration`] with all components, or a pipeline; the layers may come from
+            peft, or from `add_adapter` of transformers or diffusers.
+        adapter_name: name of the adapter to collect.
 
     Raises:
-        ValueError: when there are no LoRA layers of that name.
+        ValueError: if there are no LoRA layers of that name.
     """
     components = model.pipeline_components() if isinstance(model, PreTrainedModel) else model.components
     arguments: dict[str, Any] = {}
@@ -293,12 +299,12 @@ def collect_lora_layers(model: Any, adapter_name: str = "default") -> dict[str, 
             arguments[f"{component}_lora_layers"] = layers
             arguments[f"{component}_lora_adapter_metadata"] = lora_settings(settings)
     if not arguments:
-        raise ValueError(f"The model has no LoRA layers of the adapter {adapter_name!r}.")
+        raise ValueError(f"The model has no LoRA layers of the adapter {adapter_name!r} (`adapter_name`).")
     return arguments
 
 
 def _lora_layers(module: nn.Module, adapter_name: str) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, float]]]:
-    """LoRA weights of one component, and rank and alpha of every layer."""
+    """LoRA weights of one component, with rank and alpha of every layer."""
     layers: dict[str, torch.Tensor] = {}
     settings: dict[str, tuple[int, float]] = {}
     for name, child in module.named_modules():
@@ -313,16 +319,16 @@ def _lora_layers(module: nn.Module, adapter_name: str) -> tuple[dict[str, torch.
 
 
 def _trained_scale(layer: nn.Module, adapter_name: str) -> float:
-    """The scale of a layer's LoRA without the weight that `set_adapters` gave it."""
+    """The scale of a LoRA layer, without the weight from `set_adapters`."""
     rank = layer.r[adapter_name]
     return layer.lora_alpha[adapter_name] / (rank**0.5 if layer.use_rslora.get(adapter_name, False) else rank)
 
 
 def _load_part(model: nn.Module, part: LoraPart, adapter_name: str, hotswap: bool, low_cpu_mem_usage: bool) -> None:
-    """Put the LoRA of one component into it: by diffusers' own method, or by what that does, for the MLLM."""
+    """Load the LoRA of one component: with the method of diffusers, or with the same steps for the MLLM."""
     if isinstance(model, PeftAdapterMixin):
         settings = dict(part.settings)
-        if hotswap:  # peft wants equal patterns, though it does not read them
+        if hotswap:  # peft requires equal patterns, although it does not use them
             old = model.peft_config[adapter_name]
             settings |= {"rank_pattern": old.rank_pattern, "alpha_pattern": old.alpha_pattern}
         model.load_lora_adapter(
@@ -346,7 +352,7 @@ def _load_part(model: nn.Module, part: LoraPart, adapter_name: str, hotswap: boo
 
 
 def _set_scales(model: nn.Module, part: LoraPart, adapter_name: str) -> None:
-    """Give every layer the alpha of its new weights: peft exchanges weights with one alpha for all."""
+    """Set the alpha of every layer after a hot-swap, because peft assumes the same alpha for all layers."""
     layers = dict(_lora_modules(model))
     for name, (rank, alpha) in part.scales.items():
         layer = layers[name]
@@ -360,7 +366,7 @@ def _set_scales(model: nn.Module, part: LoraPart, adapter_name: str) -> None:
 
 @contextmanager
 def _nothing_on_failure(components: Mapping[str, nn.Module], adapter_name: str) -> Iterator[None]:
-    """Give every component back as it was when the loading of an adapter into them fails."""
+    """Restore all components if loading an adapter into them fails."""
     before = {name: _LoraState(module, adapter_name) for name, module in components.items()}
     try:
         yield
@@ -371,7 +377,7 @@ def _nothing_on_failure(components: Mapping[str, nn.Module], adapter_name: str) 
 
 
 class _LoraState:
-    """Which layers of a component carry LoRA, which are active, and the values of the one to be exchanged."""
+    """The LoRA layers of a component, the active adapters, and the values of an adapter that will be replaced."""
 
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self.adapter_name = adapter_name
@@ -390,7 +396,7 @@ class _LoraState:
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
-        """Take off what came since."""
+        """Remove everything that was added since."""
         for name, layer in list(_lora_modules(model)):
             if name not in self.active:
                 parent = model.get_submodule(name.rpartition(".")[0])
@@ -417,7 +423,7 @@ class _LoraState:
 
 
 def _tables(layer: nn.Module) -> list[str]:
-    """Attributes of a layer of peft's in which every adapter has an entry."""
+    """Attributes of a peft layer that have an entry for every adapter."""
     names = (*layer.adapter_layer_names, *layer.other_param_names, "use_rslora", "use_dora", "lora_bias")
     return [name for name in dict.fromkeys(names) if hasattr(getattr(layer, name, None), "keys")]
 
@@ -428,7 +434,7 @@ def _is_of(name: str, adapter_name: str) -> bool:
 
 
 def _lora_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Layers that peft has replaced, by name."""
+    """Layers that peft has wrapped, by name."""
     for name, layer in model.named_modules():
         if hasattr(layer, "base_layer") and hasattr(layer, "lora_A"):
             yield name, layer

@@ -1,4 +1,4 @@
-"""The two matrices of a layer and their scale, in whichever way a file stores them."""
+"""Checks and conversion of one LoRA layer: its two matrices, bias, rank and alpha, from every storage format."""
 
 import math
 import re
@@ -10,15 +10,15 @@ from torch import nn
 
 from .layers import PEFT_PREFIX, LoraFile, _Layer
 
-# Values of `init_lora_weights` that also change the weights of the model, so that the LoRA alone is not enough.
+# Values of `init_lora_weights` that also change the weights of the model, so that the LoRA alone is incomplete.
 CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-MAX_PATTERNS, MAX_PATTERN_LENGTH = 16, 200  # of patterns that are not plain names
+MAX_PATTERNS, MAX_PATTERN_LENGTH = 16, 200  # limits for patterns that are not plain names
 
 
 def _matrices(layer: _Layer, file: LoraFile) -> dict[str, torch.Tensor]:
-    """Both matrices of a layer, and its bias; a difference of weights becomes matrices. Empty if nothing changes."""
+    """Matrices and bias of a layer; a difference of weights becomes matrices. Empty if the layer changes nothing."""
     for kind, tensor in layer.tensors.items():
         if not tensor.is_floating_point():
             raise ValueError(
@@ -27,14 +27,14 @@ def _matrices(layer: _Layer, file: LoraFile) -> dict[str, torch.Tensor]:
         bad = int((~torch.isfinite(tensor.float())).sum())
         if bad:
             raise ValueError(
-                f"{file.source}: {layer.key} ({kind}) holds {bad} values that are NaN or infinite: its training broke "
-                "off, or the file is damaged."
+                f"{file.source}: {layer.key} ({kind}) contains {bad} values that are NaN or infinite: its training "
+                "diverged, or the file is damaged. Use another file."
             )
     found = {kind: layer.tensors[kind] for kind in ("A", "B", "bias") if kind in layer.tensors}
     base = layer.module.get_base_layer() if hasattr(layer.module, "get_base_layer") else layer.module
     differences = [layer.tensors[kind] for kind in ("diff", "diff_b") if kind in layer.tensors]
     if not found and all(not difference.any() for difference in differences):
-        return {}  # Wan's tools write zeros for norms
+        return {}  # tools for Wan write zeros for norm layers
     is_linear = hasattr(base, "in_features") and hasattr(base, "out_features")
     if not is_linear and not isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         raise ValueError(
@@ -45,7 +45,7 @@ def _matrices(layer: _Layer, file: LoraFile) -> dict[str, torch.Tensor]:
         found = _of_differences(layer, base) if is_linear else {}
     if ("diff" in layer.tensors and "A" in layer.tensors) or not {"A", "B"} <= found.keys():
         raise ValueError(
-            f"{file.source}: {layer.key} needs both matrices of its LoRA and nothing else, got "
+            f"{file.source}: {layer.key} must have both matrices of its LoRA and nothing else, got "
             f"{sorted(layer.tensors)}."
         )
     _check_shapes(layer, found, base, file)
@@ -53,7 +53,7 @@ def _matrices(layer: _Layer, file: LoraFile) -> dict[str, torch.Tensor]:
 
 
 def _of_differences(layer: _Layer, base: nn.Module) -> dict[str, torch.Tensor]:
-    """A difference of whole weights as two matrices whose product it is; for a bias alone the product is zero."""
+    """Write a difference of weights as the product of two matrices; if only the bias differs, the product is zero."""
     bias = layer.tensors.get("diff_b")
     if "diff" not in layer.tensors:
         return {"A": bias.new_zeros(1, base.in_features), "B": bias.new_zeros(base.out_features, 1)}
@@ -65,7 +65,7 @@ def _of_differences(layer: _Layer, base: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _check_shapes(layer: _Layer, found: Mapping[str, torch.Tensor], base: nn.Module, file: LoraFile) -> None:
-    """Refuse matrices that are not those of this layer."""
+    """Refuse matrices whose shapes do not fit the layer."""
     rank = found["A"].shape[0] if found["A"].ndim else 0
     if hasattr(base, "in_features"):
         shapes = {"A": (rank, base.in_features), "B": (base.out_features, rank), "bias": (base.out_features,)}
@@ -79,12 +79,12 @@ def _check_shapes(layer: _Layer, found: Mapping[str, torch.Tensor], base: nn.Mod
         if tuple(tensor.shape) != shapes[kind] or rank == 0:
             raise ValueError(
                 f"{file.source}: {layer.key} ({kind}) is {tuple(tensor.shape)}, which does not fit {layer.component}."
-                f"{layer.name} of this model, {shapes[kind]}: the LoRA was made for a model of other sizes."
+                f"{layer.name} of this model, {shapes[kind]}: the LoRA was trained for a model of another size."
             )
 
 
 def _alpha(layer: _Layer, rank: int, file: LoraFile) -> float:
-    """The alpha with which `alpha / rank` is the scale of a layer; without any, the rank, as diffusers has it."""
+    """The alpha of a layer, whose scale is `alpha / rank`. Default: the rank, as in diffusers."""
     settings = file.peft_config
     if file.settings is not None:
         prefix = f"{layer.component}."
@@ -100,17 +100,21 @@ def _alpha(layer: _Layer, rank: int, file: LoraFile) -> float:
     _check_settings(settings, file)
     said = _of_layer(settings, "rank_pattern", "r", names, file)
     if said != rank:
-        raise ValueError(f"{file.source}: its settings give {layer.key} the rank {said:g}, its matrices have {rank}.")
+        raise ValueError(
+            f"{file.source}: the file's settings give {layer.key} the rank {said:g}, but its matrices have {rank}."
+        )
     alpha = _of_layer(settings, "alpha_pattern", "lora_alpha", names, file)
     if settings.get("use_rslora"):
         alpha *= math.sqrt(rank)
     if stored is not None and stored != alpha:
-        raise ValueError(f"{file.source}: {layer.key} has the alpha {stored:g}, the file's settings say {alpha:g}.")
+        raise ValueError(
+            f"{file.source}: {layer.key} has the alpha {stored:g}, but the settings of the file give it {alpha:g}."
+        )
     return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _check_settings(settings: Mapping[str, Any], file: LoraFile) -> None:
-    """Refuse what peft would do beyond two matrices and their scale."""
+    """Refuse settings of peft other than two matrices and their scale."""
     kind = settings.get("init_lora_weights", True)
     if isinstance(kind, str) and kind.lower().startswith(CHANGES_THE_MODEL):
         raise ValueError(
@@ -119,7 +123,7 @@ def _check_settings(settings: Mapping[str, Any], file: LoraFile) -> None:
         )
     for name in ("use_dora", "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices"):
         if settings.get(name):
-            raise ValueError(f"{file.source}: `{name}` of its settings is {settings[name]!r}, which is not supported.")
+            raise ValueError(f"{file.source}: the setting `{name}` is {settings[name]!r}, which is not supported.")
 
 
 def _of_layer(
@@ -129,7 +133,7 @@ def _of_layer(
     names: tuple[str, ...],
     file: LoraFile,
 ) -> float:
-    """A number of one layer: the one of the first pattern that its name ends with, as in peft, or that of all."""
+    """Rank or alpha of one layer: that of the first pattern that matches the end of its name, else the default."""
     table = settings.get(patterns) or {}
     value = settings.get(default)
     if not isinstance(table, dict):
@@ -143,17 +147,19 @@ def _of_layer(
             complex_patterns += 1
             matches = complex_patterns <= MAX_PATTERNS and _matches(pattern, names, patterns, file)
         if complex_patterns > MAX_PATTERNS:
-            raise ValueError(f"{file.source}: `{patterns}` has more than {MAX_PATTERNS} patterns that are not names.")
+            raise ValueError(
+                f"{file.source}: `{patterns}` has more than {MAX_PATTERNS} patterns that are not plain layer names."
+            )
         if matches:
             value = number
             break
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{file.source}: `{default}` of its settings must be a number, got {value!r}.")
+        raise ValueError(f"{file.source}: the setting `{default}` must be a number, got {value!r}.")
     return value
 
 
 def _endings(names: tuple[str, ...]) -> Iterator[str]:
-    """Names, and what follows each of their dots."""
+    """Yield every name, and its part after each dot."""
     for name in names:
         yield name
         for position, letter in enumerate(name):
@@ -162,15 +168,15 @@ def _endings(names: tuple[str, ...]) -> Iterator[str]:
 
 
 def _matches(pattern: str, names: tuple[str, ...], table: str, file: LoraFile) -> bool:
-    """Whether an expression matches the end of a name; refuses those whose matching may take for ever."""
+    """Whether a regular expression matches the end of a name; one whose matching may be endless is refused."""
     quantifiers = len(re.findall(r"[*+?{]", re.sub(r"\\.", "", pattern)))
     if len(pattern) > MAX_PATTERN_LENGTH or quantifiers > 2 or re.search(r"\)[*+?{]", pattern):
         raise ValueError(
-            f"{file.source}: the expression {pattern[:MAX_PATTERN_LENGTH]!r} of `{table}` is too complex to be "
+            f"{file.source}: the pattern {pattern[:MAX_PATTERN_LENGTH]!r} in `{table}` is too complex to be "
             "matched safely: write the names of the layers."
         )
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{file.source}: {pattern!r} of `{table}` is no expression: {error}.") from error
+        raise ValueError(f"{file.source}: {pattern!r} in `{table}` is not a regular expression: {error}.") from error
     return any(expression.fullmatch(ending) for ending in _endings(names))

@@ -1,4 +1,4 @@
-"""Bounds the cost of the regular expressions in a LoRA file: `rank_pattern` and `alpha_pattern` have them as keys."""
+"""Limits for the regular expressions in a LoRA file, which are the keys of `rank_pattern` and `alpha_pattern`."""
 
 from collections.abc import Mapping
 from re import _constants as codes  # type: ignore[attr-defined]
@@ -8,7 +8,7 @@ from typing import Any
 
 from ...utils.read_budget import current_budget, how_to_raise
 
-NAME_LENGTH = 64  # characters of a layer's name that one `.*` can end at
+NAME_LENGTH = 64  # assumed length of a layer's name: one `.*` can end at each character
 PATTERNS = ("rank_pattern", "alpha_pattern")
 _SINGLE = (codes.LITERAL, codes.NOT_LITERAL, codes.ANY, codes.IN, codes.AT, codes.CATEGORY)
 _REPEATS = tuple(
@@ -18,11 +18,11 @@ _REPEATS = tuple(
 
 def check_lora_metadata(metadata: Any, source: str) -> None:
     """
-    Refuse patterns in the settings of a LoRA file that could take for ever to match.
+    Refuse patterns in the settings of a LoRA file whose matching could be endless.
 
     Args:
         metadata: `LoraConfig` arguments by component, such as `{"transformer.r": 8}`, or `None`.
-        source: the file, for the error.
+        source: name of the file for messages.
 
     Raises:
         ValueError: for such a setting, with its name and value.
@@ -30,7 +30,7 @@ def check_lora_metadata(metadata: Any, source: str) -> None:
     if metadata is None:
         return
     if not isinstance(metadata, Mapping):
-        raise ValueError(f"{source}: its LoRA settings must be a table, got a {type(metadata).__name__}.")
+        raise ValueError(f"{source}: its LoRA settings must be a JSON object, got a {type(metadata).__name__}.")
     budget, cost = current_budget().max_steps, 0
     for key, value in metadata.items():
         name = str(key).rpartition(".")[2]
@@ -38,7 +38,7 @@ def check_lora_metadata(metadata: Any, source: str) -> None:
             continue
         for pattern in map(str, value if isinstance(value, Mapping) else ()):
             try:
-                cost += NAME_LENGTH * _cost(parser.parse(pattern))  # tried behind every dot of a name
+                cost += NAME_LENGTH * _cost(parser.parse(pattern))  # tried after every dot of a name
             except (pattern_error, RecursionError, OverflowError, ValueError) as error:
                 raise ValueError(
                     f"{source}: the LoRA setting {key!r} has the pattern {pattern[:80]!r}: {error}."
@@ -46,7 +46,7 @@ def check_lora_metadata(metadata: Any, source: str) -> None:
             if cost > budget:
                 raise ValueError(
                     f"{source}: the patterns of the LoRA setting {key!r}, such as {pattern[:80]!r}, may take more "
-                    f"than {budget:,} steps for one layer. Write the layers' names out. {how_to_raise('max_steps')}"
+                    f"than {budget:,} steps for one layer. Write the names of the layers. {how_to_raise('max_steps')}"
                 )
 
 
@@ -55,7 +55,7 @@ def _cost(pattern: Any) -> int:
     Upper bound of the ways in which a pattern can match one name.
 
     Raises:
-        ValueError: for what has no such bound: a repeated group, a reference.
+        ValueError: for a pattern without such a bound, with a repeated group or a reference.
     """
     cost = 1
     for code, argument in pattern:
@@ -72,7 +72,7 @@ def _cost(pattern: Any) -> int:
         elif code is codes.BRANCH:
             cost *= sum(_cost(branch) for branch in argument[1])
         elif code not in _SINGLE:
-            raise ValueError(f"uses {str(code).lower()}; only names, '.', '*', classes and alternatives are read")
+            raise ValueError(f"uses {str(code).lower()}; only names, '.', '*', classes and alternatives are allowed")
         cost = min(cost, 2**62)
     return cost
 

@@ -1,1 +1,1 @@
-"""Memory profiles, and tables of what they need."""
+"""Memory profiles of the pipeline, and tables of the memory that they need."""

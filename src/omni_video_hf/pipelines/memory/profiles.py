@@ -1,8 +1,8 @@
 """
-Named ways to run the pipeline in little accelerator memory, and what each of them needs, from headers alone.
+Memory profiles: named settings for accelerators with little memory, and an estimate of the memory each one needs.
 
-A profile is nothing but settings of diffusers and transformers, which can be chosen by hand as well: number format,
-quantisation, offloading and VAE tiling.
+A profile combines settings of diffusers and transformers that users can also choose themselves: dtype, quantisation,
+offloading and VAE tiling. The estimate reads only the headers of the weights.
 """
 
 import math
@@ -16,12 +16,12 @@ from diffusers.utils.torch_utils import get_device
 from transformers import QuantoConfig
 from transformers.utils import is_optimum_quanto_available
 
-# In the order in which a call runs them, all of a pipeline's weights.
+# All components with weights, in the order in which a call runs them.
 COMPONENTS = ("mllm", "text_encoder", "adapter", "transformer", "vae")
-# Upstream decodes in float32; everything else runs in bfloat16.
+# The VAE decodes in float32, as in the authors' code; everything else runs in bfloat16.
 DTYPES = {"default": torch.bfloat16, "vae": torch.float32}
-# Peak bytes of the released model's parts beyond their weights, for a video of 832x480x81, the largest preset, with
-# both branches of guidance; counted by `python -m benchmarks activations`. The MLLM's is for 1024 tokens in its cache.
+# Peak bytes of activations of the released model's components, for a video of 832x480x81, the largest preset, with
+# both branches of guidance; measured by `python -m benchmarks activations`. The MLLM has 1024 tokens in its cache.
 ACTIVATIONS = {
     "mllm": 320_000_000,
     "text_encoder": 100_000_000,
@@ -30,22 +30,22 @@ ACTIVATIONS = {
     "vae": 8_170_000_000,
 }
 TILED_VAE_ACTIVATIONS = 1_810_000_000
-LIBRARIES = 2**30  # what the accelerator's own libraries and the fragments of its allocator take, about
+LIBRARIES = 2**30  # approximate memory of the accelerator's libraries and of allocator fragmentation
 
-Headers = Mapping[str, Mapping[str, tuple[str, tuple[int, ...], int]]]  # file -> weight -> format, shape, bytes
+Headers = Mapping[str, Mapping[str, tuple[str, tuple[int, ...], int]]]  # file -> weight -> dtype, shape, bytes
 
 
 @dataclass(frozen=True)
 class MemoryProfile:
     """
-    What a profile switches on. All run in bfloat16, the VAE in float32.
+    Settings of a memory profile. All profiles use bfloat16, and float32 for the VAE.
 
     Args:
-        name: the memory of the accelerator that it is for.
-        gibibytes: that memory.
-        quantized: components whose matrices are stored in 8 bits, for slightly other numbers.
-        offload: `"model"`, one component on the accelerator at a time, or `"group"`, one layer at a time: in the least
-            memory and slower, most of all for answers, which move the whole MLLM for every token.
+        name: memory of the accelerator, such as `"16GB"`.
+        gibibytes: the same memory in GiB.
+        quantized: components whose matrices are stored in 8 bits, which changes results slightly.
+        offload: `"model"`, one component on the accelerator at a time, or `"group"`, one layer at a time, which needs
+            the least memory and is slower, most of all for text answers, which move the whole MLLM for every token.
         tile_vae: decode in overlapping tiles, whose blended seams change the pixels slightly.
     """
 
@@ -69,35 +69,35 @@ PROFILES = {
 
 def get_memory_profile(name: str) -> MemoryProfile:
     """
-    The profile of a name.
+    Look a memory profile up by its name.
 
     Raises:
         ValueError: for an unknown name.
     """
     if name not in PROFILES:
         raise ValueError(
-            f"`memory` must be one of {', '.join(map(repr, PROFILES))}, got {name!r}: take the largest that the "
-            "accelerator has."
+            f"`memory` must be one of {', '.join(map(repr, PROFILES))}, got {name!r}: choose the largest one that is "
+            "not more than the memory of the accelerator."
         )
     return PROFILES[name]
 
 
-# --- switching on -------------------------------------------------------------------------------------------------
+# --- applying a profile -------------------------------------------------------------------------------------------
 
 
 def loading_arguments(profile: MemoryProfile) -> dict[str, Any]:
     """
-    Arguments of `from_pretrained` that a profile stands for.
+    Arguments of `from_pretrained` for a profile.
 
     Raises:
-        ImportError: when it quantises and the package for that is missing.
+        ImportError: if the profile quantises and optimum-quanto is not installed.
     """
     arguments: dict[str, Any] = {"dtype": dict(DTYPES)}
     if profile.quantized:
         if not is_optimum_quanto_available():
             raise ImportError(
                 f"`memory={profile.name!r}` stores {' and '.join(profile.quantized)} in 8 bits with optimum-quanto: "
-                "`pip install optimum-quanto`, or use '8GB', which quantises nothing."
+                "run `pip install optimum-quanto`, or use '8GB', which quantises nothing."
             )
         mapping = {name: QuantoConfig(weights="int8") for name in profile.quantized}
         arguments["quantization_config"] = PipelineQuantizationConfig(quant_mapping=mapping)
@@ -108,19 +108,19 @@ def apply_memory_profile(
     pipe: DiffusionPipeline, profile: MemoryProfile, device: torch.device | str | None = None
 ) -> None:
     """
-    Switch on what a profile does to a pipeline that is loaded with [`loading_arguments`].
+    Enable offloading and VAE tiling of a profile on a pipeline that was loaded with [`loading_arguments`].
 
     Args:
-        pipe: on the CPU.
+        pipe: pipeline on the CPU.
         profile: one of [`PROFILES`].
-        device: the accelerator, the one that there is by default.
+        device: the accelerator. Default: the current one.
 
     Raises:
         ValueError: without an accelerator.
     """
     if device is None and get_device() == "cpu":
         raise ValueError(
-            f"`memory={profile.name!r}` is about an accelerator's memory, and torch finds none here: leave it out."
+            f"`memory={profile.name!r}` needs an accelerator, but torch finds none here: leave `memory` out."
         )
     device = torch.device(device or get_device())
     if profile.tile_vae:
@@ -128,22 +128,22 @@ def apply_memory_profile(
     if profile.offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     else:
-        # Streams load the next layer while one computes; weights pinned as they go need no second copy in memory.
+        # A stream loads the next layer during the computation; pinning on the fly needs no second copy of the weights.
         streams = {"use_stream": True, "low_cpu_mem_usage": True} if device.type in ("cuda", "xpu") else {}
         pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", **streams)
 
 
-# --- what it needs ------------------------------------------------------------------------------------------------
+# --- memory estimates ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
     """
-    Bytes that the released model's pipeline needs at its largest preset.
+    Bytes that the pipeline of the released model needs for its largest preset.
 
     Args:
-        accelerator: most at once, by component that runs.
-        main: of all weights, which wait in main memory; 0 when nothing is offloaded.
+        accelerator: peak bytes on the accelerator while a component runs, by component.
+        main: bytes of all weights in main memory; 0 without offloading.
     """
 
     accelerator: Mapping[str, int]
@@ -151,25 +151,28 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """Most bytes at once, libraries included."""
+        """Peak bytes on the accelerator, including its libraries."""
         return max(self.accelerator.values()) + LIBRARIES
 
 
 def estimate_memory(headers: Headers, profile: MemoryProfile | None) -> MemoryEstimate:
     """
-    What a repository needs under a profile, or with everything on the accelerator at once.
+    Estimate the memory that a repository needs.
 
     Args:
-        headers: of its weights, file by file, each in its component's folder.
-        profile: one of [`PROFILES`], or `None`.
+        headers: headers of its weights by file; each file is in the folder of its component.
+        profile: one of [`PROFILES`], or `None` for all components on the accelerator.
 
     Raises:
-        ValueError: when a component has no weights.
+        ValueError: if a component has no weights.
     """
     tensors = {name: list(_tensors_of(name, headers)) for name in COMPONENTS}
     missing = [name for name, found in tensors.items() if not found]
     if missing:
-        raise ValueError(f"The repository has no weights in {', '.join(missing)}: it is no complete pipeline.")
+        raise ValueError(
+            f"The repository has no weights in {', '.join(missing)}, so it is not a complete pipeline: download or "
+            "complete it first."
+        )
     quantized = profile.quantized if profile else ()
     sizes = {
         name: [
@@ -183,10 +186,12 @@ def estimate_memory(headers: Headers, profile: MemoryProfile | None) -> MemoryEs
     if profile is None:
         there = dict.fromkeys(COMPONENTS, sum(totals.values()))
     elif profile.offload == "model":
-        # What encoded the source of an edit stays until the decoder has run.
+        # The encoder of an edit's source stays on the accelerator until the decoder has run.
         there = {name: totals[name] + totals["vae"] * (name in ("adapter", "transformer")) for name in COMPONENTS}
     else:
-        there = {name: 2 * max(found) for name, found in sizes.items()}  # a layer, and the next one on its way
+        there = {
+            name: 2 * max(found) for name, found in sizes.items()
+        }  # one layer, and the next one, which is being loaded
     return MemoryEstimate(
         accelerator={name: there[name] + activations[name] for name in COMPONENTS},
         main=sum(totals.values()) if profile else 0,
@@ -200,7 +205,7 @@ def _tensors_of(component: str, headers: Headers) -> Iterable[tuple[str, tuple[i
 
 
 def _stored_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype, quantized: bool) -> int:
-    """Bytes of a weight; quantised are matrices, with one scale a row, except embeddings and the last layer."""
+    """Bytes of a weight. Quantised are matrices, with one scale per row, except embeddings and the last layer."""
     is_matrix = len(shape) == 2 and name.endswith(".weight")
     if quantized and is_matrix and not any(part in name for part in ("embed", "lm_head", "shared", "null_")):
         return math.prod(shape) + shape[0] * dtype.itemsize

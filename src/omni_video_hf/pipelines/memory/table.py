@@ -1,4 +1,4 @@
-"""Tables of what every memory profile needs, for the command line."""
+"""Tables of the memory that every profile needs, for `omni-video info --memory`."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def memory_table(headers: Mapping[str, Header], title: str) -> Table:
-    """What every memory profile needs, as a table for the terminal."""
+    """The memory that every profile needs, as a table for the terminal."""
     memory = import_module(".profiles", __package__)
     table = Table(title=escape(title), caption="GB; activations are the released model's for a video of 832x480x81")
     table.add_column("memory=")
@@ -30,7 +30,7 @@ def memory_table(headers: Mapping[str, Header], title: str) -> Table:
 
 
 def memory_rows(headers: Mapping[str, Header]) -> list[dict[str, Any]]:
-    """The same as plain values, in bytes."""
+    """The memory that every profile needs, as plain values in bytes."""
     memory, rows = import_module(".profiles", __package__), []
     for profile in (None, *memory.PROFILES.values()):
         estimate = memory.estimate_memory(headers, profile)

@@ -1,1 +1,1 @@
-"""What a run keeps: checkpoints, random states, its lock, its result."""
+"""Files of a training run: checkpoints, random generators, the lock of `output_dir`, the result, the export."""

@@ -1,14 +1,13 @@
 """
-Checkpoints that are whole or not there.
+Checkpoints of a training run: atomic writing, completeness checks, rotation, and loading of weights and averages.
 
-A checkpoint is written in a folder of another name and gets its own by one rename, so that a run killed at any moment
-leaves the checkpoints it had. It holds what trains, not the frozen parts: `trained.safetensors` beside transformers'
-files of optimiser, scheduler and state. The name differs from a model's on purpose: `from_pretrained` would otherwise
-open a checkpoint and make up the missing parts.
+A checkpoint is written in a temporary folder and renamed, so that a run that is killed at any moment leaves only
+complete checkpoints. It contains the trained weights, not the frozen ones, in `trained.safetensors`, and the files of
+transformers for optimiser, scheduler and state. The file name differs from that of a model, because `from_pretrained`
+would otherwise load a checkpoint and initialise the missing weights.
 
-`checkpoint.json` is written last and lists every file with its size, and the run that wrote them. It tells a
-checkpoint that was copied in part, or damaged, from a whole one. A run removes the checkpoints that it wrote, and no
-others.
+`checkpoint.json` is written last. It lists every file with its size, and the run that wrote them, so that a damaged or
+partly copied checkpoint is detected. A run removes only checkpoints that it wrote.
 """
 
 import json
@@ -37,11 +36,11 @@ _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _UNFINISHED = re.compile(rf"((replaced|rotated)-)?{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
-# --- which are there ------------------------------------------------------------------------------------------------
+# --- finding and checking -------------------------------------------------------------------------------------------
 
 
 def numbered(output_dir: str | Path) -> list[Path]:
-    """All folders with the name of a checkpoint, the oldest first, whoever wrote them and whether or not complete."""
+    """All folders with the name of a checkpoint, oldest first, complete or not, and written by any run."""
     folders = Path(output_dir).iterdir() if Path(output_dir).is_dir() else ()
     found = [(int(match[1]), path) for path in folders if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
     return [path for _, path in sorted(found)]
@@ -49,9 +48,9 @@ def numbered(output_dir: str | Path) -> list[Path]:
 
 def problem_of(checkpoint: Path) -> str | None:
     """
-    What keeps a checkpoint from being complete, `None` for a complete one.
+    Describe why a checkpoint is not complete; `None` for a complete one.
 
-    Files of a checkpoint without `checkpoint.json`, as earlier versions wrote them, are looked into.
+    For a checkpoint without `checkpoint.json`, which earlier versions wrote, the content of its files is checked.
     """
     manifest = _read_manifest(checkpoint)
     if manifest is not None:
@@ -66,7 +65,7 @@ def problem_of(checkpoint: Path) -> str | None:
 
 
 def _problem_of_files(checkpoint: Path) -> str | None:
-    """Likewise by what is in the files."""
+    """Describe why a checkpoint without `checkpoint.json` is not complete, from the content of its files."""
     try:
         json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
         if (checkpoint / TRAINED_NAME).is_file():
@@ -77,15 +76,15 @@ def _problem_of_files(checkpoint: Path) -> str | None:
     except (OSError, ValueError, SafetensorError) as error:
         return f"it has no {MANIFEST_NAME}, and its files are missing or damaged ({error})"
     sharded = ("pytorch_model_fsdp*", "optimizer_*", "global_step*")
-    return None if any(any(checkpoint.glob(name)) for name in sharded) else f"it holds no {TRAINED_NAME}"
+    return None if any(any(checkpoint.glob(name)) for name in sharded) else f"it contains no {TRAINED_NAME}"
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """
-    The newest complete checkpoint, `None` where there is no checkpoint; every incomplete one is warned of.
+    The newest complete checkpoint, `None` if there is no checkpoint. A warning names every incomplete one.
 
     Raises:
-        ValueError: when there are checkpoints and none is complete: a run would silently begin anew.
+        ValueError: if there are checkpoints but none is complete, because a run would start again without notice.
     """
     folders, complete = numbered(output_dir), None
     problems = {folder: problem_of(folder) for folder in folders}
@@ -93,22 +92,22 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
         if problem is None:
             complete = folder
         else:
-            logger.warning("%s is not complete and not resumed from: %s.", folder, problem)
+            logger.warning("%s is not complete, so it is not used to resume: %s.", folder, problem)
     if folders and complete is None:
         listed = "; ".join(f"{folder.name}: {problem}" for folder, problem in problems.items())
         raise ValueError(
-            f"{output_dir}: none of its checkpoints is complete ({listed}). Copy them again, or remove them to begin "
-            "anew."
+            f"{output_dir}: none of its checkpoints is complete ({listed}). Copy them again, or remove them to start "
+            "from the beginning."
         )
     return None if complete is None else str(complete)
 
 
 def check_complete(checkpoint: str | Path) -> None:
     """
-    Refuse what is no complete checkpoint.
+    Refuse a folder that is not a complete checkpoint.
 
     Raises:
-        ValueError: says what is wrong, and which checkpoints beside or in the folder are complete.
+        ValueError: for such a folder; the message lists complete checkpoints beside it or in it.
     """
     checkpoint = Path(checkpoint)
     problem = problem_of(checkpoint) if checkpoint.is_dir() else "there is no such folder"
@@ -118,12 +117,12 @@ def check_complete(checkpoint: str | Path) -> None:
     readable = [
         str(folder) for folder in sorted(near, key=lambda f: int(f.name.split("-")[1])) if not problem_of(folder)
     ]
-    listed = f"Complete are: {', '.join(readable)}." if readable else "There is no complete one beside or in it."
-    raise ValueError(f"{checkpoint} is no complete checkpoint: {problem}. {listed}")
+    listed = f"Complete are: {', '.join(readable)}." if readable else "There is no complete one beside it or in it."
+    raise ValueError(f"{checkpoint} is not a complete checkpoint: {problem}. {listed}")
 
 
 def run_of(checkpoint: Path) -> str | None:
-    """The run that wrote a checkpoint, `None` where that is not known."""
+    """The run that wrote a checkpoint, `None` if it is unknown."""
     manifest = _read_manifest(checkpoint)
     return None if manifest is None else manifest["run"]
 
@@ -140,7 +139,7 @@ def _read_manifest(checkpoint: Path) -> dict | None:
 
 
 def seal(written: Path, run: str) -> None:
-    """Say that a checkpoint is complete: all its files, which lie on the disk now, and the run that wrote them."""
+    """Mark a checkpoint as complete: write the list of its files, which are synced to disk, and the run."""
     files = sorted(path for path in written.rglob("*") if path.is_file())
     for path in files:
         _to_disk(path)
@@ -151,10 +150,11 @@ def seal(written: Path, run: str) -> None:
 
 def promote(written: Path, final: Path) -> None:
     """
-    Give a complete checkpoint its name.
+    Rename a complete checkpoint to its final name.
 
-    A checkpoint of that name that the same run left, before it went on from an older one, is moved out of the way
-    first: a kill between the two leaves the older ones. Anything else of that name is kept under another one.
+    If the same run wrote a checkpoint of this name before it was resumed from an older one, that checkpoint is moved
+    away first; a kill between the two steps leaves the older checkpoints. Any other folder of this name is kept under
+    a new name.
     """
     if final.exists() or final.is_symlink():
         if not final.is_symlink() and run_of(final) is not None and run_of(final) == run_of(written):
@@ -162,7 +162,7 @@ def promote(written: Path, final: Path) -> None:
         else:
             kept = _free_name(final)
             final.rename(kept)
-            logger.warning("%s was there and not written by this run: it is now %s.", final, kept.name)
+            logger.warning("%s already existed and was not written by this run: renamed to %s.", final, kept.name)
     written.rename(final)
     _to_disk(final.parent)
     clear(written.parent)
@@ -170,13 +170,13 @@ def promote(written: Path, final: Path) -> None:
 
 def rotate(run_folder: Path, limit: int | None, run: str, kept: Collection[Path]) -> None:
     """
-    Remove the oldest checkpoints of a run beyond `limit`; no others.
+    Remove the oldest checkpoints of a run, so that `limit` remain. Checkpoints of other runs are not removed.
 
     Args:
-        run_folder: with the checkpoints.
-        limit: how many to keep, `None` or 0 for all.
-        run: what wrote them.
-        kept: those that stay in any case.
+        run_folder: folder of the checkpoints.
+        limit: number of checkpoints to keep; `None` or 0 keeps all.
+        run: identifier of the run that wrote them.
+        kept: checkpoints that are never removed.
     """
     if not limit or limit < 0:
         return
@@ -185,7 +185,7 @@ def rotate(run_folder: Path, limit: int | None, run: str, kept: Collection[Path]
     excess = len(ours) - max(limit, len(ours) - len(removable))
     writing = run_folder / WRITING_FOLDER
     for folder in removable[: max(excess, 0)]:
-        # Under another name first: a kill while files go must not leave half a checkpoint under its own.
+        # Rename it first, so that a kill during the removal leaves no incomplete checkpoint under its name.
         writing.mkdir(exist_ok=True)
         folder.rename(writing / f"rotated-{folder.name}")
     clear(writing)
@@ -193,13 +193,13 @@ def rotate(run_folder: Path, limit: int | None, run: str, kept: Collection[Path]
 
 def clear(writing: Path) -> None:
     """
-    Remove what a killed run left unfinished.
+    Remove unfinished checkpoints of a killed run.
 
-    A checkpoint that was being replaced when the run was killed between two renames stands there whole; it goes as
-    well, since an older one of the run it continued is complete.
+    A complete checkpoint that was being replaced when the run was killed is removed as well, because the older
+    checkpoint from which the run was resumed is complete.
 
     Raises:
-        ValueError: when something lies there that no run wrote.
+        ValueError: if the folder contains files that no run wrote.
     """
     if not writing.exists() and not writing.is_symlink():
         return
@@ -209,8 +209,8 @@ def clear(writing: Path) -> None:
     if writing.is_symlink() or others:
         what = others[0].name if others else "is a link"
         raise ValueError(
-            f"{writing}: unfinished checkpoints are written and removed there, but it holds what this package does "
-            f"not write ({what}): move it elsewhere."
+            f"{writing}: this folder is for unfinished checkpoints, which are removed, but it contains what this "
+            f"package does not write ({what}): move it elsewhere."
         )
     shutil.rmtree(writing)
 
@@ -234,7 +234,7 @@ def _to_disk(path: Path) -> None:
 
 
 def save_trained(path: Path, parameters: Mapping[str, torch.Tensor], metadata: Mapping[str, object]) -> None:
-    """Write named tensors, and what they are, into one safetensors file."""
+    """Write named tensors and metadata into one safetensors file."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in parameters.items()}
     save_file(tensors, path, {key: json.dumps(value) for key, value in metadata.items()})
 
@@ -242,10 +242,10 @@ def save_trained(path: Path, parameters: Mapping[str, torch.Tensor], metadata: M
 @torch.no_grad()
 def load_trained(path: Path, parameters: Mapping[str, torch.Tensor], stage: str) -> None:
     """
-    Fill parameters from a file of [`save_trained`].
+    Load parameters from a file of [`save_trained`].
 
     Raises:
-        ValueError: when the file is missing, comes from another stage, or holds other parameters than train.
+        ValueError: if the file is missing, was written in another stage, or contains other parameters.
     """
     if not path.is_file():
         raise ValueError(
@@ -257,27 +257,27 @@ def load_trained(path: Path, parameters: Mapping[str, torch.Tensor], stage: str)
         written = json.loads(metadata.get("stage", "null"))
         if written != stage:
             raise ValueError(
-                f"{path} was written in the stage {written!r}, this run's `stage` is {stage!r}. A run is resumed "
-                "within its stage; a new stage starts from the model that the last one saved."
+                f"{path} was written in the stage {written!r}, but the `stage` of this run is {stage!r}. Resume a run "
+                "in its own stage; start a new stage from the model that the last stage saved."
             )
         if names != set(parameters):
             differing = sorted(names ^ set(parameters))
             raise ValueError(
-                f"{path} holds {len(names)} parameters, {len(parameters)} train; {len(differing)} are in one only, "
-                f"first {differing[0]}. Resume with the settings and the base model the run began with."
+                f"{path} contains {len(names)} parameters, but {len(parameters)} are trained; {len(differing)} are in "
+                f"only one of the two, such as {differing[0]}. Resume with the settings and base model of the run."
             )
         for name, parameter in parameters.items():
             tensor = file.get_tensor(name)
             if tensor.shape != parameter.shape:
                 raise ValueError(
-                    f"{path}: {name} is {tuple(tensor.shape)}, the model's is {tuple(parameter.shape)}. Resume with "
-                    "the base model the run began with."
+                    f"{path}: {name} is {tuple(tensor.shape)}, but {tuple(parameter.shape)} in the model. Resume with "
+                    "the base model of the run."
                 )
             parameter.copy_(tensor)
 
 
 def save_ema(path: Path, ema: EMAModel, names: list[str]) -> None:
-    """Write the averaged parameters by name, and the average's counters."""
+    """Write the averaged parameters by name, and the counters of the average."""
     state = ema.state_dict()
     shadow = dict(zip(names, state.pop("shadow_params"), strict=True))
     save_trained(path, shadow, state)
@@ -285,13 +285,15 @@ def save_ema(path: Path, ema: EMAModel, names: list[str]) -> None:
 
 def load_ema(path: Path, ema: EMAModel, names: list[str]) -> None:
     """
-    Take up an average where [`save_ema`] left it.
+    Load an average that [`save_ema`] wrote.
 
     Raises:
-        ValueError: when the checkpoint has none.
+        ValueError: if the checkpoint has none.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file, but `ema_decay` is set: the run began without an average.")
+        raise ValueError(
+            f"{path}: no such file, but `ema_decay` is set. The run was started without it: leave `ema_decay` out."
+        )
     with safe_open(path, "pt") as file:
         state = {key: json.loads(value) for key, value in file.metadata().items()}
         shadow = [file.get_tensor(name) for name in names]

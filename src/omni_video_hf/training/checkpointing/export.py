@@ -1,4 +1,4 @@
-"""A pipeline's repository out of a checkpoint, without training on."""
+"""`export_checkpoint`: write the pipeline of a checkpoint, without training."""
 
 import json
 from pathlib import Path
@@ -28,34 +28,34 @@ def export_checkpoint(
     dtype: str = "float32",
 ) -> Path:
     """
-    Write what a run had learned at a checkpoint: the repository it began with, and in it the trained weights.
+    Write the repository of a checkpoint: a copy of the base model's repository with the trained weights.
 
-    Where the run keeps a moving average of the weights, it is what is written.
+    If the run has a moving average of the weights, the average is written.
 
     Args:
         checkpoint: `output_dir/checkpoint-N`.
-        folder: gets the repository; for a LoRA, its `lora` gets the matrices alone. Must not exist, or be empty.
-        base: folder or Hub repository that the run began with; by default the one that the checkpoint names.
-        revision: of a Hub repository, likewise.
-        dtype: `float32` or `bfloat16`, in which trained weights are stored.
+        folder: target folder, which must not exist or must be empty. For a LoRA, its folder `lora` contains the LoRA
+            alone.
+        base: folder or Hub repository of the base model. Default: the one in the checkpoint.
+        revision: branch, tag or commit of the Hub repository. Default: the one in the checkpoint.
+        dtype: dtype in which trained weights are stored, `float32` or `bfloat16`.
 
     Returns:
         `folder`.
 
     Raises:
-        ValueError: for what is no complete checkpoint, saying which are; and for another base, or an
-            unfinished one.
+        ValueError: for a folder that is not a complete checkpoint, for another base model, or an unfinished one.
     """
     checkpoint, folder = Path(checkpoint), Path(folder)
     check_known("result_dtype", [dtype], ["float32", "bfloat16"])
     check_complete(checkpoint)
     if not (checkpoint / TRAINED_NAME).is_file():
         raise ValueError(
-            f"{checkpoint} holds no {TRAINED_NAME}: checkpoints of FSDP and DeepSpeed are in shards. Resume the run "
-            "at its end with `--resume`, which writes its pipeline."
+            f"{checkpoint} contains no {TRAINED_NAME}: checkpoints of FSDP and DeepSpeed are in shards. Resume the "
+            "run with `--resume`; at its end it writes its pipeline."
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder: choose another one to export to.")
+        raise ValueError(f"{folder} exists and is not an empty folder: choose another one for the export.")
     with safe_open(checkpoint / TRAINED_NAME, "pt") as file:
         about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
     source = _base_folder(checkpoint, base or about.get("base_model"), revision or about.get("base_revision"))
@@ -68,24 +68,24 @@ def export_checkpoint(
         save_lora(model, folder / LORA_FOLDER)
     else:
         with safe_open(averaged if averaged.is_file() else checkpoint / TRAINED_NAME, "pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is no dict
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is not a dict
         write_pipeline(source, folder, weights, wanted, aliases=about.get("tied"))
     return folder
 
 
 def _base_folder(checkpoint: Path, base: str | None, revision: str | None) -> Path:
     if not base:
-        raise ValueError(f"{checkpoint} does not say which model its run began with: pass `--model`.")
+        raise ValueError(f"{checkpoint} does not name the base model of its run: pass `--model`.")
     if Path(base).is_dir():
         check_finished(base)
         return Path(base)
     if str(base).count("/") != 1:
-        raise ValueError(f"`model` {base}, which the run began with, is no folder: pass `--model` to say where it is.")
+        raise ValueError(f"`model` {base}, the base model of the run, is not a folder: pass its place with `--model`.")
     return Path(snapshot_download(base, revision=revision))
 
 
 def _with_lora(checkpoint: Path, base: Path, about: dict[str, Any]) -> OmniVideoForConditionalGeneration:
-    """The parts of the base that have matrices, with those of the checkpoint."""
+    """Load the components of the base that the LoRA changes, with the LoRA layers of the checkpoint."""
     average = checkpoint / EMA_NAME
     with safe_open(checkpoint / TRAINED_NAME, "pt") as file:
         names = list(file.keys())

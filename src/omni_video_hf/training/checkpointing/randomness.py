@@ -1,9 +1,9 @@
 """
 Per-step random generators: resuming and sharding do not change results.
 
-Everything a step draws is a function of the run's seed, the step and the sample's place in the step. So a resumed run
-draws what the uninterrupted one would have, and a step of four samples draws the same on one process, on two, or
-accumulated from four batches of one.
+All random numbers of a step depend only on the seed of the run, the step, and the position of the sample in the step.
+A resumed run therefore uses the same numbers as an uninterrupted one, and so does a step of four samples on one
+process, on two processes, or accumulated from four batches of one sample.
 """
 
 import random
@@ -15,18 +15,20 @@ import torch
 
 
 def derive_seed(*key: int) -> int:
-    """A seed of 63 bits from integers of 0 or more, by numpy's `SeedSequence`."""
+    """Derive a seed of 63 bits from integers of 0 or more, with `SeedSequence` of numpy."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
 def sample_generators(seed: int, step: int, first: int, batch_size: int, stride: int) -> list[torch.Generator]:
     """
-    One generator per sample of a batch, on the CPU, so that devices do not differ.
+    One generator per sample of a batch, on the CPU, so that all devices give the same numbers.
 
     Args:
-        step: optimiser steps done; another number for other purposes, such as evaluation.
+        seed: seed of the run.
+        step: number of optimiser steps before this one; another number for other purposes, such as evaluation.
         first: number of the batch within its step.
-        stride: the usual batch size, by which batches of a step number their samples.
+        batch_size: number of samples in the batch.
+        stride: usual batch size; sample `i < stride` of the batch is number `first * stride + i` of its step.
     """
     return [
         torch.Generator().manual_seed(derive_seed(seed, step, first * stride + index % stride, index // stride))
@@ -38,15 +40,15 @@ def draw_dropouts(
     generators: Sequence[torch.Generator], both: float, instruction: float, prompt: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Decide per sample which conditions are dropped; `both`, `instruction` and `prompt` are the probabilities.
+    Sample which conditions are dropped; `both`, `instruction` and `prompt` are probabilities per sample.
 
     Returns:
-        Two boolean `[batch]`: instruction dropped, prompt dropped.
+        Two boolean tensors `[batch]`: instruction dropped, prompt dropped.
     """
-    draws = torch.cat([torch.rand(1, generator=generator) for generator in generators])
-    drops_both = draws < both
-    drops_instruction = (draws >= both) & (draws < both + instruction)
-    drops_prompt = (draws >= both + instruction) & (draws < both + instruction + prompt)
+    numbers = torch.cat([torch.rand(1, generator=generator) for generator in generators])
+    drops_both = numbers < both
+    drops_instruction = (numbers >= both) & (numbers < both + instruction)
+    drops_prompt = (numbers >= both + instruction) & (numbers < both + instruction + prompt)
     return drops_both | drops_instruction, drops_both | drops_prompt
 
 
@@ -57,7 +59,7 @@ def draw_source_dropout(generators: Sequence[torch.Generator], probability: floa
 
 @contextmanager
 def kept_chance() -> Iterator[None]:
-    """Leave the global generators of Python, numpy and torch, on every device, as they were before the block."""
+    """Restore the global generators of Python, numpy and torch (on every device) after the block."""
     python, numbers = random.getstate(), np.random.get_state()
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     devices = [] if accelerator is None else list(range(torch.accelerator.device_count()))

@@ -1,8 +1,8 @@
 """
-What a run leaves: the repository it began with, and in it the weights that were trained.
+The result of a training run: a copy of the base model's repository with the trained weights.
 
-Files are read and written tensor by tensor, and no model is made. So what was not trained stays as it is stored, bit
-for bit, and what was trained keeps the precision it was trained in, whatever format its neighbours have.
+Files are copied tensor by tensor, without creating a model. Weights that were not trained are stored bit for bit as
+before, and trained weights keep their own dtype, which may differ from that of the others.
 """
 
 import json
@@ -25,7 +25,7 @@ from ...hub.repository import (
     weight_files,
 )
 
-# Component folder -> what its weights are called in the whole model.
+# Component folder -> prefix of its weights in the whole model.
 PREFIXES = dict(zip(MODEL_FOLDERS, ("", "adapter.", "decoder."), strict=True))
 
 
@@ -38,19 +38,19 @@ def write_pipeline(
     aliases: Mapping[str, list[str]] | None = None,
 ) -> None:
     """
-    Write the repository `base` with trained weights in place of its own.
+    Write a copy of the repository `base` with trained weights.
 
     Args:
         base: folder of a pipeline's repository.
-        folder: gets the new one; made if need be.
-        weights: by the whole model's names.
-        dtype: in which they are stored.
-        deltas: what is added to weights of the repository, in float32, such as merged low-rank matrices. The sums are
-            stored in `dtype` as well.
+        folder: target folder; created if it does not exist.
+        weights: trained weights by their names in the whole model.
+        dtype: dtype in which trained weights are stored.
+        deltas: float32 tensors that are added to weights of the repository, such as merged LoRA layers. The sums are
+            stored in `dtype` too.
         aliases: other names of tied weights, see [`tied_names`].
 
     Raises:
-        ValueError: for a weight that the repository does not have in this shape.
+        ValueError: for a weight whose name and shape the repository does not have.
     """
     base, changes = Path(base), _by_stored_name(weights, deltas or {}, aliases or {})
     unknown = set(weights) | set(deltas or {})
@@ -72,7 +72,7 @@ def write_pipeline(
 
 
 def lora_deltas(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
-    """What an adapter adds to the weights of a model, in float32 and by their names."""
+    """The differences that a LoRA adapter adds to the weights of a model, in float32, by the names of the weights."""
     deltas = {}
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and adapter_name in getattr(module, "lora_A", {}):
@@ -81,14 +81,14 @@ def lora_deltas(model: nn.Module, adapter_name: str = "default") -> dict[str, to
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
-    """All names of every parameter that has more than one, by its first; a file stores it under any of them."""
+    """All names of every tied parameter, by its first name; a file may use any of these names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return {group[0]: group for group in names.values() if len(group) > 1}
 
 
-# Name in the files -> (name in the model, value, whether it is added to what is stored).
+# Name in the files -> (name in the model, value, whether the value is added to the stored one).
 _Changes = dict[str, tuple[str, torch.Tensor, bool]]
 
 
@@ -103,7 +103,7 @@ def _by_stored_name(
 
 
 def _write_component(source: Path, target: Path, prefix: str, changes: _Changes, dtype: torch.dtype) -> None:
-    """A component's folder with some weights changed; its code is written anew when the repository is completed."""
+    """Copy the folder of a component with changed weights; completing the repository writes its code again."""
     target.mkdir()
     files = weight_files(source)
     for path in sorted(source.iterdir()):
@@ -121,7 +121,7 @@ def _write_component(source: Path, target: Path, prefix: str, changes: _Changes,
             if full in changes:
                 _, value, is_added = changes[full]
                 value = tensors[name].float() + value.cpu() if is_added else value.detach()
-                tensors[name] = value.to("cpu", dtype, copy=True).contiguous()  # tied weights are stored apart
+                tensors[name] = value.to("cpu", dtype, copy=True).contiguous()  # tied weights are stored separately
         save_file(tensors, target / file.name, metadata)
     for index in source.glob("*.safetensors.index.json"):
         content = json.loads(index.read_text(encoding="utf-8"))
@@ -132,7 +132,9 @@ def _write_component(source: Path, target: Path, prefix: str, changes: _Changes,
 
 
 def _no_such_weight(base: Path, name: str, value: torch.Tensor) -> ValueError:
-    return ValueError(f"{base}: no weight {name!r} of {tuple(value.shape)}: not the model the run began with.")
+    return ValueError(
+        f"{base}: has no weight {name!r} of shape {tuple(value.shape)}, so it is not the base model of the run."
+    )
 
 
 __all__ = ["lora_deltas", "tied_names", "write_pipeline"]

@@ -1,4 +1,4 @@
-"""One training at a time in one `output_dir`: two would write each other's checkpoints and remove them."""
+"""Lock of `output_dir`: two runs in the same folder would overwrite and remove each other's checkpoints."""
 
 import threading
 from collections.abc import Iterator
@@ -18,14 +18,14 @@ _held: dict[Path, int] = {}  # folder -> thread of this process that trains ther
 @contextmanager
 def only_training(args: OmniVideoTrainingArguments) -> Iterator[None]:
     """
-    Keep other trainings out of `args.output_dir` for as long as the block runs; every process of a run must enter.
+    Lock `args.output_dir` during the block. Every process of a run must call this.
 
-    The processes that write (one, or one per machine with `save_on_each_node`) hold the lock. The operating system
-    gives it back when they die, however they die, so a killed run is resumed at once. The file of the lock may stay
-    and means nothing by itself. Within the block the same thread may enter again.
+    The processes that write files (one, or one per machine with `save_on_each_node`) hold the lock. The operating
+    system releases it when they end or are killed, so that a killed run can be resumed immediately. The lock file may
+    remain and has no meaning without the lock. The same thread may lock the folder again within the block.
 
     Raises:
-        ValueError: on every process, when another training works in this folder.
+        ValueError: on every process, if another run uses this folder.
     """
     folder = Path(args.output_dir).absolute()
     if _held.get(folder) == threading.get_ident():
@@ -58,7 +58,7 @@ def _acquire(folder: Path) -> object:
         lock.__enter__()
     except Timeout:
         raise ValueError(
-            f"`output_dir` {folder}: another training works in this folder: wait for it, stop it, or choose another "
+            f"`output_dir` {folder}: another training uses this folder: wait for its end, stop it, or choose another "
             "`output_dir`."
         ) from None
     return lock

@@ -1,1 +1,1 @@
-"""Training data: tables of media, what is refused, batches of every task."""
+"""Training data: tables of media, checks of samples, buckets, collator, batch sampler, streaming."""

@@ -1,4 +1,4 @@
-"""Samples that cannot be used: all of them listed at once, or skipped and counted where the user asked for that."""
+"""Samples that cannot be used: an error that lists all of them, or a warning that counts the skipped ones."""
 
 import logging
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from ...utils.names import check_known
 logger = logging.getLogger(__name__)
 
 ON_BAD_DATA = ("stop", "skip")
-SHOWN = 50  # of a list that may be as long as the data
+SHOWN = 50  # maximum number of listed samples
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Offender:
     A sample that cannot be used.
 
     Args:
-        sample: where it is, in the user's words: a file, or a row of a table.
-        problem: what is wrong and what to do, one line.
+        sample: the sample for messages: a file, or a row of a table.
+        problem: one line that says what is wrong and what to do.
     """
 
     sample: str
@@ -31,11 +31,11 @@ class Offender:
 
 class BadDataError(ValueError):
     """
-    Some samples cannot be used; `offenders` has all of them, the message the first 50.
+    Some samples cannot be used; `offenders` has all of them, the message lists the first 50.
 
     Args:
-        offenders: all there are.
-        total: number of samples that were looked at.
+        offenders: all samples that cannot be used.
+        total: number of samples that were checked.
     """
 
     def __init__(self, offenders: Sequence[Offender], total: int) -> None:
@@ -45,7 +45,7 @@ class BadDataError(ValueError):
             lines.append(f"and {len(self.offenders) - SHOWN} more")
         super().__init__(
             f"{count_problems(self.offenders, total)}. Repair or remove them, or pass "
-            f"`on_bad_data='skip'` to go on without.\n" + "\n".join(lines)
+            f"`on_bad_data='skip'` to leave them out.\n" + "\n".join(lines)
         )
 
     def __reduce__(self) -> tuple:
@@ -54,18 +54,18 @@ class BadDataError(ValueError):
 
 def stop_or_count(offenders: Sequence[Offender], total: int, on_bad_data: str) -> set[str]:
     """
-    Do with bad samples what the user asked for.
+    Stop because of bad samples, or warn and return them, depending on `on_bad_data`.
 
     Args:
         offenders: samples that cannot be used.
-        total: number of samples that were looked at.
+        total: number of samples that were checked.
         on_bad_data: `"stop"`, or `"skip"` to leave them out with a warning that counts them.
 
     Returns:
         The names of the samples to leave out.
 
     Raises:
-        BadDataError: with all of them, unless they are to be skipped, or when none would remain.
+        BadDataError: for `"stop"`, or if no sample would remain.
     """
     check_known("on_bad_data", [on_bad_data], ON_BAD_DATA)
     names = {offender.sample for offender in offenders}
@@ -78,13 +78,13 @@ def stop_or_count(offenders: Sequence[Offender], total: int, on_bad_data: str) -
 
 
 def count_problems(offenders: Sequence[Offender], total: int) -> str:
-    """How many problems there are in how many samples, in words."""
+    """A phrase with the number of problems and of samples."""
     problems = f"{len(offenders)} problem{'' if len(offenders) == 1 else 's'}"
     return f"{problems} in {total} sample{'' if total == 1 else 's'}"
 
 
 def offenders_table(offenders: Sequence[Offender], total: int) -> Table:
-    """The first 50 offenders for the terminal, and how many there are."""
+    """A table of the first 50 samples that cannot be used, with their total number, for the terminal."""
     table = Table(title=count_problems(offenders, total), title_justify="left", show_lines=False)
     table.add_column("sample", overflow="fold")
     table.add_column("problem", overflow="fold")

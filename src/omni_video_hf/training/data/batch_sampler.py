@@ -1,4 +1,4 @@
-"""Batches of one task and shape, tasks mixed by weight, in an order that is a function of seed and epoch."""
+"""`OmniVideoBatchSampler`: batches of one bucket (task and shapes), tasks mixed by weight, reproducible order."""
 
 import math
 from array import array
@@ -12,17 +12,17 @@ import numpy as np
 from ...tasks import TASKS
 from ...utils.names import check_known
 
-STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted")  # the words of `datasets.interleave_datasets`
+STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted")  # names as in `datasets.interleave_datasets`
 
 
 class Bucket(NamedTuple):
     """
-    What the samples of one batch have in common.
+    Task and shapes that all samples of a batch have in common.
 
     Args:
         task: one of `TASKS`.
-        shapes: name and shape of every input that is stacked, and `()` as shape of those that are padded: samples with
-            and without an input do not go together.
+        shapes: name and shape of every input that is stacked, and `()` as the shape of inputs that are padded, because
+            samples with and without an input cannot be in the same batch.
     """
 
     task: str
@@ -36,25 +36,26 @@ class Bucket(NamedTuple):
 
 class OmniVideoBatchSampler:
     """
-    Batches of one [`Bucket`] each, for one process or several.
+    Batch sampler whose batches each contain samples of one [`Bucket`], for one process or several.
 
-    The order is a pure function of `seed` and the epoch, so a resumed run that skips the batches it has seen goes on
-    exactly. Every round of `num_processes` batches in a row is of one bucket and one batch size: accelerate deals a
-    round out to the processes, which then run the same parts of the model on equal shapes. No sample comes twice in an
-    epoch unless `stopping_strategy` asks for it. A bucket's last round may be smaller than `batch_size`; up to
-    `num_processes - 1` of its samples, others in every epoch, are left out so that the processes get equally many.
+    The order depends only on `seed` and the epoch, so that a resumed run can skip the batches it has used. Each round
+    of `num_processes` consecutive batches has one bucket and one batch size: accelerate gives one batch of a round to
+    every process, and all processes run the same components on equal shapes. No sample is used twice in an epoch,
+    except with `"all_exhausted"`. The last round of a bucket may be smaller than `batch_size`; up to
+    `num_processes - 1` of its samples, different ones in every epoch, are left out, so that all processes get the same
+    number.
 
     Args:
-        buckets: the bucket of every sample, as `dataset.buckets`.
+        buckets: the bucket of every sample, such as `dataset.buckets`.
         batch_size: samples per process and step.
-        num_processes: how many processes share the batches.
+        num_processes: number of processes that share the batches.
         weights: share of the batches by task, e.g. `{"t2v": 2, "understand": 1}`; a weight of 0 leaves the task out.
-            By default every sample comes once per epoch.
-        stopping_strategy: with `weights`, `"first_exhausted"` ends the epoch when a task has given all its samples
-            (of the others a different random part each epoch); `"all_exhausted"` ends it when every task has, and
-            repeats the samples of the others.
+            Default: every sample is used once per epoch.
+        stopping_strategy: with `weights`, `"first_exhausted"` ends the epoch when all samples of one task were used,
+            and uses a different random part of the other tasks in each epoch; `"all_exhausted"` ends it when all
+            samples of every task were used, and repeats samples of the other tasks.
         drop_last: leave out rounds that are smaller than `batch_size`.
-        seed: of the order.
+        seed: seed of the order.
 
     Raises:
         ValueError: for a task without samples or weight, or a bucket with too few samples for the processes.
@@ -89,16 +90,16 @@ class OmniVideoBatchSampler:
         rounds = {task: sum(map(self._rounds_of, members.values())) for task, members in self._members.items()}
         self._rounds = rounds if weights is None else _mix(rounds, weights, stopping_strategy)
 
-    # accelerate asks for these two: batches of varying size, whose number is a multiple of the processes.
+    # accelerate reads these two: batches have different sizes, and their number is a multiple of the processes.
     batch_size = None
 
     @property
     def sampler(self) -> "OmniVideoBatchSampler":
-        """What accelerate calls `set_epoch` on, as torch's own batch samplers have one."""
+        """The object on which accelerate calls `set_epoch`, an attribute of batch samplers in torch."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, 0 or more, whose order comes next."""
+        """Set the epoch, 0 or more, which determines the next order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -109,7 +110,7 @@ class OmniVideoBatchSampler:
         chosen: list[list[np.ndarray]] = []
         for task, members in self._members.items():
             wanted, rounds = self._rounds[task], []
-            while len(rounds) < wanted:  # more than once only where every task is to be exhausted
+            while len(rounds) < wanted:  # repeats only with `all_exhausted`
                 again = [part for indices in members.values() for part in self._deal(indices, chance)]
                 rounds += [again[number] for number in chance.permutation(len(again))]
             chosen += rounds[:wanted]
@@ -126,7 +127,7 @@ class OmniVideoBatchSampler:
         return each // self.samples_per_batch if self.drop_last else math.ceil(each / self.samples_per_batch)
 
     def _deal(self, indices: np.ndarray, chance: np.random.Generator) -> Iterator[list[np.ndarray]]:
-        """The rounds of one bucket in one epoch: lists of one batch per process, of equal size."""
+        """Yield the rounds of one bucket in one epoch: each is a list of equally large batches, one per process."""
         shuffled = indices[chance.permutation(len(indices))]
         each = len(shuffled) // self.num_processes
         hands = [shuffled[rank * each : (rank + 1) * each] for rank in range(self.num_processes)]
@@ -138,14 +139,17 @@ class OmniVideoBatchSampler:
         check_known("weights", weights, TASKS)
         for task, weight in weights.items():
             if not 0 <= weight < math.inf:
-                raise ValueError(f"`weights`: {task} must be 0 or more, got {weight}.")
+                raise ValueError(f"`weights`: the weight of {task} must be 0 or more, got {weight}.")
             if weight > 0 and task not in self._members:
-                raise ValueError(f"`weights`: {task} has the weight {weight}, but the data have no sample of it.")
+                raise ValueError(
+                    f"`weights`: {task} has the weight {weight}, but the data have no sample of this task: add some, "
+                    "or use the weight 0."
+                )
         if not any(weights.values()):
-            raise ValueError("`weights`: all are 0, so nothing would train.")
+            raise ValueError("`weights`: all weights are 0, so that no batch would remain: set one above 0.")
         missing = sorted(set(self._members) - set(weights))
         if missing:
-            raise ValueError(f"`weights` has no entry for {', '.join(missing)}: give one, 0 to leave a task out.")
+            raise ValueError(f"`weights` has no entry for {', '.join(missing)}: add one; 0 leaves a task out.")
 
     def _check_bucket_sizes(self) -> None:
         needed = self.num_processes * (self.samples_per_batch if self.drop_last else 1)
@@ -161,8 +165,8 @@ class OmniVideoBatchSampler:
 
 
 def _mix(available: Mapping[str, int], weights: Mapping[str, float], stopping_strategy: str) -> dict[str, int]:
-    """Rounds each task gives to an epoch, in the proportion of `weights`; at least one."""
-    # Exact fractions: the number of batches must not hang on the last bit of a float.
+    """Number of rounds of each task in an epoch, in the proportion of `weights`, at least one."""
+    # Exact fractions, because the number of batches must not depend on the rounding of a float.
     lengths = {task: Fraction(available[task]) / Fraction(weights[task]) for task in available}
     length = min(lengths.values()) if stopping_strategy == "first_exhausted" else max(lengths.values())
     return {task: max(1, round(length * Fraction(weights[task]))) for task in available}

@@ -1,4 +1,4 @@
-"""Samples of every task as the model's `forward` takes them, and batches of them."""
+"""Samples as arguments of the model's `forward`: token ids and labels of conversations, and the data collator."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from ...processing.processing_omni_video import OmniVideoProcessor
 from ...tasks import get_task
 from .batch_sampler import Bucket
 
-# What a sample may hold besides `task`: arguments of `OmniVideoForConditionalGeneration.forward` without the batch.
+# Inputs of a sample besides `task`: arguments of `OmniVideoForConditionalGeneration.forward` without the batch axis.
 STACKED = ("latents", "source_latents", "reference_latents", "target_features")
-# [length, width]; the batch has their masks beside them, under these names.
+# [length, width]; a batch also has their masks, with these names.
 MASKS = {
     "mllm_hidden_states": "mllm_attention_mask",
     "prompt_embeds": "prompt_embeds_mask",
@@ -23,7 +23,7 @@ MASKS = {
 }
 PADDED = tuple(MASKS)
 TOKENS = ("input_ids", "attention_mask", "labels")  # [length]
-PICTURES = "pixel_values"  # [images, 3, size, size]; the batch holds the images of all samples in order
+PICTURES = "pixel_values"  # [images, 3, size, size]; a batch has the images of all samples in order
 TENSORS = (*STACKED, *PADDED, *TOKENS, PICTURES)
 IGNORED_LABEL = -100
 
@@ -33,8 +33,8 @@ def bucket_of(task: str, shapes: Mapping[str, Sequence[int]]) -> Bucket:
     The bucket of a sample.
 
     Args:
-        task: its task.
-        shapes: shape of every tensor in it.
+        task: task of the sample.
+        shapes: shapes of its tensors, by name.
     """
     return Bucket(
         task,
@@ -45,22 +45,23 @@ def bucket_of(task: str, shapes: Mapping[str, Sequence[int]]) -> Bucket:
 @dataclass
 class OmniVideoDataCollator:
     """
-    Makes a batch for the Trainer of samples that share a task and a bucket.
+    Collates samples of one task and bucket into a batch for the Trainer.
 
-    `mllm_hidden_states` and texts' embeddings of unequal length are padded with zeros at the end and get their masks,
-    ids are padded with `pad_token_id`, labels with -100; images are joined in order; everything else is stacked.
-    `output_kind` says what the task draws, `task` stays one string.
+    `mllm_hidden_states` and text embeddings of different lengths are padded with zeros at the end, and the batch gets
+    their masks. Token ids are padded with `pad_token_id`, labels with -100. Images are concatenated in order, all
+    other inputs are stacked. `output_kind` is the kind of the task's output; `task` is one string.
 
     Args:
-        pad_token_id: for `input_ids` of unequal length; nothing attends to it. It must not be the image token's.
+        pad_token_id: id for padding `input_ids`; masked, so that no token attends to it. It must not be the id of the
+            image token.
 
     Raises:
-        ValueError: for samples of different tasks, inputs or shapes, or with inputs that are not of a sample.
+        ValueError: for samples of different tasks, inputs or shapes, or with unknown inputs.
     """
 
     pad_token_id: int = 0
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:  # noqa: D102 - its class says it
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:  # noqa: D102 - see the class
         tasks = {sample["task"] for sample in samples}
         if len(tasks) != 1:
             raise ValueError(f"A batch must be of one task, got {sorted(tasks)}: use OmniVideoBatchSampler.")
@@ -71,8 +72,8 @@ class OmniVideoDataCollator:
         unknown = sorted(names - set(TENSORS))
         if unknown:
             raise ValueError(
-                f"Samples of the task {task!r} hold {', '.join(unknown)}, which would not reach the model: a sample "
-                f"has `task` and some of {', '.join(TENSORS)}. Other inputs need a collator of your own."
+                f"Samples of the task {task!r} contain {', '.join(unknown)}, which the model does not use: a sample "
+                f"has `task` and some of {', '.join(TENSORS)}. Write your own collator for other inputs."
             )
         batch: dict[str, Any] = {"task": task}
         for name in (name for name in TENSORS if name in names):
@@ -101,8 +102,8 @@ def _join(name: str, task: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1:
         raise ValueError(
-            f"`{name}` of a batch must have one shape, those of the task {task!r} have {sorted(shapes)}: use "
-            "OmniVideoBatchSampler."
+            f"`{name}` must have the same shape in all samples of a batch, those of the task {task!r} have "
+            f"{sorted(shapes)}: use OmniVideoBatchSampler."
         )
     return torch.stack(list(tensors))
 
@@ -120,23 +121,23 @@ def encode_conversation(
     mllm_frames: Literal["first", "all"] | None = None,
 ) -> dict[str, torch.Tensor]:
     """
-    Ids of an instruction or question and its answer, and labels by which only the answer is learned.
+    Token ids of an instruction or question with its answer, and labels for the answer only.
 
     Args:
-        processor: makes the prompt of the task.
-        task: `understand` needs `answer`; the others have the forced answer that asks for their output.
+        processor: processor that renders the prompt of the task.
+        task: name of the task. `understand` needs `answer`; all other tasks have a forced answer.
         prompt: instruction or question.
-        answer: what to learn to say. Its end token is learned too.
-        image: shown to the MLLM; path, PIL image or array.
-        video: likewise.
+        answer: text to learn, including its end token.
+        image: image for the MLLM: path, PIL image or array.
+        video: video for the MLLM, in any form that [`load_video`] reads.
         mllm_frames: see [`OmniVideoProcessor.apply_task_template`].
 
     Returns:
-        `input_ids`, `attention_mask`, `labels` `[length]` and, where something is shown, `pixel_values`
+        `input_ids`, `attention_mask`, `labels` `[length]` and, with an image or video, `pixel_values`
         `[images, 3, size, size]`.
 
     Raises:
-        ValueError: when the answer is missing, empty, holds control tokens, or does not belong to the task.
+        ValueError: if the answer is missing, empty, contains control tokens, or does not belong to the task.
     """
     forced = get_task(task).answer
     if forced is None:
@@ -152,13 +153,16 @@ def encode_conversation(
         return_tensors="pt",
     )
     ids = inputs["input_ids"][0]
-    # The answer's own ids, not a difference of lengths: after the question they are what `generate` has to produce.
+    # Tokenise the answer alone: after the question, `generate` must produce exactly these ids.
     spoken = processor.tokenizer(answer if forced is None else forced, add_special_tokens=False).input_ids
     spoken = torch.tensor([*spoken, processor.tokenizer.eos_token_id])
     if forced is None:
         ids = torch.cat([ids, spoken])
     elif not torch.equal(ids[-len(spoken) :], spoken):
-        raise ValueError(f"The prompt of the task {task!r} does not end with {forced!r} and the end token.")
+        raise ValueError(
+            f"The rendered prompt of the task {task!r} does not end with {forced!r} and the end token: check the chat "
+            "template."
+        )
     labels = torch.full_like(ids, IGNORED_LABEL)
     labels[-len(spoken) :] = spoken
     sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
@@ -166,7 +170,7 @@ def encode_conversation(
 
 
 def check_answer(processor: OmniVideoProcessor, answer: Any) -> None:
-    """Refuse an answer that is empty, starts or ends in blanks, or holds control tokens."""
+    """Refuse an answer that is empty, starts or ends with blanks, or contains control tokens."""
     if not isinstance(answer, str) or not answer.strip():
         raise ValueError(f"`answer` must be a non-empty string, got {answer!r}.")
     if answer != answer.strip():
@@ -180,7 +184,7 @@ def check_answer(processor: OmniVideoProcessor, answer: Any) -> None:
 
 
 class BucketedDataset(Protocol):
-    """A dataset that knows the bucket of every sample without opening it."""
+    """Protocol of a dataset whose attribute `buckets` has the bucket of every sample."""
 
     buckets: list[Bucket]
 
@@ -197,10 +201,10 @@ class MixedDataset(ConcatDataset):
     """
     Several datasets as one, such as a feature cache and questions with answers.
 
-    How often each task comes is the batch sampler's business.
+    The batch sampler determines the share of each task.
 
     Args:
-        datasets: each with `buckets`.
+        datasets: datasets with the attribute `buckets`.
     """
 
     def __init__(self, datasets: Sequence[BucketedDataset]) -> None:

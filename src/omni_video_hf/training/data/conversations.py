@@ -1,4 +1,4 @@
-"""Questions with answers straight from raw data: decoded and tokenised when they are asked for."""
+"""`ConversationDataset`: questions with answers, decoded and tokenised from raw data when a sample is read."""
 
 from typing import Any
 
@@ -16,22 +16,22 @@ from .media_table import MediaTable, Row, check_row, probe
 
 class ConversationDataset(Dataset):
     """
-    The questions of a table, for training beside a feature cache (see [`MixedDataset`]).
+    The questions of a table, for training together with a feature cache (see [`MixedDataset`]).
 
-    A question needs no features, so nothing is gained by computing them; what its image or video costs to decode is
-    paid in the workers of the DataLoader. Rows of other tasks are left to `precompute`.
+    Questions need no precomputed features. Their images and videos are decoded in the workers of the DataLoader. Rows
+    of other tasks are ignored; compute their features with `precompute`.
 
     Args:
-        table: the data.
-        processor: makes ids, images and labels.
+        table: table of the data.
+        processor: processor for token ids, images and labels.
         on_bad_data: `"stop"` or `"skip"`, see [`stop_or_count`].
-        progress: whether to show a bar while the rows are checked.
+        progress: show a progress bar while the rows are checked.
 
     `buckets` has the bucket of every sample, for [`OmniVideoBatchSampler`].
 
     Raises:
-        BadDataError: with all rows that cannot be used.
-        ValueError: when there are no questions.
+        BadDataError: for rows that cannot be used.
+        ValueError: if there are no questions.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ConversationDataset(Dataset):
                 self.buckets.append(_bucket(row))
         if not asked:
             answering = " or ".join(repr(name) for name, task in TASKS.items() if task.answers_in_text)
-            raise ValueError(f"The table has no row of the task {answering}.")
+            raise ValueError(f"The table of questions has no row of the task {answering}: add some, or leave it out.")
         stop_or_count(offenders, asked, on_bad_data)
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class ConversationDataset(Dataset):
             return {"task": row.task} | encode_conversation(self.processor, row.task, row.text, row.answer)
         kind = probe(row.media).kind
         try:
-            with row.media.open() as path:  # of a video, only the frames that are shown are decoded
+            with row.media.open() as path:  # only the frames of a video that the MLLM gets are decoded
                 shown = {kind: path}
                 sample = encode_conversation(self.processor, row.task, row.text, row.answer, **shown)
         except MediaError as error:
@@ -75,7 +75,7 @@ class ConversationDataset(Dataset):
 
 
 def _bucket(row: Row) -> Bucket:
-    """Questions with pictures and without run different parts of the model; of their length they are padded."""
+    """Bucket of a question: with or without images, which run different components; lengths are padded."""
     names = ("input_ids", "attention_mask", "labels") + (("pixel_values",) if row.media is not None else ())
     return Bucket(row.task, tuple((name, ()) for name in names))
 

@@ -1,4 +1,4 @@
-"""Which part of an image or video is used: its bucket of size and frames, the crop, and the frames at a rate."""
+"""Framing of training data: assign an image or video to a bucket of size and frames, with its crop and frame rate."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,14 +15,14 @@ from .media_table import Media, MediaInfo
 @dataclass(frozen=True)
 class Framing:
     """
-    What is taken of a file.
+    The part of an image or video that is used.
 
     Args:
-        width: pixels, after the crop is resized.
-        height: likewise.
-        num_frames: 1 for an image.
+        width: width in pixels, after the crop was resized.
+        height: height in pixels, after the crop was resized.
+        num_frames: number of frames, 1 for an image.
         fps: frames per second; `None` for an image.
-        crop: left, top, right, bottom in pixels of the upright file.
+        crop: left, top, right, bottom in pixels of the upright image or video.
     """
 
     width: int
@@ -32,7 +32,7 @@ class Framing:
     crop: tuple[int, int, int, int]
 
     def load(self, media: Media) -> VideoClip:
-        """The frames `[frames, crop height, crop width, 3]`, cropped and not resized yet; an image has one."""
+        """Load the frames `[frames, crop height, crop width, 3]`, cropped but not resized; an image has one frame."""
         left, top, right, bottom = self.crop
         with media.open() as path:
             if self.fps is None:
@@ -45,15 +45,15 @@ class Framing:
 @dataclass(frozen=True)
 class FramingRules:
     """
-    Buckets of sizes and numbers of frames, and the rate.
+    Rules that assign images and videos to buckets of size and frame number.
 
     Args:
-        sizes: (width, height) in pixels; a file goes where the shape is nearest, and of these to the largest. Empty:
-            the preset of its task.
-        frames: numbers of frames of videos; a video goes to the largest it fills, from its start. Empty: the preset of
-            its task.
-        fps: frames per second that videos are resampled to, never above their own; `"source"` keeps each one's own.
-            `None`: the preset of its task.
+        sizes: `(width, height)` of the buckets in pixels. A file is assigned to the nearest aspect ratio, and among
+            equal ones to the largest size. Empty: the preset of the task.
+        frames: numbers of frames of the buckets. A video is assigned to the largest number that it has; its first
+            frames are used. Empty: the preset of the task.
+        fps: frame rate to which videos are resampled, at most their own; `"source"` keeps the rate of each video.
+            `None`: the preset of the task.
     """
 
     sizes: Sequence[tuple[int, int]] = ()
@@ -61,7 +61,13 @@ class FramingRules:
     fps: float | Literal["source"] | None = None
 
     def check(self, grid: LatentGrid) -> None:
-        """Refuse sizes and numbers of frames off the grid of latents and source tokens, or without positions."""
+        """
+        Check the buckets against the model.
+
+        Raises:
+            ValueError: for sizes and frame numbers that do not fit the grid of latents and source tokens, or for which
+                the decoder has no position embeddings.
+        """
         multiple = grid.multiple(with_source=True)
         for width, height in self.sizes:
             if min(width, height) < multiple or width % multiple or height % multiple:
@@ -75,14 +81,14 @@ class FramingRules:
 
     def frame(self, info: MediaInfo, preset: Mapping[str, Any]) -> Framing:
         """
-        What to take of a file.
+        Determine the part of an image or video that is used.
 
         Args:
-            info: what it holds.
-            preset: size, frames and rate of its task.
+            info: properties of the file.
+            preset: size, frame number and frame rate of the task.
 
         Raises:
-            ValueError: for a video that is too short for every number of frames, or slower than the rate.
+            ValueError: for a video that is too short for all buckets, or whose frame rate is too low.
         """
         sizes = self.sizes or [(preset["width"], preset["height"])]
         ratio = math.log(info.width / info.height)
@@ -96,7 +102,7 @@ class FramingRules:
         fps = own if self.fps == "source" else float(self.fps or preset["fps"])
         if fps > own * 1.01:
             raise ValueError(
-                f"has {own:.4g} frames per second; at {fps:.4g} frames would come twice: lower `fps`, or keep the "
+                f"has {own:.4g} frames per second; at {fps:.4g}, frames would be repeated: lower `fps`, or keep the "
                 "rate with 'source'."
             )
         available = max(1, int(info.video.duration * fps + 1e-6))
@@ -111,7 +117,7 @@ class FramingRules:
 
 
 def centre_crop(width: int, height: int, ratio: float) -> tuple[int, int, int, int]:
-    """The largest centred (left, top, right, bottom) of the shape `ratio`, width by height, in whole pixels."""
+    """The largest centred crop `(left, top, right, bottom)` with the aspect ratio width / height, in whole pixels."""
     wide = max(1, min(width, round(height * ratio)))
     high = max(1, min(height, round(width / ratio)))
     left, top = (width - wide) // 2, (height - high) // 2

@@ -1,16 +1,16 @@
-"""Which losses the samples of a data set allow: known from its buckets, before anything is loaded."""
+"""Check that the data have the inputs of every loss of a stage, from their buckets, before anything is loaded."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
 from ...diffusion.losses import LOSS_NAMES, OmniVideoLossConfig
 from .batch_sampler import Bucket
 
-# Loss -> the inputs of a sample of which it needs one, and how data get them.
+# Loss -> inputs of which a sample needs at least one, and how to get them.
 NEEDED = {
     "answer": (("labels",), "compute features with `--instruction tokens`, or add `questions`"),
     "alignment": (("target_features",), "compute features with `--target-encoder`"),
-    "text_alignment": (("target_prompt_embeds", "prompt_embeds"), "add samples that draw"),
-    "flow_matching": (("latents",), "add samples that draw"),
+    "text_alignment": (("target_prompt_embeds", "prompt_embeds"), "add samples of generation tasks"),
+    "flow_matching": (("latents",), "add samples of generation tasks"),
 }
 
 
@@ -22,17 +22,18 @@ def check_losses(
     name: str = "data",
 ) -> None:
     """
-    Refuse data without a sample for a loss that is to be minimised, and samples from which nothing is learned.
+    Refuse data that lack the inputs of a loss, and samples that no loss uses.
 
     Args:
-        buckets: of all samples.
-        losses: those with a positive weight count.
-        stage: for the error.
-        weights: share of the batches by task; samples of a task with 0 do not count.
-        name: what the user calls the data. Of `eval_data` no loss is demanded, but every sample must allow one.
+        buckets: buckets of all samples.
+        losses: losses of the stage; only those with a positive weight are checked.
+        stage: name of the stage for messages.
+        weights: share of the batches by task; samples of a task with weight 0 are ignored.
+        name: name of the argument with the data. For `eval_data` a loss may lack samples, but a loss must use every
+            sample.
 
     Raises:
-        ValueError: names every such loss or task, what is missing, and what to do.
+        ValueError: for such data; the message names every loss or task, missing inputs, and what to do.
     """
     wanted = [loss for loss in LOSS_NAMES if losses.weight(loss) > 0]
     used = {bucket for bucket in set(buckets) if weights is None or weights.get(bucket.task, 0) > 0}
@@ -54,7 +55,7 @@ def check_losses(
 
 
 def allows(bucket: Bucket, loss: str) -> bool:
-    """Whether the samples of a bucket bring what one of `LOSS_NAMES` needs."""
+    """Whether the samples of a bucket have the inputs of a loss, one of `LOSS_NAMES`."""
     brings = {name for name, _ in bucket.shapes}
     return any(name in brings for name in NEEDED[loss][0])
 

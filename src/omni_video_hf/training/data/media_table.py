@@ -1,4 +1,4 @@
-"""Rows of raw training data, read with `datasets`: what the columns mean, which files they name, what is refused."""
+"""Tables of raw training data, read with `datasets`: formats, columns, media files, and checks of rows."""
 
 import hashlib
 import tempfile
@@ -22,15 +22,15 @@ from .table_files import check_one_split, has_captions, no_such_data, read_capti
 COLUMNS = {
     "id": "name of the sample, unique; by default its task and media",
     "task": "t2i, t2v, i2i, v2v, i2v or understand",
-    "prompt": "what to draw, or how to edit; not for understand",
-    "media": "the target image or video; for understand, what the question is about, if anything",
-    "source": "the image or video to edit or animate (i2i, v2v, i2v)",
+    "prompt": "prompt or edit instruction; not for understand",
+    "media": "target image or video; for understand, the image or video of the question, if any",
+    "source": "image or video to edit or animate (i2i, v2v, i2v)",
     "question": "for understand",
     "answer": "for understand",
 }
 FORMATS = ("videofolder", "imagefolder", "captions", "json", "csv", "parquet", "webdataset")
 SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".tar": "webdataset"}
-# What `datasets` calls the column of a folder's files, and the usual extensions in a tar, which become columns.
+# Names that `datasets` gives to the column of files in a folder, and to usual file types in a tar.
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov", "avi", "gif")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MEDIA_COLUMNS = ("video", "image", *VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
@@ -40,12 +40,12 @@ PROMPT_COLUMNS = ("txt",)
 @dataclass(frozen=True)
 class Media:
     """
-    One file of a row: a path, or bytes out of a parquet file or tar.
+    A media file of a row: a path, or bytes from a parquet file or tar.
 
     Args:
-        name: what to call it in errors.
-        path: where it is; `None` for bytes.
-        data: its bytes; `None` for a path.
+        name: name of the file for messages.
+        path: path of the file; `None` for bytes.
+        data: content of the file; `None` for a path.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Media:
 
     @contextmanager
     def open(self) -> Iterator[Path]:
-        """A path to read from; bytes lie in a temporary file as long. Errors name the file as the row does."""
+        """Yield a path to read from, a temporary file for bytes. Errors name the file as in the row."""
         if self.data is None:
             yield self.path
             return
@@ -67,7 +67,7 @@ class Media:
                 raise MediaError(str(error).replace(str(path), self.name)) from error
 
     def sha256(self) -> str:
-        """Hash of the content."""
+        """SHA-256 hash of the content."""
         if self.data is not None:
             return hashlib.sha256(self.data).hexdigest()
         check_file(self.path)
@@ -77,7 +77,7 @@ class Media:
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What an image or video holds, without its pixels."""
+    """Properties of an image or video file: kind, size, frames and rate."""
 
     kind: Literal["image", "video"]
     width: int  # pixels
@@ -87,10 +87,10 @@ class MediaInfo:
 
 def probe(media: Media) -> MediaInfo:
     """
-    What a file holds: an image is read whole, of a video all packets and one frame.
+    Read the properties of a media file: all of an image, or all packets and one frame of a video.
 
     Raises:
-        MediaError: missing, empty, cut short, damaged, or neither image nor video.
+        MediaError: for a file that is missing, empty, cut short, damaged, or neither image nor video.
     """
     with media.open() as path:
         check_file(path)
@@ -105,15 +105,15 @@ def probe(media: Media) -> MediaInfo:
 @dataclass(frozen=True)
 class Row:
     """
-    One sample, as its columns say.
+    One sample of a table; its values are not checked yet, see [`check_row`].
 
     Args:
-        id: its name.
-        task: not checked yet, like everything here.
+        id: name of the sample.
+        task: name of the task.
         text: prompt or question.
-        answer: for `understand`.
-        media: target, or what the question is about.
-        source: what is edited or animated.
+        answer: answer for `understand`.
+        media: target image or video, or that of the question.
+        source: image or video to edit or animate.
     """
 
     id: str
@@ -122,25 +122,25 @@ class Row:
     answer: Any = None
     media: Media | None = None
     source: Media | None = None
-    misplaced: tuple[str, ...] = ()  # columns with a value that the task does not read
+    misplaced: tuple[str, ...] = ()  # columns that have a value but are not used by the task
 
 
 class MediaTable:
     """
-    Rows of raw data by number.
+    A table of raw data, whose rows are read by number.
 
     Args:
-        rows: a dataset with the columns of `COLUMNS`, those that are always empty left out. Media are paths, or
-            `Image(decode=False)` and `Video(decode=False)`: `datasets` decodes videos with torchcodec only, this
-            package with PyAV.
-        folder: where relative paths begin.
-        task: for rows without the column `task`.
-        columns: the user's names of columns, e.g. `{"prompt": "caption"}`.
+        rows: a dataset with columns of `COLUMNS`; columns without values may be missing. Media are paths, or
+            `Image(decode=False)` and `Video(decode=False)`, because `datasets` decodes videos only with torchcodec and
+            this package uses PyAV.
+        folder: folder to which relative paths refer.
+        task: task of all rows, for data without the column `task`.
+        columns: names of columns in the user's data, e.g. `{"prompt": "caption"}`.
 
     `ids` has the name of every row.
 
     Raises:
-        ValueError: for names of columns that are not there, or `id`s that come twice.
+        ValueError: for names of columns that do not exist, and for an `id` that occurs twice.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class MediaTable:
     ) -> None:
         check_known("columns", columns or {}, COLUMNS)
         self.folder, self.task = Path(folder), task
-        # A tar holds the other columns as the fields of its .json.
+        # In a tar, the other columns are the fields of the .json files.
         if "json" in rows.column_names and isinstance(rows.features["json"], dict):
             rows = rows.flatten().rename_columns({f"json.{name}": name for name in rows.features["json"]})
         check_known("columns", (columns or {}).values(), rows.column_names)
@@ -188,7 +188,7 @@ class MediaTable:
         )
 
     def _find(self, name: str) -> str | None:
-        """The column for `name`: the one called so, or what `datasets` makes of folders and tars."""
+        """The column for `name`: the one of this name, or the one that `datasets` creates for folders and tars."""
         usual = {"media": MEDIA_COLUMNS, "prompt": PROMPT_COLUMNS, "id": ("__key__",)}
         return next((column for column in (name, *usual.get(name, ())) if column in self.rows.column_names), None)
 
@@ -201,14 +201,14 @@ class MediaTable:
         return Media(str(path), path=self.folder / str(path))
 
     def _name_rows(self) -> list[str]:
-        """A name for every row that stays when others come and go, so that a cache finds its entry again."""
+        """A name for every row that does not depend on other rows, so that a cache finds its entry again."""
         if self.columns["id"]:
             names = [str(value) for value in self.rows[self.columns["id"]]]
             twice = (
                 sorted({name for name in names if names.count(name) > 1})[:8] if len(set(names)) < len(names) else []
             )
             if twice:
-                raise ValueError(f"`{self.columns['id']}` must be unique, but these come twice: {', '.join(twice)}.")
+                raise ValueError(f"`{self.columns['id']}` must be unique, but these occur twice: {', '.join(twice)}.")
             return names
         chosen = [column for column in (self.columns["task"], self.columns["media"]) if column]
         counts: Counter[str] = Counter()
@@ -235,18 +235,18 @@ def load_media_table(
     columns: Mapping[str, str] | None = None,
 ) -> MediaTable:
     """
-    Read raw data: one row a sample, the media left closed.
+    Load a table of raw data with one row per sample; media files are not opened.
 
     Args:
-        source: a JSONL, CSV or parquet file, a folder of videos or images with `metadata.jsonl` (`videofolder`,
-            `imagefolder`) or with a caption beside each, `1.txt` beside `1.mp4` (`captions`), a folder of parquet
-            files, a `.tar` or a folder of them (`webdataset`).
-        data_format: one of `FORMATS`; by default what `source` looks like.
-        task: for rows without the column `task`.
-        columns: the user's names of columns, e.g. `{"prompt": "caption"}`.
+        source: a JSONL, CSV or parquet file; a folder of videos or images with `metadata.jsonl` (`videofolder`,
+            `imagefolder`) or with a caption file for each, `1.txt` for `1.mp4` (`captions`); a folder of parquet
+            files; a `.tar` file or a folder of them (`webdataset`).
+        data_format: one of `FORMATS`. Default: found by the files of `source`.
+        task: task of all rows, for data without the column `task`.
+        columns: names of columns in the user's data, e.g. `{"prompt": "caption"}`.
 
     Raises:
-        ValueError: when there is nothing, or it cannot be read.
+        ValueError: if there are no data, or they cannot be read.
     """
     if not Path(source).exists():
         raise no_such_data(str(source))
@@ -257,7 +257,7 @@ def load_media_table(
     if data_format == "csv":
         files = sorted(source.glob("*.csv")) if source.is_dir() else [source]
         if len(files) != 1:
-            raise ValueError(f"{source}: holds {len(files)} .csv files: pass one of them.")
+            raise ValueError(f"{source}: contains {len(files)} .csv files: pass one of them.")
         return MediaTable(read_csv(files[0]), folder, task, columns)
     if data_format == "captions":
         return MediaTable(read_captions(folder, _media_files(folder)), folder, task, columns)
@@ -272,7 +272,7 @@ def load_media_table(
         arguments = {"data_files": str(source)}
     try:
         rows = load_dataset(data_format, split="train", **arguments)
-    except Exception as error:  # pyarrow's, pandas' and datasets' own, whichever it is
+    except Exception as error:  # errors of pyarrow, pandas or datasets
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"{source}: cannot be read as {data_format} ({reason}).") from error
     return MediaTable(rows, folder, task, columns)
@@ -281,7 +281,7 @@ def load_media_table(
 def _guess_format(source: Path) -> str:
     if source.is_file():
         if source.suffix not in SUFFIXES:
-            raise ValueError(f"{source}: the suffix must be one of {', '.join(SUFFIXES)}, or pass `data_format`.")
+            raise ValueError(f"{source}: the suffix must be one of {', '.join(SUFFIXES)}; else pass `data_format`.")
         return SUFFIXES[source.suffix]
     found = {path.suffix.lower().lstrip(".") for path in source.rglob("*") if path.is_file()}
     if "tar" in found:
@@ -293,27 +293,27 @@ def _guess_format(source: Path) -> str:
         return "parquet"
     if videos and images:
         raise ValueError(
-            f"{source}: holds both videos and images, of which `datasets` reads one kind: list them in a JSONL file "
-            "with the columns `task` and `media`."
+            f"{source}: contains both videos and images, but `datasets` reads one kind only: list them in a JSONL "
+            "file with the columns `task` and `media`."
         )
     if not videos and not images:
-        raise ValueError(f"{source}: holds no videos, images or .tar or .parquet files.")
+        raise ValueError(f"{source}: contains no videos, images or .tar or .parquet files: pass another folder.")
     return "videofolder" if videos else "imagefolder"
 
 
 def _media_files(folder: Path) -> list[Path]:
-    """Images and videos of a folder and those in it."""
+    """Images and videos in a folder and its subfolders."""
     suffixes = {f".{suffix}" for suffix in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)}
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
 
 
 def check_row(row: Row, processor: OmniVideoProcessor | None = None) -> Iterator[Offender]:
     """
-    What is wrong with a row, everything at once: unknown task, empty text, missing, damaged or wrong media.
+    Yield all problems of a row: unknown task, empty text, and missing, damaged or unsuitable media.
 
     Args:
         row: the row.
-        processor: finds control tokens in texts; without it they are not looked for.
+        processor: processor whose control tokens texts must not contain; `None` skips this check.
     """
     if row.task not in TASKS:
         yield Offender(row.id, f"unknown task {row.task!r}; known: {', '.join(TASKS)}")
@@ -321,7 +321,7 @@ def check_row(row: Row, processor: OmniVideoProcessor | None = None) -> Iterator
     spec = get_task(row.task)
     asks = spec.answers_in_text
     for name in row.misplaced:
-        yield Offender(row.id, f"`{name}` has a value, which the task {row.task!r} does not read; leave it empty")
+        yield Offender(row.id, f"`{name}` has a value, but the task {row.task!r} does not use it; leave it empty")
     texts = {"question" if asks else "prompt": row.text} | ({"answer": row.answer} if asks else {})
     for name, text in texts.items():
         yield from (Offender(row.id, f"`{name}` {problem}") for problem in _text_problems(text, processor))

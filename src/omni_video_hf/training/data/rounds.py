@@ -1,4 +1,4 @@
-"""Batches of a step, dealt out so that every process has as many."""
+"""`RoundsOfBatches`: give every process the same number of batches of any batch sampler."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 
 class RoundsOfBatches:
     """
-    A batch sampler for several processes: whole rounds only, so that none of them waits for a batch that never comes.
+    A batch sampler for several processes that yields complete rounds, so that no process waits for a missing batch.
 
-    accelerate deals the batches out, one per process and round.
+    A round has one batch for each process; accelerate distributes them.
     """
 
     batch_size = None

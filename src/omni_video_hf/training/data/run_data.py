@@ -1,4 +1,4 @@
-"""The data of a run: feature caches and questions, checked before anything is trained, as batches of every task."""
+"""Data of a training run: load and check feature caches and questions, and create the batch sampler."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,20 +17,21 @@ from .media_table import load_media_table
 
 def load_training_data(run: RunArguments, processor: OmniVideoProcessor, console: Console) -> MixedDataset:
     """
-    The caches and questions of a run as one dataset.
+    Load the feature caches and questions of a run as one dataset.
 
     Args:
-        processor: makes ids of the questions.
-        console: gets the list of samples that cannot be used.
+        run: arguments of the run.
+        processor: processor for the questions.
+        console: console on which samples that cannot be used are listed.
 
     Raises:
-        ValueError: when samples cannot be used and are not to be skipped.
+        ValueError: if samples cannot be used and `on_bad_data` is `stop`.
     """
     return _load(run.data or [], run.questions, run, processor, console)
 
 
 def load_evaluation_data(run: RunArguments, processor: OmniVideoProcessor, console: Console) -> MixedDataset | None:
-    """Likewise what a run is evaluated on, `None` without any."""
+    """Load the evaluation data of a run as one dataset; `None` without `eval_data`. See [`load_training_data`]."""
     return _load(run.eval_data, None, run, processor, console) if run.eval_data else None
 
 
@@ -47,13 +48,14 @@ def _load(
     except BadDataError as error:
         out.print(offenders_table(error.offenders, error.total))
         raise ValueError(
-            f"{count_problems(error.offenders, error.total)}: repair or remove them, or pass `--on_bad_data skip`."
+            f"{count_problems(error.offenders, error.total)}: repair or remove the samples, or pass "
+            "`--on_bad_data skip`."
         ) from error
     return MixedDataset(datasets)
 
 
 def is_precomputed(data: MixedDataset) -> bool:
-    """Whether all that is drawn brings the MLLM's states, so that the MLLM is needed for answers only."""
+    """Whether all samples of generation tasks have MLLM states, so that only text answers need the MLLM."""
     return all(dataset.is_precomputed for dataset in data.datasets if isinstance(dataset, FeatureCache))
 
 
@@ -61,7 +63,7 @@ def make_sampler(
     data: MixedDataset, run: RunArguments, batch_size: int, num_processes: int, seed: int
 ) -> OmniVideoBatchSampler:
     """
-    Batches of one task and shape, the tasks mixed by `run.task_weights`.
+    Create the batch sampler, with tasks mixed by `run.task_weights`.
 
     Raises:
         ValueError: for weights that do not fit the data.
@@ -77,6 +79,6 @@ def make_sampler(
 
 
 def names_of_data(run: RunArguments) -> list[str]:
-    """What the card calls the data."""
+    """Names of the data for the model card."""
     folders = [run.data] if isinstance(run.data, str) else list(run.data or [])
     return [Path(folder).name for folder in [*folders, *([run.questions] if run.questions else [])]]

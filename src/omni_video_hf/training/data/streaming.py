@@ -1,4 +1,4 @@
-"""Batches of datasets that have no length and no index, such as `datasets` in streaming mode."""
+"""Batches from streamed datasets without length and index, such as `datasets` in streaming mode."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import count
@@ -16,22 +16,22 @@ from .collator import TENSORS, bucket_of
 
 class StreamOfBatches(IterableDataset):
     """
-    Lists of samples that share a task and a shape, in the order in which the stream fills them.
+    Batches (lists of samples) of one bucket each, in the order in which the stream completes them.
 
-    Every process reads the whole stream and takes its part of each round of `num_processes` batches, so all of them
-    run the same parts of the model. Samples wait until their bucket has a round: at most `batch_size * num_processes`
-    of every task and shape are in memory. What waits at the end of the stream makes smaller batches; up to
-    `num_processes - 1` samples of a bucket are left out.
+    Every process reads the whole stream and uses its batch of each round of `num_processes` batches, so that all
+    processes run the same components. Samples wait until their bucket has a complete round: at most
+    `batch_size * num_processes` samples per bucket are in memory. At the end of the stream, the waiting samples form
+    smaller batches; up to `num_processes - 1` samples of a bucket are left out.
 
     Args:
-        samples: the stream; it is read again when it ends, with `set_epoch` called first where it has one.
+        samples: the stream. Before it is read again, `set_epoch` is called, if it has that method.
         batch_size: samples per process and step.
-        num_processes: how many processes share the batches.
-        process_index: which one this is.
-        endless: begin the stream anew when it ends.
+        num_processes: number of processes that share the batches.
+        process_index: index of this process.
+        endless: read the stream again when it ends.
 
     Raises:
-        ValueError: for a stream that gives no batch, and for a sample that is none.
+        ValueError: for a stream without a batch, and for a sample that is not a mapping of tensors.
     """
 
     def __init__(
@@ -49,7 +49,8 @@ class StreamOfBatches(IterableDataset):
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
             raise ValueError(
-                f"`dataloader_num_workers` is {worker.num_workers}, but a stream is read by one: set it to 1 or 0."
+                f"`dataloader_num_workers` is {worker.num_workers}, but a stream needs a single worker: set it to 1 "
+                "or 0."
             )
         for epoch in count() if self.endless else range(1):
             if hasattr(self.samples, "set_epoch"):
@@ -60,8 +61,8 @@ class StreamOfBatches(IterableDataset):
                 yield batch
             if is_empty:
                 raise ValueError(
-                    f"The streamed dataset gave no batch for {self.num_processes} processes: is it empty, or was it "
-                    "read to its end before?"
+                    f"The streamed dataset gave no batch for {self.num_processes} processes. It is empty, too short, "
+                    "or can be read only once: pass a dataset that can be read again."
                 )
 
     def _one_pass(self) -> Iterator[list[Mapping[str, Any]]]:
@@ -83,12 +84,14 @@ class StreamOfBatches(IterableDataset):
 
 def _bucket(sample: Any, number: int) -> Bucket:
     if not isinstance(sample, Mapping):
-        raise ValueError(f"Sample {number} of the stream is no mapping of inputs by name but {type(sample).__name__}.")
+        raise ValueError(
+            f"Sample {number} of the stream must be a mapping of inputs by name, got {type(sample).__name__}."
+        )
     for name in TENSORS:
         if name in sample and not isinstance(sample[name], torch.Tensor):
             raise ValueError(
-                f"Sample {number} of the stream: `{name}` is {type(sample[name]).__name__}, no tensor: use "
-                "`dataset.with_format('torch')`, or make tensors in `map`."
+                f"Sample {number} of the stream: `{name}` must be a tensor, got {type(sample[name]).__name__}: use "
+                "`dataset.with_format('torch')`, or create tensors in `map`."
             )
     return bucket_of(sample.get("task"), {name: sample[name].shape for name in TENSORS if name in sample})
 
@@ -101,14 +104,14 @@ def stream_loader(
     training: bool,
 ) -> DataLoader:
     """
-    Batches of a stream for this process.
+    Create the data loader of a stream for this process.
 
     Args:
         samples: see [`StreamOfBatches`].
-        collate: makes a batch of a list of samples.
-        args: sizes of batches and settings of the loader.
-        accelerator: says which process this is.
-        training: whether the stream is to begin anew when it ends.
+        collate: function that creates a batch from a list of samples.
+        args: batch sizes and settings of the data loader.
+        accelerator: accelerator with the number and index of the process.
+        training: read the stream again when it ends.
     """
     batch_size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
     batches = StreamOfBatches(samples, batch_size, accelerator.num_processes, accelerator.process_index, training)
@@ -121,7 +124,7 @@ def stream_loader(
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
     )
-    # The batches are dealt out already: for accelerate there is one process.
+    # The batches are already distributed: prepare the loader as for a single process.
     return prepare_data_loader(
         loader, device=accelerator.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
     )

@@ -1,4 +1,4 @@
-"""Raw data in forms that `datasets` reads otherwise than users mean them: CSV, and captions beside their media."""
+"""Readers for raw data that `datasets` would misread: CSV files, and captions in text files with their media."""
 
 import csv
 import re
@@ -12,13 +12,13 @@ _SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?=[-_.])")
 
 def read_csv(path: Path) -> Dataset:
     """
-    The rows of a CSV file as texts: a prompt "007" or "NA" stays what it is, and an empty cell is none.
+    Read the rows of a CSV file as texts: a prompt "007" or "NA" is not converted, and an empty cell is `None`.
 
     Args:
-        path: UTF-8, with a first line of column names.
+        path: UTF-8 file whose first line has the column names.
 
     Raises:
-        ValueError: names the line that is wrong.
+        ValueError: for an invalid line, which the message names.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -26,8 +26,8 @@ def read_csv(path: Path) -> Dataset:
             names = next(reader, [])
             twice = [name for name, number in Counter(names).items() if number > 1 or not name.strip()]
             if not names or twice:
-                what = f"the column name {twice[0]!r} is empty or comes twice" if twice else "the file is empty"
-                raise ValueError(f"{path}: the first line must name the columns once each; {what}.")
+                what = f"the column name {twice[0]!r} is empty or occurs twice" if twice else "the file is empty"
+                raise ValueError(f"{path}: the first line must contain every column name once; {what}.")
             rows = []
             for cells in reader:
                 if not cells:
@@ -41,69 +41,72 @@ def read_csv(path: Path) -> Dataset:
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as CSV in UTF-8 ({error}).") from error
     if not rows:
-        raise ValueError(f"{path}: holds no rows below its column names.")
+        raise ValueError(f"{path}: contains no rows below its column names.")
     columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
     return Dataset.from_dict(columns, features=Features({name: Value("string") for name in names}))
 
 
 def has_captions(media: list[Path]) -> bool:
-    """Whether any media file has its caption beside it, as `1.txt` beside `1.mp4`."""
+    """Whether any media file has a caption file, such as `1.txt` for `1.mp4`."""
     return any(path.with_suffix(".txt").is_file() for path in media)
 
 
 def read_captions(folder: Path, media: list[Path]) -> Dataset:
     """
-    Media with their captions beside them, as rows with `media` and `prompt`.
+    Read media with caption files as rows with `media` and `prompt`.
 
-    A file without a caption is a row without a prompt, which is refused or skipped like every bad sample.
+    A media file without a caption becomes a row without a prompt, which is refused or skipped like every bad sample.
 
     Args:
-        folder: where the paths begin.
-        media: the images and videos in it.
+        folder: folder to which paths are relative.
+        media: images and videos in the folder.
 
     Raises:
-        ValueError: for captions without media, two files with one caption, and texts that are not UTF-8.
+        ValueError: for captions without media, two media files with one caption, and texts that are not UTF-8.
     """
     captions = {path for path in folder.rglob("*.txt") if path.is_file() and not path.name.startswith(".")}
     wanted = Counter(path.with_suffix(".txt") for path in media)
     lonely = sorted(path.relative_to(folder).as_posix() for path in captions - set(wanted))
     if lonely:
         raise ValueError(
-            f"{folder}: {len(lonely)} captions have no image or video of their name beside them "
-            f"({', '.join(lonely[:8])}): add it, or remove them."
+            f"{folder}: {len(lonely)} captions have no image or video of the same name "
+            f"({', '.join(lonely[:8])}): add these files, or remove the captions."
         )
     shared = sorted(path.name for path, number in wanted.items() if number > 1 and path in captions)
     if shared:
-        raise ValueError(f"{folder}: these captions have several files of their name: {', '.join(shared[:8])}.")
+        raise ValueError(
+            f"{folder}: these captions have several images or videos of the same name: {', '.join(shared[:8])}. "
+            "Rename or remove some."
+        )
     rows = []
     for path in media:
         caption = path.with_suffix(".txt")
         try:
             text = caption.read_text(encoding="utf-8-sig").strip() if caption in captions else None
         except UnicodeDecodeError as error:
-            raise ValueError(f"{caption}: is no text in UTF-8 ({error}).") from error
+            raise ValueError(f"{caption}: is not a UTF-8 text ({error}). Save it as UTF-8.") from error
         rows.append({"media": path.relative_to(folder).as_posix(), "prompt": text or None})
     return Dataset.from_list(rows, features=Features({"media": Value("string"), "prompt": Value("string")}))
 
 
 def check_one_split(folder: Path, files: list[str]) -> None:
-    """Refuse files of several splits, as a data set of the Hub has them: test data would be trained on."""
+    """Refuse files of several splits, as in data sets of the Hub, because test data would be used for training."""
     splits = {match[1] for file in files if (match := _SPLIT.match(Path(file).name))}
     if len(splits) > 1:
         raise ValueError(
-            f"{folder}: holds files of several splits ({', '.join(sorted(splits))}): pass one file, or a folder with "
-            "the files of one split."
+            f"{folder}: contains files of several splits ({', '.join(sorted(splits))}): pass one file, or a folder "
+            "with the files of one split."
         )
 
 
 def no_such_data(source: str) -> ValueError:
-    """The error for a source that is not on the disk, which may be one on the Hub or the web."""
+    """The error for data that do not exist on the disk, which may be on the Hub or on the web."""
     name = re.sub(r"^(hf:/+)?(datasets/)?", "", source)
     if "://" in source and not source.startswith("hf:"):
         return ValueError(f"{source}: is a URL: download it, and pass the file or folder.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return ValueError(
-            f"{source}: no such file or folder. A data set of the Hub is downloaded first: `hf download {name} "
+            f"{source}: no such file or folder. Download a data set of the Hub first: `hf download {name} "
             "--repo-type dataset --local-dir DIR`, then pass DIR."
         )
     return ValueError(f"{source}: no such file or folder.")

@@ -1,1 +1,1 @@
-"""Features that are computed once: encoders, the cache, its builder."""
+"""Feature cache: encoders that compute features once, the cache and its files, its builder, imports."""

@@ -1,5 +1,5 @@
 """
-The cache of features: what a sample's image, video and texts become before they train, written once and read often.
+`FeatureCache`: a dataset of latents, embeddings and MLLM states that are computed once; and the writing of its shards.
 
     cache/
       manifest.json                 what the cache is, and which index counts: its rename is the commit
@@ -63,7 +63,8 @@ class FeatureCache(Dataset):
     `buckets` has the bucket of every sample, for [`OmniVideoBatchSampler`]; `records` everything the index says.
 
     Raises:
-        ValueError: when it is no cache, is unfinished or damaged, lacks shards, or names files outside of its folder.
+        ValueError: for a folder that is not a cache, or a cache that is unfinished, damaged or incomplete, or that
+            names files outside its folder.
     """
 
     def __init__(self, folder: str | Path, tasks: Sequence[str] | None = None) -> None:
@@ -73,7 +74,7 @@ class FeatureCache(Dataset):
         if left:
             raise ValueError(
                 f"{self.folder}: the run that computes these features did not finish ({len(left)} shards are not in "
-                "the index): run the same command again, it goes on where it stopped."
+                "the index): run the same command again to resume it."
             )
         records = read_index(self.folder, self.manifest)
         self.records = [record for record in records if tasks is None or record["task"] in tasks]
@@ -103,7 +104,7 @@ class FeatureCache(Dataset):
 
     @property
     def is_precomputed(self) -> bool:
-        """Whether every sample that draws brings the MLLM's states, so that the MLLM is needed for answers only."""
+        """Whether all samples of generation tasks have MLLM states, so that only text answers need the MLLM."""
         return all(
             record["instruction"] == "states"
             for record in self.records
@@ -174,7 +175,7 @@ def tensor_problems(task: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[
 
     Args:
         task: its task.
-        tensors: by name of `TENSORS`.
+        tensors: tensors of the entry, by names of `TENSORS`.
     """
     dimensions = {"target_features": 1, "pixel_values": 4} | dict.fromkeys(PADDED, 2)
     for name, tensor in tensors.items():
@@ -183,7 +184,7 @@ def tensor_problems(task: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[
             yield f"`{name}` must have {wanted} dimensions, none of them 0, got {list(tensor.shape)}"
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
-            yield f"`{name}` holds {bad} values that are NaN or infinite, of {tensor.numel()}"
+            yield f"`{name}` contains {bad} values that are NaN or infinite, of {tensor.numel()}"
         if tensor.is_floating_point() == (name in ("input_ids", "attention_mask", "labels")):
             yield f"`{name}` has the type {tensor.dtype}"
     latents, source = tensors.get("latents"), tensors.get("source_latents")
@@ -191,7 +192,7 @@ def tensor_problems(task: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[
         yield f"`source_latents` {list(source.shape)} and `latents` {list(latents.shape)} differ"
     output = TASKS[task].output
     if latents is not None and latents.ndim == 4 and output == "image" and latents.shape[1] != 1:
-        yield f"`latents` have {latents.shape[1]} frames; the task {task!r} draws one image"
+        yield f"`latents` have {latents.shape[1]} frames; the task {task!r} generates one image"
 
 
 def unequal_widths(records: Sequence[Record]) -> Iterator[Offender]:
@@ -286,7 +287,7 @@ def commit(folder: Path, records: Sequence[Record], about: Mapping[str, Any]) ->
     Args:
         folder: the cache.
         records: in the order in which readers number them.
-        about: what else the manifest is to say.
+        about: further entries of the manifest.
     """
     offenders = list(unequal_widths(records))
     if offenders:

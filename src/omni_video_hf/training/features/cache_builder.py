@@ -1,4 +1,4 @@
-"""Fills a feature cache from any kind of samples: resumable, by several processes, recomputing only what changed."""
+"""`build_cache`: compute missing and stale entries of a feature cache, with several processes, resumable."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,7 +25,7 @@ from .cache_files import begin, check_output, only_run
 
 
 class Sample(Protocol):
-    """Something whose features are wanted."""
+    """Protocol of a sample whose features are computed."""
 
     key: str  # its name, unique
 
@@ -41,10 +41,10 @@ class Sample(Protocol):
 @dataclass
 class BuildReport:
     """
-    What a run did.
+    Report of a run that updated a cache.
 
     Args:
-        total: samples that were asked for.
+        total: number of requested samples.
         computed: keys that were not in the cache.
         changed: keys that were there with other provenance, and the fields that differ.
         kept: number of entries that were there already.
@@ -60,7 +60,7 @@ class BuildReport:
 
 @dataclass
 class _Share:
-    """What one process found and did."""
+    """Results of one process: computed entries and bad samples."""
 
     report: BuildReport
     offenders: list[Offender]
@@ -76,22 +76,22 @@ def build_cache(
     description: str = "Computing features",
 ) -> BuildReport:
     """
-    Bring a cache up to date with `samples`: compute what is missing or stale, drop what is not asked for any more.
+    Update a cache to contain exactly `samples`: compute missing and stale entries, remove all others.
 
-    Run it under `accelerate launch` and the processes share the work. A killed run goes on from its last shards.
+    With `accelerate launch` several processes share the work. A killed run is resumed from its last shards.
 
     Args:
-        folder: the cache; made if need be. A folder with anything else in it is refused.
-        samples: all that it is to hold.
+        folder: the cache; created if it does not exist. A folder with anything else in it is refused.
+        samples: all samples of the cache.
         on_bad_data: `"stop"` or `"skip"`, see [`stop_or_count`]. Samples that fail while they are computed do not stop
             the others: what was computed is kept for the next run.
-        about: what the manifest is to say besides.
+        about: further entries of the manifest.
         shard_entries: most entries of a shard; what a kill costs at most, per process.
-        description: of the progress bar.
+        description: text of the progress bar.
 
     Raises:
         BadDataError: with all samples that cannot be used.
-        ValueError: when another run works on this cache, or `folder` is none.
+        ValueError: if another run uses this cache, or if `folder` is not a cache.
     """
     state, folder = PartialState(), Path(folder)
     with _only_run(folder, state):
@@ -150,7 +150,7 @@ def _compute_share(
 
 
 def changed_fields(record: Record, provenance: Mapping[str, Any]) -> list[str]:
-    """Names of the fields by which an entry differs from what is asked for now."""
+    """Names of the fields in which the provenance of an entry differs from the requested one: the entry is stale."""
     return [name for name in PROVENANCE if record[name] != provenance.get(name)]
 
 
@@ -171,7 +171,7 @@ def _joined(shares: Sequence[_Share], total: int) -> BuildReport:
 
 @contextmanager
 def _only_run(folder: Path, state: PartialState) -> Iterator[None]:
-    """Refuse to work on a cache that another run works on; the lock goes with the process that holds it."""
+    """Refuse a cache that another run uses; the lock is released when its process ends."""
     with ExitStack() as stack:
         problem = []
         if state.is_main_process:

@@ -1,9 +1,9 @@
 """
-The files of a feature cache: their format, reading them with every doubt, and knowing which of them a run wrote.
+The files of a feature cache: their format, reading them with checks, and finding files that may be removed.
 
-A cache may come from anybody. Names in it lead to files of the cache or are refused, and a damaged file is an error
-with its name. A run removes a file of the output folder only when the file itself, or a list of the cache, says
-that a cache's run wrote it.
+A cache may come from an unknown source. Names in it must refer to files of the cache, and an error names a damaged
+file. A run removes a file of the output folder only if the file itself, or a list of the cache, says that a run wrote
+it for a cache.
 """
 
 import json
@@ -43,7 +43,7 @@ PROVENANCE = {
     "fps": pa.float64(),
     "crop": pa.list_(pa.int32()),  # left, top, right, bottom in the file's pixels
     "source_crop": pa.list_(pa.int32()),
-    "vae": pa.string(),  # hash of weights and configuration, likewise below
+    "vae": pa.string(),  # hash of weights and configuration, as for the components below
     "vae_dtype": pa.string(),
     "mllm": pa.string(),
     "mllm_dtype": pa.string(),
@@ -66,13 +66,13 @@ Record = dict[str, Any]  # a row of SCHEMA
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a cache; a `ValueError` says why there is none."""
+    """Read the manifest of a cache; a `ValueError` says what is wrong with it."""
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(
-            f"{folder}: holds no {MANIFEST}, so it is no feature cache or an unfinished one: make it with `omni-video "
-            "precompute` or `omni-video import-features`."
+            f"{folder}: contains no {MANIFEST}, so it is not a feature cache, or an unfinished one: create it with "
+            "`omni-video precompute` or `omni-video import-features`."
         )
     check_inside(folder, path)
     try:
@@ -119,7 +119,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def _row_problem(row: dict[str, Any]) -> str | None:
-    """What is wrong with an entry, in words."""
+    """Describe what is wrong with an entry of an index; `None` for a valid one."""
     wrong = {
         f"`key` is {row['key']!r}": not row["key"],
         f"unknown task {row['task']!r}; known: {', '.join(TASKS)}": row["task"] not in TASKS,
@@ -137,7 +137,7 @@ def _row_problem(row: dict[str, Any]) -> str | None:
 
 
 def _dimensions(name: str) -> int:
-    """Of a sample's tensor."""
+    """Number of dimensions of a sample's tensor."""
     return {"target_features": 1, "pixel_values": 4}.get(name, 2 if name in PADDED else 4 if name in STACKED else 1)
 
 
@@ -193,7 +193,7 @@ def check_output(folder: str | Path) -> None:
     others = sorted(path.name for path in folder.iterdir() if path.name not in own)
     if others and not is_ours:
         raise ValueError(
-            f"{folder}: is not empty ({', '.join(others[:3])}{' ...' if len(others) > 3 else ''}) and holds no "
+            f"{folder}: is not empty ({', '.join(others[:3])}{' ...' if len(others) > 3 else ''}) and contains no "
             f"{MANIFEST} of a feature cache: choose an empty folder for `--output`. Nothing was changed."
         )
     for name in ("shards", "parts"):
@@ -221,7 +221,7 @@ def _has_begun(folder: Path) -> bool:
 
 def only_run(folder: Path) -> Any:
     """Hold the lock of a cache, or refuse."""
-    message = f"{folder}: another run computes features into this cache: wait for it, or stop it."
+    message = f"{folder}: another run computes features into this cache: wait until it ends, or stop it."
     return only_writer(folder / LOCK, message)
 
 

@@ -1,4 +1,4 @@
-"""Features of images, videos and texts, by the parts of a pipeline that do not train, and what they depend on."""
+"""`FeatureEncoder`: features of images, videos and texts from VAE, text encoder and MLLM, with their provenance."""
 
 import hashlib
 import json
@@ -35,14 +35,14 @@ TARGET_FRAMES = 8  # of a video, whose features are averaged
 @dataclass(frozen=True)
 class PrecomputeSettings:
     """
-    What is computed.
+    Settings of the features.
 
     Args:
-        framing: sizes, frames and rate.
+        framing: buckets of sizes and frame numbers, and the frame rate.
         instruction: `"states"` stores the MLLM's hidden states, for stages that leave the MLLM as it is; `"tokens"`
             the ids, images and labels from which a stage that trains the MLLM computes them.
-        mllm_frames: for v2v, the MLLM sees the `"first"` frame as upstream's does, or `"all"`; by default what the
-            model's processor says.
+        mllm_frames: frames of a v2v source for the MLLM: `"first"`, the first frame as in the authors' code, or
+            `"all"`. Default: the setting of the model's processor.
     """
 
     framing: FramingRules = field(default_factory=FramingRules)
@@ -61,7 +61,7 @@ class FeatureEncoder:
 
     Args:
         pipeline: its transformer and adapter may be empty, see [`load_encoders`].
-        settings: what is computed.
+        settings: settings of the features.
         target_encoder: name or folder of a SigLIP model whose pooled output of the target becomes `target_features`,
             which the visual tokens are aligned with (paper, stage 1); the mean over 8 frames of a video.
 
@@ -138,11 +138,11 @@ class FeatureEncoder:
 
         Args:
             row: its texts, task and files.
-            framing: what to take of the target; `None` for a question.
-            source_framing: likewise of the source.
+            framing: part of the target that is used; `None` for a question.
+            source_framing: part of the source that is used; `None` without a source.
 
         Returns:
-            Tensors by name, on the CPU, in the components' formats; latents in float32.
+            Tensors by name, on the CPU, with the dtypes of the components; latents in float32.
         """
         if get_task(row.task).answers_in_text:
             return self._question(row)
@@ -188,7 +188,7 @@ class FeatureEncoder:
             width=framing.width,
             num_frames=len(clip.frames),
             fps=framing.fps,
-            num_inference_steps=1,  # nothing is drawn: the pipeline reads the size
+            num_inference_steps=1,  # nothing is generated: the pipeline only needs the size
             guidance_scale=1.0,
             flow_shift=1.0,
         )
@@ -214,10 +214,10 @@ def load_encoders(
 
     Args:
         model: folder or Hub repository.
-        dtype: of MLLM and text encoder; as stored by default. The VAE stays in float32: its errors would be learned.
-        device: this process's own by default.
+        dtype: dtype of MLLM and text encoder. Default: as stored. The VAE uses float32: its errors are learned.
+        device: device of the encoders. Default: that of this process.
         revision: branch, tag or commit.
-        token: for the Hub.
+        token: access token of the Hub.
     """
     origin = {"revision": revision, "token": token}
     # The pipeline reads patch sizes and widths off their configurations.
@@ -256,7 +256,7 @@ def _dtype(module: nn.Module) -> str:
 
 
 def _from_main_process(compute: Callable[[], Any]) -> Any:
-    """What `compute` gives on the main process, which alone runs it."""
+    """Run `compute` on the main process only, and return its result on every process."""
     return broadcast_object_list([compute() if PartialState().is_main_process else None])[0]
 
 

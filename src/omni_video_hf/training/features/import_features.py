@@ -1,4 +1,4 @@
-"""Upstream's feature pickles, read without running anything in them, into a feature cache."""
+"""`import_features`: import feature pickles of the authors' code into a cache, without running code in them."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ TEMPORAL_FACTOR = 4  # of Wan's VAEs: `frame_num` frames are this many times few
 
 class FeatureFile:
     """
-    One of upstream's files as a sample of a cache.
+    A feature file of the authors' code as a sample of a cache.
 
     Args:
         path: the file.
@@ -87,7 +87,7 @@ class FeatureFile:
 def _problems(content: Any, task: str | None) -> list[str]:
     """Everything that is wrong with a file's contents."""
     if not isinstance(content, dict):
-        return [f"holds a {type(content).__name__}, not a dict of features"]
+        return [f"contains a {type(content).__name__}, not a dict of features"]
     problems = []
     prompt = content.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
@@ -113,7 +113,7 @@ def _problems(content: Any, task: str | None) -> list[str]:
         elif tensor.ndim != dimensions:
             problems.append(f"`{name}` must have {dimensions} dimensions, got {list(tensor.shape)}")
         elif not tensor.is_floating_point():
-            problems.append(f"`{name}` must hold floats, got {tensor.dtype}")
+            problems.append(f"`{name}` must contain floats, got {tensor.dtype}")
         elif dimensions < 4 and name != "t5_emb" and tensor.shape[0] != 1:
             problems.append(f"`{name}` must be of one sample, got {list(tensor.shape)}")
     if problems:
@@ -169,7 +169,7 @@ def find_feature_files(sources: Sequence[str | Path]) -> dict[str, Path]:
         if source.is_dir():
             files = sorted(path for path in source.rglob("*") if path.suffix in SUFFIXES)
         if not files:
-            raise ValueError(f"{source}: holds no feature files ({', '.join(SUFFIXES)}).")
+            raise ValueError(f"{source}: contains no feature files ({', '.join(SUFFIXES)}).")
         for path in files:
             key = path.relative_to(source).as_posix() if source.is_dir() else path.name
             if key in found and found[key].resolve() != path.resolve():
@@ -182,17 +182,17 @@ def import_features(
     sources: Sequence[str | Path], folder: str | Path, *, task: str | None = None, on_bad_data: str = "stop"
 ) -> BuildReport:
     """
-    Bring upstream's feature files into a cache.
+    Import feature files of the authors' code into a cache.
 
     Args:
         sources: files, or folders of them.
         folder: the cache.
-        task: of all of them, where their latents do not tell; `i2v` for example.
+        task: task of all files, if their latents do not determine it, such as `i2v`.
         on_bad_data: `"stop"` or `"skip"`.
 
     Raises:
         BadDataError: with every file that cannot be used.
-        ValueError: when `folder` holds anything but a cache.
+        ValueError: if `folder` contains anything but a cache.
     """
     check_output(folder)
     if task is not None:

@@ -1,4 +1,4 @@
-"""Raw images, videos and texts to a feature cache: plan every row, compute what is missing or stale."""
+"""`precompute`: check and plan all rows of raw data, then compute missing and stale entries of a feature cache."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ class TableSample:
 
     Args:
         table: the data.
-        number: of the row.
+        number: number of the row.
         encoder: computes its features.
-        framing: what is taken of the target; `None` for a question.
-        source_framing: likewise of the source.
+        framing: part of the target that is used; `None` for a question.
+        source_framing: part of the source that is used; `None` without a source.
     """
 
     table: MediaTable
@@ -69,15 +69,15 @@ def plan_row(
     row: Row, rules: FramingRules, presets: Mapping[str, Mapping[str, Any]]
 ) -> tuple[Framing | None, Framing | None]:
     """
-    What to take of a row's target and source.
+    Determine the parts of target and source that are used for a row.
 
     Args:
         row: a row without problems.
-        rules: the user's.
-        presets: size, frames and rate of every task, where the rules leave them open.
+        rules: buckets and frame rate of the user.
+        presets: size, frame number and rate of every task, for values that the rules do not set.
 
     Raises:
-        ValueError: for a video that is too short, or a source and target of one edit that differ in size.
+        ValueError: for a video that is too short, or an edit whose source and target differ in size.
     """
     if get_task(row.task).answers_in_text:
         return None, None
@@ -103,13 +103,13 @@ def plan_table(
     table: MediaTable, encoder: FeatureEncoder, on_bad_data: str = "stop"
 ) -> tuple[list[TableSample], list[Offender]]:
     """
-    Look at every row before anything is computed, the rows shared out between the processes.
+    Check every row before anything is computed; the processes share the rows.
 
     Returns:
-        The samples and what was left out, the same on every process.
+        The samples, and those that were left out; the same on every process.
 
     Raises:
-        BadDataError: with everything that is wrong.
+        BadDataError: for rows that cannot be used.
     """
     state = PartialState()
     plans: list[tuple[int, tuple[Framing | None, Framing | None]]] = []
@@ -138,19 +138,19 @@ def precompute(
     shard_entries: int = 64,
 ) -> BuildReport:
     """
-    Bring a cache up to date with raw data.
+    Update a cache with the features of raw data.
 
     Args:
-        table: the data.
-        encoder: computes the features.
+        table: table of the data.
+        encoder: encoder of the features.
         folder: the cache.
         on_bad_data: `"stop"` or `"skip"`.
-        shard_entries: most entries of a shard; what a kill costs at most, per process.
+        shard_entries: maximum number of entries per shard; a kill loses at most one shard per process.
 
     Raises:
-        BadDataError: with all samples that cannot be used: before anything is computed what a look at the files tells,
-            after it what only decoding all frames does.
-        ValueError: when `folder` holds anything but a cache.
+        BadDataError: for samples that cannot be used: before the computation those that a check of the files finds,
+            after it those that only decoding all frames finds.
+        ValueError: if `folder` contains anything but a cache.
     """
     check_output(folder)
     samples, left_out = plan_table(table, encoder, on_bad_data)

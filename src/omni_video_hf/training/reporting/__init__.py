@@ -1,1 +1,1 @@
-"""What a run tells: losses by task, previews, metrics, its summary and push."""
+"""Reports of a training run: callbacks, losses by task, previews, metrics, model card and push."""

@@ -1,4 +1,4 @@
-"""Trainer callbacks: previews, moving average of weights, log windows."""
+"""Trainer callbacks: previews, moving average of weights, log windows, epochs of the sampler, training time."""
 
 import time
 from typing import TYPE_CHECKING, Any
@@ -14,28 +14,28 @@ class CloseLogAtCheckpoint(TrainerCallback):
     """
     Log at every step that is saved.
 
-    A resumed run begins with empty sums; so a window of logging must not reach across a checkpoint, or the entry after
-    it would differ from the uninterrupted run's.
+    The sums of a resumed run start empty. If a logging window extended across a checkpoint, the next log entry would
+    differ from that of an uninterrupted run.
     """
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Runs behind the callback that decides about saving."""
+        """Request a log entry; runs after the callback that decides about saving."""
         control.should_log |= control.should_save
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Likewise at the end of an epoch."""
+        """Request a log entry at the end of an epoch."""
         control.should_log |= control.should_save
 
 
 class EpochOfSampler(TrainerCallback):
     """
-    Tell the batch sampler its epoch.
+    Set the epoch of the batch sampler.
 
-    transformers reaches samplers that accelerate wrapped once, but not those of a resumed epoch, wrapped twice.
+    transformers sets it if accelerate wrapped the sampler once, but not in a resumed epoch, where it is wrapped twice.
     """
 
     def __init__(self, trainer: "OmniVideoTrainer") -> None:
@@ -44,12 +44,12 @@ class EpochOfSampler(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Before the first batch is drawn; `state.epoch` is whole or lies within the epoch that is resumed."""
+        """Set the epoch before the first batch is loaded; in a resumed epoch, `state.epoch` is not an integer."""
         self.trainer.train_batch_sampler.set_epoch(int(state.epoch or 0))
 
 
 class MovingAverage(TrainerCallback):
-    """Step the trainer's moving average behind every step of the optimiser."""
+    """Update the moving average of the weights after every optimiser step."""
 
     def __init__(self, trainer: "OmniVideoTrainer") -> None:
         self.trainer = trainer
@@ -57,12 +57,12 @@ class MovingAverage(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Before the step is saved."""
+        """Update the average, before a checkpoint is saved."""
         self.trainer.ema.step(self.trainer.trained_parameters().values())
 
 
 class Previews(TrainerCallback):
-    """Draw the previews every `preview_steps` steps."""
+    """Generate the previews every `preview_steps` steps."""
 
     def __init__(self, trainer: "OmniVideoTrainer") -> None:
         self.trainer = trainer
@@ -70,16 +70,16 @@ class Previews(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """On the main process; the others wait at their next step."""
+        """Generate on the main process; the other processes wait in their next step."""
         if state.global_step % args.preview_steps == 0 and state.is_world_process_zero:
             self.trainer.draw_previews()
 
 
 class RunClock(TrainerCallback, ExportableState):
     """
-    Seconds that a run has trained, over all its attempts: the state of a checkpoint carries them on.
+    Training time of a run in seconds, including the time before it was resumed, which checkpoints store.
 
-    What a killed attempt did behind its last checkpoint is done again and counts once.
+    Steps after the last checkpoint of a killed run are repeated and count once.
     """
 
     def __init__(self, seconds: float = 0.0) -> None:
@@ -87,7 +87,7 @@ class RunClock(TrainerCallback, ExportableState):
 
     @property
     def seconds(self) -> float:
-        """Until now, or until the end of training."""
+        """Training time until now, or until the end of the training."""
         return self._before + (0.0 if self._start is None else time.monotonic() - self._start)
 
     @classmethod
@@ -96,18 +96,18 @@ class RunClock(TrainerCallback, ExportableState):
         return next(entry for entry in trainer.callback_handler.callbacks if isinstance(entry, cls))
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state for a checkpoint."""
         return {"args": {"seconds": self.seconds}, "attributes": {}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Start from what the checkpoint says, which is nothing for a new run."""
+        """Start the clock with the time in the checkpoint, or with 0 for a new run."""
         stored = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
         self._before, self._start = float(stored.get("args", {}).get("seconds", 0.0)), time.monotonic()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Stop."""
+        """Stop the clock."""
         self._before, self._start = self.seconds, None

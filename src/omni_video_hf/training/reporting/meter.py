@@ -1,4 +1,4 @@
-"""Means of every loss, over all and by task, across processes."""
+"""`LossMeter`: mean of every loss, in total and by task, over all processes."""
 
 import torch
 from accelerate import Accelerator
@@ -12,18 +12,18 @@ TASK_NAMES = tuple(TASKS)
 
 class LossMeter:
     """
-    Sums losses on the device, so that a step waits for nothing, and gives their means when asked.
+    Sums losses on the device, so that steps do not wait for it, and computes means on request.
 
-    Every process keeps the same table, so processes with different tasks can add theirs up.
+    Every process has a table of the same shape, so that processes with different tasks can be summed.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.seen: set[str] = set()  # losses that any batch of this process allowed
-        # [loss, all and each task, (sum over samples, number of samples)]
+        self.seen: set[str] = set()  # losses that were computed for any batch of this process
+        # [loss, total and each task, (sum over samples, number of samples)]
         self.table = torch.zeros(len(LOSS_NAMES), 1 + len(TASK_NAMES), 2, device=device)
 
     def add(self, output: OmniVideoOutput, task: str | None, batch_size: int) -> None:
-        """Count the losses of one batch."""
+        """Add the losses of one batch."""
         for row, name in enumerate(LOSS_NAMES):
             loss = getattr(output, f"{name}_loss")
             if loss is None:
@@ -35,9 +35,9 @@ class LossMeter:
 
     def means(self, accelerator: Accelerator, prefix: str = "") -> dict[str, float]:
         """
-        Means since the last call, over all processes: `flow_matching_loss`, `flow_matching_loss_t2v` ...
+        Means over all processes since the last call: `flow_matching_loss`, `flow_matching_loss_t2v` ...
 
-        Every process must call.
+        Every process must call this.
         """
         table = accelerator.reduce(self.table, reduction="sum").tolist()
         self.table = torch.zeros_like(self.table)

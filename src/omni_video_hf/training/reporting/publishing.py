@@ -1,4 +1,4 @@
-"""What a run knows about its result, for the model card, and pushing the result as a complete repository."""
+"""Training summary, model card and push of a training run's result."""
 
 import re
 from pathlib import Path
@@ -21,10 +21,11 @@ _PREVIEW = re.compile(r"step-(\d+)-(\d+)\.mp4")
 
 def summarize(trainer: "OmniVideoTrainer", datasets: list[str] | None = None) -> TrainingSummary:
     """
-    Summary of a run as far as it has come.
+    Summarise a run up to now.
 
     Args:
-        datasets: Hub names or descriptions of the data, which only the caller knows.
+        trainer: trainer of the run.
+        datasets: Hub names or descriptions of the data.
     """
     args, history, data = trainer.args, trainer.state.log_history, trainer.train_dataset
     logged: dict[str, Any] = {name: value for entry in history for name, value in entry.items()}
@@ -52,7 +53,7 @@ def summarize(trainer: "OmniVideoTrainer", datasets: list[str] | None = None) ->
 
 
 def write_card(trainer: "OmniVideoTrainer", datasets: list[str] | None = None) -> None:
-    """Leave the summary and the card in `output_dir`; a card that a person wrote or edited stays."""
+    """Write summary and model card to `output_dir`; a card that a person wrote or edited is not replaced."""
     folder = Path(trainer.args.output_dir)
     summarize(trainer, datasets).save(folder)
     write_model_card(folder, trainer.hub_model_id or folder.absolute().name)
@@ -60,12 +61,13 @@ def write_card(trainer: "OmniVideoTrainer", datasets: list[str] | None = None) -
 
 def push(trainer: "OmniVideoTrainer", folder: Path, base: str | Path | None = None, **settings: Any) -> CommitInfo:
     """
-    Push what a run wrote to `args.hub_model_id`: one commit, a complete repository or a LoRA.
+    Push the result of a run to `args.hub_model_id` in one commit, as a complete repository or a LoRA.
 
     Args:
-        folder: a LoRA, a model, or a repository that is complete already.
-        base: has what a model lacks, by default what the run began with.
-        settings: of [`push_repository`], in place of the `hub_...` arguments of the run.
+        trainer: trainer of the run.
+        folder: folder of a LoRA, a model, or a complete repository.
+        base: repository with the components that a model lacks. Default: the base model of the run.
+        settings: arguments of [`push_repository`], which replace the `hub_...` arguments of the run.
     """
     args, base = trainer.args, base or trainer.model.config._name_or_path
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -76,7 +78,7 @@ def push(trainer: "OmniVideoTrainer", folder: Path, base: str | Path | None = No
 
 
 def _precision(args: "OmniVideoTrainingArguments") -> str:
-    """In what was computed, and in what the outcome stores what was trained."""
+    """Description of the dtypes of the computation and of the stored trained weights."""
     computed = "bfloat16 over float32" if args.bf16 else "float16 over float32" if args.fp16 else "float32"
     return f"{computed}; trained weights are stored in {args.result_dtype}, the others as in the base"
 
@@ -86,7 +88,7 @@ def _loss_names() -> list[str]:
 
 
 def _last_previews(folder: Path, previews: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Clips of the last preview, with their prompts, where they lie in the repository."""
+    """Videos of the last preview, with their prompts and paths in the repository."""
     clips = [(path, _PREVIEW.fullmatch(path.name)) for path in (folder / "previews").glob("step-*.mp4")]
     found = [(int(match[1]), int(match[2]), path) for path, match in clips if match]
     last = max((step for step, _, _ in found), default=None)

@@ -1,4 +1,4 @@
-"""Model card and push of a trainer, complete and checked."""
+"""`create_model_card` and `push_to_hub` of the trainer."""
 
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from ..reporting import publishing
 
 
 class OmniVideoPushMixin:
-    """What [`OmniVideoTrainer`] does instead of transformers' card and push."""
+    """Model card and push of [`OmniVideoTrainer`], which replace those of transformers."""
 
     def create_model_card(self, dataset: str | list[str] | None = None, **_: Any) -> None:
         """
-        Write the card of `output_dir` from what the run knows; a card that a person wrote or edited stays.
+        Write the model card of `output_dir`; a card that a person wrote or edited is not replaced.
 
-        transformers' own would replace it, and knows neither `library_name` nor `pipeline_tag` nor `base_model`.
+        The method of transformers would replace it, and sets no `library_name`, `pipeline_tag` and `base_model`.
 
         Args:
             dataset: names of the data.
@@ -29,7 +29,7 @@ class OmniVideoPushMixin:
     def push_to_hub(
         self,
         commit_message: str | None = "End of training",
-        blocking: bool = True,  # noqa: ARG002 - one commit, which is worth waiting for
+        blocking: bool = True,  # noqa: ARG002 - the push always waits for its commit
         token: str | None = None,
         revision: str | None = None,
         dataset: str | list[str] | None = None,
@@ -41,11 +41,11 @@ class OmniVideoPushMixin:
 
         Args:
             commit_message: title of the commit.
-            token: `args.hub_token` by default.
-            revision: branch; `args.hub_revision` by default.
+            token: access token of the Hub. Default: `args.hub_token`.
+            revision: branch. Default: `args.hub_revision`.
             dataset: names of the data, for the card.
-            base: folder or Hub repository to take from what the model does not have, such as the VAE; by default the
-                one that training began with.
+            base: folder or Hub repository of components that the model does not have, such as the VAE. Default: the
+                base model of the run.
 
         Returns:
             The commit on the main process, `None` on the others.

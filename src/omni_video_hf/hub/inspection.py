@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..utils.files import visible_files
+from ..utils.tokens import hub_call
 from .staging import check_finished
 
 Header = Mapping[str, tuple[str, tuple[int, ...], int]]  # weight -> format, shape, bytes
@@ -35,6 +36,7 @@ class RepositoryPart:
         return asdict(self)
 
 
+@hub_call
 def repository_parts(
     repository: str | Path, revision: str | None = None, token: str | None = None
 ) -> list[RepositoryPart]:
@@ -95,6 +97,7 @@ def record_table(record: Mapping[str, Any], title: str) -> Table:
     return table
 
 
+@hub_call
 def repository_headers(
     repository: str | Path, revision: str | None = None, token: str | None = None
 ) -> dict[str, Header]:

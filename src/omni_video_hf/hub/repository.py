@@ -12,14 +12,16 @@ import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from ..utils.files import is_plain_name, visible_files, write_text
+from ..utils.tokens import hub_call
 from .remote_code import write_remote_code
 from .staging import (
     PIPELINE_INDEX_NAME,
@@ -34,6 +36,13 @@ from .staging import (
 )
 
 INDEX_NAME = "model.safetensors.index.json"
+# Weights whose index libraries open, in any of their formats.
+_WEIGHTS_NAMES = (
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+)
 # Folders whose weights make up the whole model, in the order of the figure.
 MODEL_FOLDERS = ("mllm", "adapter", "transformer")
 # Fields of the component `mllm`'s configuration that the whole model shares.
@@ -171,6 +180,7 @@ def read_header(file: str | Path) -> dict[str, tuple[str, tuple[int, ...], int]]
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
+@hub_call
 def complete_repository(
     directory: str | Path,
     base: str | Path,
@@ -311,13 +321,50 @@ def check_indices(directory: str | Path, link_roots: Iterable[str | Path] = ()) 
     directory = Path(directory)
     roots = [Path(root).resolve() for root in (link_root(directory), *link_roots)]
     for index in sorted([*directory.glob("*.json"), *directory.glob("*/*.json")]):
-        for name in index_entries(index) if is_weight_file(index.name) else ():
+        for name in index_entries(index) if is_weight_file(index.name) or _is_index_of_pickles(index) else ():
             path = (index.parent / name).resolve()
-            if not is_plain_name(name) or not any(path.is_relative_to(root) for root in roots):
-                raise ValueError(
-                    f"{index}: names the file {name!r}, which lies outside of {directory}. An index may only name "
-                    "files of its own repository: download it again, from somebody you trust."
-                )
+            check_entry(index, name, directory)
+            if not any(path.is_relative_to(root) for root in roots):
+                raise _outside(index, name, directory)
+
+
+def check_hub_indices(repository: str, variant: str | None = None, **hub: Any) -> None:
+    """
+    Likewise of a Hub repository, from its index files alone, before weights are downloaded.
+
+    Args:
+        repository: `owner/name`.
+        variant: of the weights that are to be loaded.
+        hub: where the files lie: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        ValueError: names the index and the entry. What keeps the Hub from answering is left to the loading itself.
+    """
+    infix = "" if variant is None else f".{variant}"
+    for name in (f"{weights}.index{infix}.json" for weights in _WEIGHTS_NAMES):
+        try:
+            index = cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **hub)
+        except OSError:
+            return
+        for entry in () if index is None else index_entries(Path(index)):
+            check_entry(index, entry, repository)
+
+
+def check_entry(index: str | Path, name: str, repository: str | Path) -> None:
+    """Refuse the name of a file in a weight index that leads up, or away, from where the index lies."""
+    if not is_plain_name(name):
+        raise _outside(index, name, repository)
+
+
+def _outside(index: str | Path, name: str, repository: str | Path) -> ValueError:
+    return ValueError(
+        f"{index}: names the file {name!r}, which lies outside of {repository}. An index may only name files of its "
+        "own repository: download it again, from somebody you trust."
+    )
+
+
+def _is_index_of_pickles(path: Path) -> bool:
+    return path.name.startswith(tuple(f"{name}.index." for name in _WEIGHTS_NAMES if name.endswith(".bin")))
 
 
 def index_entries(index: Path) -> list[str]:
@@ -374,7 +421,9 @@ finalize_with(finalize_repository)
 
 __all__ = [
     "MODEL_FOLDERS",
+    "check_entry",
     "check_finished",
+    "check_hub_indices",
     "check_indices",
     "complete_repository",
     "finalize_repository",

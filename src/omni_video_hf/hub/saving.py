@@ -13,24 +13,26 @@ from diffusers import ModelMixin
 from torch import nn
 
 from ..utils.modules import has_lora, set_dtype
+from ..utils.tokens import hub_call
+from .hub_calls import check_place
 from .remote_code import import_from_package
-from .repository import MODEL_FOLDERS, check_finished, check_indices, finalize_repository, staged
+from .repository import MODEL_FOLDERS, finalize_repository, staged
 
 
 class OmniVideoSavingMixin:
     """What [`OmniVideoForConditionalGeneration`] does differently from other transformers models when it is saved."""
 
     @classmethod
+    @hub_call
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:
         """
         Load a model, as in transformers.
 
         Raises:
-            ValueError: for a folder into which a save did not finish, or whose index names files outside of it.
+            ValueError: for a folder into which a save did not finish, and for a folder or Hub repository whose index
+                names files outside of it.
         """
-        if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
-            check_finished(pretrained_model_name_or_path)
-            check_indices(pretrained_model_name_or_path)
+        check_place(pretrained_model_name_or_path, kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def pipeline_components(self) -> dict[str, nn.Module]:
@@ -53,6 +55,7 @@ class OmniVideoSavingMixin:
         parts = {"mllm": half.train(self.training), "adapter": self.adapter, "transformer": self.decoder}
         return {name: part for name, part in parts.items() if part is not None}
 
+    @hub_call
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -108,6 +111,7 @@ class OmniVideoSavingMixin:
                 save_directory, kwargs.pop("repo_id", Path(save_directory).name), **kwargs
             )
 
+    @hub_call
     def push_to_hub(self, repo_id: str, *, base: str | Path | None = None, **kwargs: Any) -> Any:
         """
         Push a complete repository, which loads as a model and as a pipeline.

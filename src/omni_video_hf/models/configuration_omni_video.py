@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from ..hub.hub_calls import HubCallsMixin
 from .configuration_vila import VilaConfig
 
 # Wan2.1-T2V-1.3B in the words of `WanTransformer3DModel`.
@@ -46,7 +47,7 @@ def _check_heads(owner: str, hidden_size: int, num_attention_heads: int) -> None
 
 
 @strict
-class OmniVideoVisionHeadConfig(PreTrainedConfig):
+class OmniVideoVisionHeadConfig(HubCallsMixin, PreTrainedConfig):
     r"""
     Configuration of [`OmniVideoVisionHead`], which turns MLLM hidden states into continuous visual tokens.
 
@@ -84,7 +85,7 @@ class OmniVideoVisionHeadConfig(PreTrainedConfig):
 
 
 @strict
-class OmniVideoAdapterConfig(PreTrainedConfig):
+class OmniVideoAdapterConfig(HubCallsMixin, PreTrainedConfig):
     r"""
     Configuration of [`OmniVideoAdapter`], which carries visual tokens, source latents and the prompt into the
     decoder's condition space.
@@ -140,7 +141,7 @@ class OmniVideoAdapterConfig(PreTrainedConfig):
 
 
 @strict
-class OmniVideoConfig(PreTrainedConfig):
+class OmniVideoConfig(HubCallsMixin, PreTrainedConfig):
     r"""
     Configuration of [`OmniVideoForConditionalGeneration`]. The defaults are the released 11B model.
 

@@ -13,6 +13,7 @@ from ..models.connectors import OmniVideoAdapter
 from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
 from ..processing.processing_omni_video import OmniVideoProcessor
 from ..utils.modules import has_lora
+from ..utils.tokens import hub_call
 
 CLASSES = {cls.__name__: cls for cls in (OmniVideoForConditionalGeneration, OmniVideoAdapter, OmniVideoProcessor)}
 
@@ -26,6 +27,7 @@ class OmniVideoRepositoryMixin:
     """
 
     @classmethod
+    @hub_call
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
@@ -67,6 +69,7 @@ class OmniVideoRepositoryMixin:
         return pipe
 
     @classmethod
+    @hub_call
     def load_config(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
         """The pipeline's index, as in diffusers, with this code's classes in the place of the repository's."""
         if Path(pretrained_model_name_or_path).is_dir():  # a user's, or what was downloaded
@@ -80,11 +83,13 @@ class OmniVideoRepositoryMixin:
         return config
 
     @classmethod
+    @hub_call
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
         """Download what this pipeline needs of a Hub repository, its code excepted; as in diffusers otherwise."""
         reader = type(cls.__name__, (_ReadsWithoutCode, cls), {})
         return super(OmniVideoRepositoryMixin, reader).download(pretrained_model_name, **kwargs)
 
+    @hub_call
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -129,6 +134,7 @@ class OmniVideoRepositoryMixin:
                 save_directory, kwargs.pop("repo_id", Path(save_directory).name), **kwargs
             )
 
+    @hub_call
     def push_to_hub(
         self,
         repo_id: str,

@@ -1,34 +1,10 @@
-"""Keeps access tokens of the Hub out of everything that is printed, logged or written about a call."""
+"""Keeps access tokens of the Hub out of everything that is printed or logged."""
 
 import logging
-import re
 from typing import Any, TextIO
 
-_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}")
-MASK = "hf_***"
-
-
-def mask_tokens(text: str) -> str:
-    """`text` with every access token (`hf_...`, `api_org_...`) replaced by `hf_***`."""
-    return _TOKEN.sub(MASK, text)
-
-
-def clean_token(token: str | None) -> str | None:
-    """
-    A token without the white space around it, such as the line end of the file that it was read from.
-
-    Raises:
-        ValueError: for a token with white space or other characters that no HTTP header takes. It is not repeated.
-    """
-    if token is None:
-        return None
-    token = token.strip()
-    if not all("!" <= character <= "~" for character in token):
-        raise ValueError(
-            "`--token` (or HF_TOKEN) must be one word of letters and digits, `hf_...`; the given one has spaces, line "
-            "ends or other characters in it. Copy it again from huggingface.co/settings/tokens."
-        )
-    return token or None
+from .tokens import TOKEN_MASK as MASK
+from .tokens import clean_token, mask_tokens
 
 
 class MaskedStream:

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...hub.repository import staged
+from ...utils.tokens import hub_call
 from ..request_checks import check_number
 from .files import PREFIXES, lora_settings, read_lora_file, split_lora
 from .layers import LoraPart
@@ -95,6 +96,7 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
 
     _lora_loadable_modules = ["transformer", "adapter", "mllm"]  # noqa: RUF012 - as in diffusers
 
+    @hub_call
     def load_lora_weights(
         self,
         pretrained_model_name_or_path_or_dict: str | Path | dict[str, torch.Tensor],

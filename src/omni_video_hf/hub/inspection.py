@@ -1,6 +1,5 @@
 """Looking into a repository without loading it; torch is imported for the memory it needs alone."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -14,10 +13,9 @@ from rich.table import Table
 
 from ..utils.files import visible_files
 from ..utils.tokens import hub_call
+from .headers import Header, read_header
 from .staging import check_finished
 
-Header = Mapping[str, tuple[str, tuple[int, ...], int]]  # weight -> format, shape, bytes
-MAX_HEADER_BYTES = 10**8  # as in safetensors
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "U8": "uint8"}
 
 
@@ -119,41 +117,23 @@ def repository_headers(
 def _local_headers(folder: Path) -> dict[str, Header]:
     check_finished(folder)
     files = visible_files(folder, "*.safetensors")
-    return {file.relative_to(folder).as_posix(): _read_header(file) for file in files}
-
-
-def _read_header(file: Path) -> Header:
-    """As `read_header` in `hub.repository`, by the format's own description: reading it needs no torch."""
-    try:
-        with file.open("rb") as handle:
-            size = file.stat().st_size
-            length = int.from_bytes(handle.read(8), "little")
-            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-                raise ValueError("incomplete header")
-            entries = json.loads(handle.read(length))
-        entries.pop("__metadata__", None)
-        header = {
-            name: (entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
-            for name, entry in entries.items()
-        }
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        if end != size - 8 - length:
-            raise ValueError(f"{size} bytes instead of {8 + length + end}")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise ValueError(f"{file}: not a complete safetensors file ({error}). Download it again.") from error
-    return header
+    return {file.relative_to(folder).as_posix(): read_header(file) for file in files}
 
 
 def _hub_headers(repository: str, revision: str | None, token: str | None) -> dict[str, Header]:
     api = import_module("huggingface_hub").HfApi(token=token)
+    SafetensorsParsingError = import_module("huggingface_hub.errors").SafetensorsParsingError  # noqa: N806
     files = [file for file in api.list_repo_files(repository, revision=revision) if file.endswith(".safetensors")]
     headers = {}
     for file in files:
-        metadata = api.parse_safetensors_file_metadata(repository, file, revision=revision)
-        headers[file] = {
-            name: (info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])
-            for name, info in metadata.tensors.items()
-        }
+        try:
+            metadata = api.parse_safetensors_file_metadata(repository, file, revision=revision)
+            headers[file] = {
+                name: (info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])
+                for name, info in metadata.tensors.items()
+            }
+        except (SafetensorsParsingError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+            raise ValueError(f"{repository}, {file}: not a complete safetensors file ({error}).") from error
     return headers
 
 

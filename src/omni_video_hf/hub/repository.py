@@ -8,20 +8,20 @@ The layout of a repository: one copy of the weights for both libraries.
 """
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from ..utils.files import is_plain_name, visible_files, write_text
 from ..utils.tokens import hub_call
+from .headers import read_header
 from .remote_code import write_remote_code
 from .staging import (
     PIPELINE_INDEX_NAME,
@@ -156,25 +156,6 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """Files with weights of a variant in a component's folder; `None` stands for those without one."""
     files = sorted(folder.glob("*.safetensors"))
     return [file for file in files if is_weight_file(file.name) and variant_of(file.name) == variant]
-
-
-def read_header(file: str | Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """
-    Names of the tensors in a safetensors file, with format, shape and size in bytes. No tensor is read.
-
-    Raises:
-        ValueError: when the file is not a complete safetensors file.
-    """
-    header = {}
-    try:
-        with safe_open(file, "pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 - the handle is no dict
-                part = handle.get_slice(name)
-                shape, dtype = tuple(part.get_shape()), part.get_dtype()
-                header[name] = (dtype, shape, math.prod(shape) * _bits(dtype) // 8)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a complete safetensors file ({error}). Download it again.") from error
-    return header
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -409,12 +390,6 @@ def _read_json(path: Path) -> dict | None:
 
 def _write_json(path: Path, content: dict, sort_keys: bool = False) -> None:
     write_text(path, json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
-
-
-def _bits(dtype: str) -> int:
-    """Bits of one value: the digits at the end of its format's name, `BOOL` being a byte."""
-    digits = "".join(character for character in dtype.split("_", maxsplit=1)[0] if character.isdigit())
-    return int(digits) if digits else 8
 
 
 finalize_with(finalize_repository)

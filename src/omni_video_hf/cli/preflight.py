@@ -1,6 +1,5 @@
 """What can be said about a generation from a repository's configurations, before a weight is loaded."""
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
 from ..pipelines.pipeline_omni_video import OmniVideoPipeline
 from ..pipelines.presets import check_num_frames
 from ..tasks import find_task, get_task
+from ..utils.files import read_json
 from .checks import Drawing, Loading
 from .console import UsageProblem, as_usage
 
@@ -56,7 +56,7 @@ class Outline:
         check_finished(place)
         if not index_file.is_file():
             raise ValueError(f"{loading.model}: has no model_index.json, so it is no complete pipeline.")
-        index = json.loads(index_file.read_text(encoding="utf-8"))
+        index = read_json(index_file)
         parts = {name: _read_config(cls_, place / name) for name, cls_ in _MODELS.items()}
         mllm = _without_layers(OmniVideoConfig.from_pretrained(place / "mllm"))
         with torch.device("meta"):
@@ -93,7 +93,7 @@ class Outline:
             if task is not None and get_task(task).output == "image" and drawing.frames not in (None, 1):
                 raise UsageProblem(f"`--frames {drawing.frames}`: the output is one image; leave `--frames` out.")
             for name in [task] if task is not None else [find_task(None, "image"), find_task(None, "video")]:
-                self._check_settings(name, drawing, media)
+                self._check_settings(name, prompts, drawing, media)
 
     def _check_prompts(self, prompts: Sequence[str]) -> None:
         for prompt in prompts:
@@ -104,16 +104,22 @@ class Outline:
                     f"{MAX_PROMPT_TOKENS}: shorten it."
                 )
 
-    def _check_settings(self, task: str, drawing: Drawing, media: dict[str, Any]) -> None:
-        values = drawing.settings()
-        del values["negative_prompt"]
+    def _check_settings(self, task: str, prompts: Sequence[str], drawing: Drawing, media: dict[str, Any]) -> None:
+        values, limit = drawing.settings(), drawing.max_context_length
+        negative = values.pop("negative_prompt")
         source = Source.of(media.get("video"), media.get("image"), 1)
+        room = None
+        if source.kind is not None:
+            self.pipe._guidance_scale = drawing.guidance_scale or 0.0
+            texts = [text for text in prompts if text != negative] or list(prompts)
+            room = self.pipe._source_room(
+                task, texts, negative, None, None, drawing.guidance_scale, MAX_PROMPT_TOKENS, limit
+            )
         if source.videos is None:
-            self.pipe.prepare_settings(task, source, **values)
+            self.pipe.prepare_settings(task, source, **values, room=room, max_context_length=limit)
             return
-        self.pipe._guidance_scale = drawing.guidance_scale or 0.0
         numbers = [values[name] for name in ("height", "width", "num_frames", "fps")]
-        self.pipe.check_videos_fit(source, *numbers, "error", drawing.max_context_length)
+        self.pipe.check_videos_fit(source, *numbers, "error", limit, room)
 
 
 _MODELS = {"adapter": OmniVideoAdapter, "transformer": WanTransformer3DModel, "vae": AutoencoderKLWan}

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
-from ..utils.files import is_plain_name, visible_files, write_text
+from ..utils.files import is_plain_name, read_json, visible_files, write_text
 from ..utils.tokens import hub_call
 from .headers import read_header
 from .remote_code import write_remote_code
@@ -357,7 +357,7 @@ def index_entries(index: Path) -> list[str]:
     """
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{index}: cannot be read as JSON ({error}): download it again.") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) and name for name in weight_map.values()):
@@ -385,7 +385,7 @@ def _is_processor_file(path: Path) -> bool:
 
 
 def _read_json(path: Path) -> dict | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _write_json(path: Path, content: dict, sort_keys: bool = False) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..utils.modules import has_lora, set_dtype
 from ..utils.tokens import hub_call
+from ..utils.turns import turn
 from .hub_calls import check_place
 from .remote_code import import_from_package
 from .repository import MODEL_FOLDERS, finalize_repository, staged
@@ -91,7 +92,7 @@ class OmniVideoSavingMixin:
             set_dtype(self.config, self.dtype)
             arguments = {"state_dict": state_dict, "max_shard_size": max_shard_size, "variant": variant}
             if is_main_process:
-                with staged(save_directory, variant, [""]) as folder:
+                with turn(self), staged(save_directory, variant, [""]) as folder:
                     super().save_pretrained(folder, **arguments)
             if push_to_hub or not is_main_process:
                 with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +102,10 @@ class OmniVideoSavingMixin:
         if state_dict is None and any(tensor.is_meta for tensor in self.state_dict().values()):
             state_dict = get_state_dict_offloaded_model(self)
         if is_main_process:
-            with staged(save_directory, variant, ["", *MODEL_FOLDERS]) as folder:
+            with (
+                turn(self, self.adapter, self.decoder),
+                staged(save_directory, variant, ["", *MODEL_FOLDERS]) as folder,
+            ):
                 for name, part in self.pipeline_components().items():
                     weights = None if state_dict is None else _weights_of(name, state_dict)
                     _save_part(part, folder / name, weights, max_shard_size, variant)

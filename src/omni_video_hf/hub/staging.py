@@ -7,7 +7,6 @@ workspace lies inside it and keeps the list of what is to happen: index files (`
 list is there, loading refuses the folder. A save that was killed is finished from its list by the next one.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 from ..utils.files import (
     empty,
+    read_json,
     read_mark,
     remove_abandoned,
     remove_empty,
@@ -305,7 +305,7 @@ def _json_of(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}

@@ -14,6 +14,7 @@ from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
 from ..processing.processing_omni_video import OmniVideoProcessor
 from ..utils.modules import has_lora
 from ..utils.tokens import hub_call
+from ..utils.turns import turn
 
 CLASSES = {cls.__name__: cls for cls in (OmniVideoForConditionalGeneration, OmniVideoAdapter, OmniVideoProcessor)}
 
@@ -121,11 +122,11 @@ class OmniVideoRepositoryMixin:
                     "**collect_lora_layers(pipe))`, or make them part of the weights with `fuse_lora()` and "
                     "`unload_lora_weights()` first."
                 )
-        for tokenizer in (self.tokenizer, self.processor.tokenizer):
-            if getattr(tokenizer, "is_fast", False):  # padding of the last call, set anew by the next one
-                tokenizer.backend_tokenizer.no_padding()
-                tokenizer.backend_tokenizer.no_truncation()
-        with staged(save_directory, variant, ["", *self.components]) as folder:
+        with turn(*self.components.values()), staged(save_directory, variant, ["", *self.components]) as folder:
+            for tokenizer in (self.tokenizer, self.processor.tokenizer):
+                if getattr(tokenizer, "is_fast", False):  # padding of the last call, set anew by the next one
+                    tokenizer.backend_tokenizer.no_padding()
+                    tokenizer.backend_tokenizer.no_truncation()
             super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
             self.processor.save_pretrained(folder)
             finalize_repository(folder, variant)

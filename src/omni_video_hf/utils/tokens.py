@@ -2,10 +2,12 @@
 
 import os
 import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import wraps
 from inspect import signature
+from json import decoder
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +68,28 @@ def hub_call(function: Callable) -> Callable:
                 place = names.index("token")
                 args = (*args[:place], clean_token(secret, "`token`"), *args[place + 1 :])
             return function(*args, **kwargs)
-        except Exception as error:
+        except BaseException as error:
+            unreadable = _unreadable(error)
+            if unreadable is not None:
+                place = next((value for value in given.values() if isinstance(value, (str, os.PathLike))), "")
+                raise ValueError(mask_tokens(f"{place}: {unreadable}")) from None
             masked = _mask_error(error, secret if isinstance(secret, str) else "")
             if masked is not None:
                 raise masked from None
             raise
 
     return call
+
+
+def _unreadable(error: BaseException) -> str | None:
+    """What to say of errors of the libraries that name neither file nor reason, `None` for all others."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if type(error) is Exception or type(error).__name__ == "PanicException":  # of the tokenizers' Rust code
+        is_of_tokenizer = any("tokeniz" in Path(frame.filename).name for frame in frames)
+        return f"its tokenizer cannot be read ({error}). Download it again." if is_of_tokenizer else None
+    if isinstance(error, RecursionError) and frames[-1].filename == decoder.__file__:
+        return "a JSON file of it is nested too deeply to be read. Download it again, from somebody you trust."
+    return None
 
 
 def check_no_tokens(given: Mapping[str, Any]) -> None:

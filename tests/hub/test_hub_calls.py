@@ -51,17 +51,6 @@ def test_an_index_on_the_hub_names_no_file_outside_its_repository(cached, name):
         AutoModel.from_pretrained(NAME, trust_remote_code=True, **options)
 
 
-def test_the_loading_itself_refuses_it_too(cached, monkeypatch):
-    """Where nothing was asked before, as when the Hub did not answer the first question."""
-    options, folder = cached
-    outside = folder.parent / "other.safetensors"
-    shutil.copyfile(next((folder / "adapter").glob("*.safetensors")), outside)
-    redirect(folder / "model.safetensors.index.json", "../other.safetensors")
-    monkeypatch.setattr("omni_video_hf.hub.saving.check_place", lambda *_: None)
-    with pytest.raises(ValueError, match=r"names the file '\.\./other\.safetensors'"):
-        OmniVideoForConditionalGeneration.from_pretrained(NAME, **options)
-
-
 @pytest.mark.parametrize("kind", ["safetensors.index", "safetensors.index.fp16", "bin.index"])
 def test_every_kind_of_index_is_looked_at(cached, kind):
     options, folder = cached
@@ -79,5 +68,5 @@ def test_a_good_repository_loads_and_an_absent_one_is_left_to_the_library(cached
     loaded = OmniVideoForConditionalGeneration.from_pretrained(NAME, **options)
     assert loaded.adapter is not None
     check_place("lab/absent", options)
-    with pytest.raises(OSError, match="lab/absent"):
+    with pytest.raises(OSError, match="in the cached files"):
         OmniVideoForConditionalGeneration.from_pretrained("lab/absent", **options)

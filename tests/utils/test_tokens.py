@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 import traceback
 
 import pytest
@@ -133,6 +134,7 @@ def test_every_function_refuses_it_too(call):
 
 def test_a_folder_of_such_a_name_is_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / TOKEN[:40]).mkdir()
     tiny.config().save_pretrained(TOKEN[:40])
     assert OmniVideoConfig.from_pretrained(TOKEN[:40]).model_type == "omni_video"
 
@@ -145,3 +147,38 @@ def test_training_arguments_clean_the_token_and_refuse_it_elsewhere(tmp_path):
     with pytest.raises(ValueError, match="`hub_model_id` is an access token") as caught:
         OmniVideoTrainingArguments(str(tmp_path), report_to=[], use_cpu=True, hub_model_id=TOKEN)
     assert TOKEN not in whole_text(caught.value)
+
+
+@pytest.fixture(scope="module")
+def saved_processor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processor")
+    tiny.processor().save_pretrained(folder)
+    return folder
+
+
+HOSTILE_FILES = {
+    "tokenizer.json": [
+        '{"version": "1.0", "model": {"type": "BPE", "vocab": 3}}',
+        "[" * 100_000,
+        '{"added_tokens": 1}',
+    ],
+    "tokenizer_config.json": ["[" * 100_000 + "]" * 100_000],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in HOSTILE_FILES.items() for text in texts])
+def test_hostile_files_of_a_tokenizer_are_one_error_with_its_place(saved_processor, tmp_path, name, text):
+    folder = tmp_path / "copy"
+    shutil.copytree(saved_processor, folder)
+    (folder / name).write_text(text)
+    with pytest.raises((ValueError, OSError)) as caught:
+        OmniVideoProcessor.from_pretrained(folder)
+    assert str(folder) in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_configuration_that_is_nested_too_deeply_is_one_error(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "omni_video", "x": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(ValueError, match=r"nested too deeply|not a valid JSON") as caught:
+        OmniVideoForConditionalGeneration.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)

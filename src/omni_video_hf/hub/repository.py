@@ -304,7 +304,7 @@ def check_indices(directory: str | Path, link_roots: Iterable[str | Path] = ()) 
     for index in sorted([*directory.glob("*.json"), *directory.glob("*/*.json")]):
         for name in index_entries(index) if is_weight_file(index.name) or _is_index_of_pickles(index) else ():
             path = (index.parent / name).resolve()
-            check_entry(index, name, directory)
+            _check_entry(index, name, directory)
             if not any(path.is_relative_to(root) for root in roots):
                 raise _outside(index, name, directory)
 
@@ -328,10 +328,10 @@ def check_hub_indices(repository: str, variant: str | None = None, **hub: Any) -
         except OSError:
             return
         for entry in () if index is None else index_entries(Path(index)):
-            check_entry(index, entry, repository)
+            _check_entry(index, entry, repository)
 
 
-def check_entry(index: str | Path, name: str, repository: str | Path) -> None:
+def _check_entry(index: str | Path, name: str, repository: str | Path) -> None:
     """Refuse the name of a file in a weight index that leads up, or away, from where the index lies."""
     if not is_plain_name(name):
         raise _outside(index, name, repository)
@@ -396,7 +396,6 @@ finalize_with(finalize_repository)
 
 __all__ = [
     "MODEL_FOLDERS",
-    "check_entry",
     "check_finished",
     "check_hub_indices",
     "check_indices",

@@ -47,7 +47,6 @@ from ..diffusion.losses import (
     timestep_tables,
     without_directions,
 )
-from ..hub.repository import check_entry
 from ..hub.saving import OmniVideoSavingMixin
 from ..utils.modules import set_dtype
 from .configuration_omni_video import OmniVideoConfig
@@ -154,8 +153,6 @@ class OmniVideoPreTrainedModel(PreTrainedModel):
         # one. Ours lie in several, so the index gets their whole paths.
         if checkpoint_files and load_config.sharded_metadata:
             weight_map = load_config.sharded_metadata["weight_map"]
-            for name in set(weight_map.values()):
-                check_entry("The index of the weights", name, "its repository")
             paths = {
                 name: file for name in set(weight_map.values()) for file in checkpoint_files if file.endswith(name)
             }

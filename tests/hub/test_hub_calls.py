@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from inspect import signature
 
 import pytest
 import tiny
-from transformers import AutoModel
+from diffusers import ModelMixin
+from transformers import AutoModel, ProcessorMixin
 
 from omni_video_hf.hub.hub_calls import check_place
 from omni_video_hf.models.connectors import OmniVideoAdapter
 from omni_video_hf.models.modeling_omni_video import OmniVideoForConditionalGeneration
+from omni_video_hf.processing.processing_omni_video import OmniVideoProcessor
 
 NAME, COMMIT = "lab/model", "0123456789abcdef0123456789abcdef01234567"
 
@@ -70,3 +73,12 @@ def test_a_good_repository_loads_and_an_absent_one_is_left_to_the_library(cached
     check_place("lab/absent", options)
     with pytest.raises(OSError, match="in the cached files"):
         OmniVideoForConditionalGeneration.from_pretrained("lab/absent", **options)
+
+
+def test_methods_keep_the_signatures_that_the_libraries_read():
+    """diffusers passes a component only what the signature of its `save_pretrained` names."""
+    for cls, base in ((OmniVideoAdapter, ModelMixin), (OmniVideoProcessor, ProcessorMixin)):
+        for name in ("save_pretrained", "push_to_hub"):
+            assert signature(getattr(cls, name)) == signature(getattr(base, name))
+            assert getattr(cls, name).is_hub_call
+    assert "variant" in signature(OmniVideoForConditionalGeneration.save_pretrained).parameters

@@ -17,15 +17,13 @@ class HubCallsMixin:
         """As in the class's library; `token` is cleaned."""
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    @hub_call
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """As in the class's library; `token` is cleaned."""
-        return super().save_pretrained(save_directory, *args, **kwargs)
-
-    @hub_call
-    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """As in the class's library; `token` is cleaned."""
-        return super().push_to_hub(repo_id, *args, **kwargs)
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Methods whose signatures the libraries read keep them: `save_pretrained` and `push_to_hub`."""
+        super().__init_subclass__(**kwargs)
+        for name in ("save_pretrained", "push_to_hub"):
+            method = getattr(cls, name, None)  # a mixin by itself has none
+            if method is not None and not getattr(method, "is_hub_call", False):
+                setattr(cls, name, hub_call(method))
 
 
 class WeightsFromHubMixin(HubCallsMixin):

@@ -78,6 +78,7 @@ def hub_call(function: Callable) -> Callable:
                 raise masked from None
             raise
 
+    call.is_hub_call = True
     return call
 
 

@@ -85,9 +85,10 @@ def hub_call(function: Callable) -> Callable:
 def _unreadable(error: BaseException) -> str | None:
     """What to say of errors of the libraries that name neither file nor reason, `None` for all others."""
     frames = traceback.extract_tb(error.__traceback__)
-    if type(error) is Exception or type(error).__name__ == "PanicException":  # of the tokenizers' Rust code
-        is_of_tokenizer = any("tokeniz" in Path(frame.filename).name for frame in frames)
-        return f"its tokenizer cannot be read ({error}). Download it again." if is_of_tokenizer else None
+    if any("tokeniz" in Path(frame.filename).name for frame in frames[-3:]):
+        is_of_rust = type(error) is Exception or type(error).__name__ == "PanicException"
+        if is_of_rust or isinstance(error, (KeyError, TypeError, AttributeError, IndexError)):
+            return f"its tokenizer cannot be read ({type(error).__name__}: {error}). Download it again."
     if isinstance(error, RecursionError) and frames[-1].filename == decoder.__file__:
         return "a JSON file of it is nested too deeply to be read. Download it again, from somebody you trust."
     return None

@@ -152,6 +152,7 @@ def test_info(run, converted):
         (["edit", "cut.mp4", "a"], "cut.mp4"),
         (["edit", CLIP, "a"], "What works: `--size 256x128 --frames 1`. Raise `--max-context-length`"),
         (["edit", CLIP, "a", "-o", "x.png"], "choose a suffix for video files"),
+        (["edit", "large.png", "a"], "as a source takes"),
         (["ask", "empty.mp4", "a"], "empty"),
         (["ask", "nothing.png", "a"], "no such file"),
     ],
@@ -162,6 +163,7 @@ def test_errors_are_one_line_before_a_weight_is_loaded(run, tmp_path, monkeypatc
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("hello")
     (tmp_path / "cut.mp4").write_bytes(CLIP.read_bytes()[:500_000])
+    Image.new("RGB", (1600, 1600)).save(tmp_path / "large.png")
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(cli_generation, "load", None)  # nothing of this may need a weight
     failures = ("text.mp4", "empty", "cut.mp4") if arguments[0] != "generate" else ()

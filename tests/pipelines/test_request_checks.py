@@ -14,7 +14,7 @@ from omni_video_hf.media.clip import VideoClip
 from omni_video_hf.media.sources import Source
 from omni_video_hf.media.video_writer import save_video
 from omni_video_hf.pipelines.presets import SizeError
-from omni_video_hf.pipelines.request_checks import FiniteSteps, NotFiniteError, check_number
+from omni_video_hf.pipelines.request_checks import FiniteLogits, FiniteSteps, NotFiniteError, check_number
 from omni_video_hf.training.data.framing import FramingRules
 
 RANDOM = np.random.default_rng(0)
@@ -273,3 +273,23 @@ def test_precomputed_sizes_have_positions(pipe):
         FramingRules([(1056, 32)], [5]).check(pipe.grid)
     with pytest.raises(SizeError, match="positions for 64 of each"):
         FramingRules([(64, 32)], [5, 257]).check(pipe.grid)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("task", ["understand", None])
+def test_an_answer_from_logits_that_are_not_finite_is_an_error(pipe, value, task):
+    def spoil(_module, _arguments, output):
+        return torch.full_like(output, value)
+
+    hook = pipe.mllm.get_output_embeddings().register_forward_hook(spoil)
+    try:
+        with pytest.raises(NotFiniteError, match="The MLLM computed logits that are NaN or infinite"):
+            pipe("what is it?", task=task, max_new_tokens=2)
+    finally:
+        hook.remove()
+    assert pipe("what is it?", task="understand", max_new_tokens=2).text is not None
+
+
+def test_tokens_that_are_ruled_out_do_not_count():
+    scores = torch.tensor([[-math.inf, 1.0], [0.0, -math.inf]])
+    assert FiniteLogits()(torch.zeros(2, 3, dtype=torch.long), scores) is scores

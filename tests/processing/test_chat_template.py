@@ -97,3 +97,45 @@ def test_an_earlier_trace_function_comes_back():
         assert sys.gettrace() is trace
     finally:
         sys.settrace(before)
+
+
+GROWING = {
+    "replace": "{% set t = 'aaaaaaaaaa'.center(999) %}{% for i in range(9) %}{% set u = t|replace(' ', t) %}"
+    "{% set v = u|replace(' ', u) %}{{ v|length }}{% endfor %}",
+    "replace of a text": "{% set t = ' '.center(999) %}{% set u = t.replace(' ', t) %}{{ u.replace(' ', u)|length }}",
+    "a computed number": "{% set n = 900000 %}{% set m = n + n %}{{ ('a'|center(m + m + m + m))|length }}",
+    "a method": "{% set n = 900000 %}{{ 'a'.zfill(n + n + n + n + n + n)|length }}",
+    "join": "{% set t = ' '.center(9999) %}{{ (t|list)|join(t)|length }}",
+    "indent": "{% set n = 900000 %}{{ ('a\\n' * 50)|indent(n + n)|length }}",
+    "lipsum": "{{ lipsum(n=900000, html=false) }}",
+    "batch": "{% set n = 900000 %}{{ ([1]|batch(n + n + n + n + n, 0)|list)|length }}",
+}
+
+
+@pytest.mark.parametrize("kind", GROWING)
+def test_one_call_that_makes_a_giant_text_is_refused_before_it_begins(kind):
+    with (
+        pytest.raises(ValueError, match=r"chat template calls `\w+` with values that may make.*MAX_BYTES"),
+        read_budget(max_bytes=64 * 2**20),
+    ):
+        processor(GROWING[kind]).apply_chat_template(CHAT)
+
+
+@pytest.mark.parametrize(
+    "template", ["{% set n = 9 %}{{ n * n }}", "{% set n = 9 %}{{ 'a' * n }}", "{% set t = 'a' %}{{ t * 99999 }}"]
+)
+def test_products_that_are_not_known_are_refused(template):
+    with pytest.raises(ValueError, match=r"`chat_template`, line 1: multiplies values"):
+        processor(template)
+
+
+def test_usual_filters_and_methods_run():
+    template = (
+        "{% for m in messages %}{{ m.content|trim|replace('l', 'LL') ~ m.content.split('e')[0].strip() }}"
+        "{{ m|tojson(indent=2)|length }}{{ '%s' % m.role }}{{ range(3)|join(', ') }}{{ 3 * 4 }}{% endfor %}"
+    )
+    text = processor(template).apply_chat_template(CHAT)
+    assert text.startswith("heLLLLoh")
+    assert text.endswith("user0, 1, 212")
+    long = [{"role": "user", "content": "a<image> b " * 20_000}]
+    assert len(processor("{{ messages[0].content|replace('<image>', '!') }}").apply_chat_template(long)) > 80_000

@@ -254,3 +254,33 @@ def test_every_shipped_recipe_runs(name, base, data, tmp_path):
     if name == "lora":
         untrained.load_lora_weights(output / "lora")
         assert torch.allclose(picture(untrained), picture(trained), atol=1e-3)
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, r"the alias `\*a` is not read"),
+        ("a: &a {stage: align}\nlosses: {<<: [*a, *a]}\n", r"the alias `\*a` is not read"),
+        ("losses: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("seed: " + "9" * 5000, "not YAML"),
+        ("seed: \x00", "not YAML"),
+    ],
+)
+def test_a_recipe_that_asks_for_endless_work_is_one_error(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_recipe(path, NEEDED)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_an_override_that_asks_for_endless_work_is_one_error():
+    for text in ("[" * 3000 + "]" * 3000, "[&a x, *a]"):
+        with pytest.raises(ValueError, match="`--losses"):
+            read_recipe("align", [*NEEDED, "--losses", text])

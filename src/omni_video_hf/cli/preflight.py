@@ -1,6 +1,5 @@
 """Checks of a generation request against the configurations of a repository, before any weights are loaded."""
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ..pipelines.guidance import Guidance
 from ..pipelines.pipeline_omni_video import OmniVideoPipeline
 from ..pipelines.presets import check_num_frames
 from ..tasks import find_task, get_task
+from ..utils.files import read_json
 from .checks import GenerationOptions, Loading
 from .console import UsageProblem, as_usage
 
@@ -59,7 +59,7 @@ class Outline:
             raise ValueError(
                 f"{loading.model}: has no model_index.json, so it is not a complete pipeline. `--model` must be one."
             )
-        index = json.loads(index_file.read_text(encoding="utf-8"))
+        index = read_json(index_file)
         parts = {name: _read_config(cls_, place / name) for name, cls_ in _MODELS.items()}
         mllm = _without_layers(OmniVideoConfig.from_pretrained(place / "mllm"))
         with torch.device("meta"):
@@ -99,7 +99,7 @@ class Outline:
             if task is not None and get_task(task).output == "image" and options.frames not in (None, 1):
                 raise UsageProblem(f"`--frames {options.frames}`: the output is one image: leave `--frames` out.")
             for name in [task] if task is not None else [find_task(None, "image"), find_task(None, "video")]:
-                self._check_settings(name, options, media)
+                self._check_settings(name, prompts, options, media)
 
     def _check_prompts(self, prompts: Sequence[str]) -> None:
         for prompt in prompts:
@@ -110,19 +110,27 @@ class Outline:
                     f"{MAX_PROMPT_TOKENS}: shorten it."
                 )
 
-    def _check_settings(self, task: str, options: GenerationOptions, media: dict[str, Any]) -> None:
-        values = options.settings()
-        del values["negative_prompt"]
+    def _check_settings(
+        self, task: str, prompts: Sequence[str], options: GenerationOptions, media: dict[str, Any]
+    ) -> None:
+        values, limit = options.settings(), options.max_context_length
+        negative = values.pop("negative_prompt")
         scale = options.guidance_scale
         scale = self.pipe._preset(task)["guidance_scale"] if scale is None else scale
         Guidance().with_source_scale(options.source_guidance_scale, task, scale)
         source = Source.of(media.get("video"), media.get("image"), 1)
+        room = None
+        if source.kind is not None:
+            self.pipe._guidance_scale = options.guidance_scale or 0.0
+            texts = [text for text in prompts if text != negative] or list(prompts)
+            room = self.pipe._source_room(
+                task, texts, negative, None, None, options.guidance_scale, MAX_PROMPT_TOKENS, limit
+            )
         if source.videos is None:
-            self.pipe.prepare_settings(task, source, **values)
+            self.pipe.prepare_settings(task, source, **values, room=room, max_context_length=limit)
             return
-        self.pipe._guidance_scale = options.guidance_scale or 0.0
         numbers = [values[name] for name in ("height", "width", "num_frames", "fps")]
-        self.pipe.check_videos_fit(source, *numbers, "error", options.max_context_length)
+        self.pipe.check_videos_fit(source, *numbers, "error", limit, room)
 
 
 _MODELS = {"adapter": OmniVideoAdapter, "transformer": WanTransformer3DModel, "vae": AutoencoderKLWan}

@@ -1,6 +1,5 @@
 """Components, dtypes and sizes of a repository from the headers of its weights, without loading them."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -12,11 +11,11 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ..utils.files import visible_files
+from ..utils.files import read_json, visible_files
+from ..utils.tokens import hub_call
+from .headers import Header, read_header
 from .staging import check_finished
 
-Header = Mapping[str, tuple[str, tuple[int, ...], int]]  # weight -> dtype, shape, bytes
-MAX_HEADER_BYTES = 10**8  # limit of the safetensors format
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "U8": "uint8"}
 
 
@@ -36,6 +35,7 @@ class RepositoryPart:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+@hub_call
 def repository_parts(
     repository: str | Path, revision: str | None = None, token: str | None = None
 ) -> list[RepositoryPart]:
@@ -87,7 +87,7 @@ def _source_conditioning(repository: str | Path, revision: str | None, token: st
             return None
     if not path.is_file():
         return None
-    return json.loads(path.read_text(encoding="utf-8")).get("source_conditioning", "context")
+    return read_json(path).get("source_conditioning", "context")
 
 
 def repository_table(parts: list[RepositoryPart], title: str) -> Table:
@@ -119,6 +119,7 @@ def record_table(record: Mapping[str, Any], title: str) -> Table:
     return table
 
 
+@hub_call
 def repository_headers(
     repository: str | Path, revision: str | None = None, token: str | None = None
 ) -> dict[str, Header]:
@@ -140,41 +141,23 @@ def repository_headers(
 def _local_headers(folder: Path) -> dict[str, Header]:
     check_finished(folder)
     files = visible_files(folder, "*.safetensors")
-    return {file.relative_to(folder).as_posix(): _read_header(file) for file in files}
-
-
-def _read_header(file: Path) -> Header:
-    """Read a header as `read_header` in `hub.repository` does, but without torch."""
-    try:
-        with file.open("rb") as handle:
-            size = file.stat().st_size
-            length = int.from_bytes(handle.read(8), "little")
-            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-                raise ValueError("incomplete header")
-            entries = json.loads(handle.read(length))
-        entries.pop("__metadata__", None)
-        header = {
-            name: (entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
-            for name, entry in entries.items()
-        }
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        if end != size - 8 - length:
-            raise ValueError(f"{size} bytes instead of {8 + length + end}")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise ValueError(f"{file}: not a complete safetensors file ({error}). Download it again.") from error
-    return header
+    return {file.relative_to(folder).as_posix(): read_header(file) for file in files}
 
 
 def _hub_headers(repository: str, revision: str | None, token: str | None) -> dict[str, Header]:
     api = import_module("huggingface_hub").HfApi(token=token)
+    SafetensorsParsingError = import_module("huggingface_hub.errors").SafetensorsParsingError  # noqa: N806
     files = [file for file in api.list_repo_files(repository, revision=revision) if file.endswith(".safetensors")]
     headers = {}
     for file in files:
-        metadata = api.parse_safetensors_file_metadata(repository, file, revision=revision)
-        headers[file] = {
-            name: (info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])
-            for name, info in metadata.tensors.items()
-        }
+        try:
+            metadata = api.parse_safetensors_file_metadata(repository, file, revision=revision)
+            headers[file] = {
+                name: (info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])
+                for name, info in metadata.tensors.items()
+            }
+        except (SafetensorsParsingError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+            raise ValueError(f"{repository}, {file}: not a complete safetensors file ({error}).") from error
     return headers
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from ..utils.tokens import hub_call
 from .model_card import model_card
 from .remote_code import CODE_FILE
 from .repository import (
@@ -32,6 +33,7 @@ LORA_NAME = "pytorch_lora_weights.safetensors"
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 
 
+@hub_call
 def push_repository(
     directory: str | Path,
     repo_id: str,
@@ -94,6 +96,7 @@ def push_repository(
     )
 
 
+@hub_call
 def push_completed(directory: str | Path, repo_id: str, base: str | Path, **kwargs: Any) -> CommitInfo:
     """
     Push a saved model together with missing components from the repository of its base model.

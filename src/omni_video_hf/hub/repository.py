@@ -8,18 +8,20 @@ Repositories for transformers and diffusers with one copy of the weights: layout
 """
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
-from ..utils.files import is_plain_name, visible_files, write_text
+from ..utils.files import is_plain_name, read_json, visible_files, write_text
+from ..utils.tokens import hub_call
+from .headers import read_header
 from .remote_code import write_remote_code
 from .staging import (
     PIPELINE_INDEX_NAME,
@@ -34,6 +36,13 @@ from .staging import (
 )
 
 INDEX_NAME = "model.safetensors.index.json"
+# Weights whose index libraries open, in any of their formats.
+_WEIGHTS_NAMES = (
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+)
 # Folders whose weights form the whole model, in the order of the data flow.
 MODEL_FOLDERS = ("mllm", "adapter", "transformer")
 # Fields in the configuration of the component `mllm` that the whole model has too.
@@ -150,28 +159,10 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     return [file for file in files if is_weight_file(file.name) and variant_of(file.name) == variant]
 
 
-def read_header(file: str | Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """
-    Names of the tensors in a safetensors file, each with dtype, shape and size in bytes. No tensor is read.
-
-    Raises:
-        ValueError: if the file is not a complete safetensors file.
-    """
-    header = {}
-    try:
-        with safe_open(file, "pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 - the handle is not a dict
-                part = handle.get_slice(name)
-                shape, dtype = tuple(part.get_shape()), part.get_dtype()
-                header[name] = (dtype, shape, math.prod(shape) * _bits(dtype) // 8)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a complete safetensors file ({error}). Download it again.") from error
-    return header
-
-
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
+@hub_call
 def complete_repository(
     directory: str | Path,
     base: str | Path,
@@ -318,13 +309,50 @@ def check_indices(directory: str | Path, link_roots: Iterable[str | Path] = ()) 
     directory = Path(directory)
     roots = [Path(root).resolve() for root in (link_root(directory), *link_roots)]
     for index in sorted([*directory.glob("*.json"), *directory.glob("*/*.json")]):
-        for name in index_entries(index) if is_weight_file(index.name) else ():
+        for name in index_entries(index) if is_weight_file(index.name) or _is_index_of_pickles(index) else ():
             path = (index.parent / name).resolve()
-            if not is_plain_name(name) or not any(path.is_relative_to(root) for root in roots):
-                raise ValueError(
-                    f"{index}: names the file {name!r}, which lies outside of {directory}. An index may only name "
-                    "files of its own repository: download it again from a source that you trust."
-                )
+            _check_entry(index, name, directory)
+            if not any(path.is_relative_to(root) for root in roots):
+                raise _outside(index, name, directory)
+
+
+def check_hub_indices(repository: str, variant: str | None = None, **hub: Any) -> None:
+    """
+    Check the weight indices of a Hub repository before weights are downloaded; only index files are read.
+
+    Args:
+        repository: `owner/name`.
+        variant: of the weights that are to be loaded.
+        hub: where the files lie: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        ValueError: names the index and the entry. What keeps the Hub from answering is left to the loading itself.
+    """
+    infix = "" if variant is None else f".{variant}"
+    for name in (f"{weights}.index{infix}.json" for weights in _WEIGHTS_NAMES):
+        try:
+            index = cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **hub)
+        except OSError:
+            return
+        for entry in () if index is None else index_entries(Path(index)):
+            _check_entry(index, entry, repository)
+
+
+def _check_entry(index: str | Path, name: str, repository: str | Path) -> None:
+    """Refuse the name of a file in a weight index that leads up, or away, from where the index lies."""
+    if not is_plain_name(name):
+        raise _outside(index, name, repository)
+
+
+def _outside(index: str | Path, name: str, repository: str | Path) -> ValueError:
+    return ValueError(
+        f"{index}: names the file {name!r}, which lies outside of {repository}. An index may only name files of its "
+        "own repository: download it again from a source that you trust."
+    )
+
+
+def _is_index_of_pickles(path: Path) -> bool:
+    return path.name.startswith(tuple(f"{name}.index." for name in _WEIGHTS_NAMES if name.endswith(".bin")))
 
 
 def index_entries(index: Path) -> list[str]:
@@ -336,7 +364,7 @@ def index_entries(index: Path) -> list[str]:
     """
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{index}: cannot be read as JSON ({error}): download it again.") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) and name for name in weight_map.values()):
@@ -362,17 +390,11 @@ def _is_processor_file(path: Path) -> bool:
 
 
 def _read_json(path: Path) -> dict | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _write_json(path: Path, content: dict, sort_keys: bool = False) -> None:
     write_text(path, json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
-
-
-def _bits(dtype: str) -> int:
-    """Bits of one value, from the digits in the name of its dtype; `BOOL` has 8."""
-    digits = "".join(character for character in dtype.split("_", maxsplit=1)[0] if character.isdigit())
-    return int(digits) if digits else 8
 
 
 finalize_with(finalize_repository)
@@ -380,6 +402,7 @@ finalize_with(finalize_repository)
 __all__ = [
     "MODEL_FOLDERS",
     "check_finished",
+    "check_hub_indices",
     "check_indices",
     "complete_repository",
     "finalize_repository",

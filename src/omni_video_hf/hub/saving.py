@@ -13,24 +13,27 @@ from diffusers import ModelMixin
 from torch import nn
 
 from ..utils.modules import has_lora, set_dtype
+from ..utils.tokens import hub_call
+from ..utils.turns import turn
+from .hub_calls import check_place
 from .remote_code import import_from_package
-from .repository import MODEL_FOLDERS, check_finished, check_indices, finalize_repository, staged
+from .repository import MODEL_FOLDERS, finalize_repository, staged
 
 
 class OmniVideoSavingMixin:
     """Loading, saving and pushing of [`OmniVideoForConditionalGeneration`] as a repository of components."""
 
     @classmethod
+    @hub_call
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:
         """
         Load a model, as `from_pretrained` of transformers.
 
         Raises:
-            ValueError: for a folder with an unfinished save, or whose index names files outside the folder.
+            ValueError: for a folder with an unfinished save, and for a folder or Hub repository whose index names
+                files outside of it.
         """
-        if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
-            check_finished(pretrained_model_name_or_path)
-            check_indices(pretrained_model_name_or_path)
+        check_place(pretrained_model_name_or_path, kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def pipeline_components(self) -> dict[str, nn.Module]:
@@ -53,6 +56,7 @@ class OmniVideoSavingMixin:
         parts = {"mllm": half.train(self.training), "adapter": self.adapter, "transformer": self.decoder}
         return {name: part for name, part in parts.items() if part is not None}
 
+    @hub_call
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -89,7 +93,7 @@ class OmniVideoSavingMixin:
             set_dtype(self.config, self.dtype)
             arguments = {"state_dict": state_dict, "max_shard_size": max_shard_size, "variant": variant}
             if is_main_process:
-                with staged(save_directory, variant, [""]) as folder:
+                with turn(self), staged(save_directory, variant, [""]) as folder:
                     super().save_pretrained(folder, **arguments)
             if push_to_hub or not is_main_process:
                 with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +103,10 @@ class OmniVideoSavingMixin:
         if state_dict is None and any(tensor.is_meta for tensor in self.state_dict().values()):
             state_dict = get_state_dict_offloaded_model(self)
         if is_main_process:
-            with staged(save_directory, variant, ["", *MODEL_FOLDERS]) as folder:
+            with (
+                turn(self, self.adapter, self.decoder),
+                staged(save_directory, variant, ["", *MODEL_FOLDERS]) as folder,
+            ):
                 for name, part in self.pipeline_components().items():
                     weights = None if state_dict is None else _weights_of(name, state_dict)
                     _save_part(part, folder / name, weights, max_shard_size, variant)
@@ -109,6 +116,7 @@ class OmniVideoSavingMixin:
                 save_directory, kwargs.pop("repo_id", Path(save_directory).name), **kwargs
             )
 
+    @hub_call
     def push_to_hub(self, repo_id: str, *, base: str | Path | None = None, **kwargs: Any) -> Any:
         """
         Push a complete repository, which loads as a model and as a pipeline.

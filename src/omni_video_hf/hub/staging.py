@@ -7,7 +7,6 @@ first, then weights and code are moved in and outdated files removed, and new in
 list exists, loading refuses the folder. If a save is killed, the next save completes it from the list.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 from ..utils.files import (
     empty,
+    read_json,
     read_mark,
     remove_abandoned,
     remove_empty,
@@ -304,7 +304,7 @@ def _json_of(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}

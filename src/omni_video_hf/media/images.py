@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from .arrays import _to_uint8_rgb
 from .clip import VideoClip
 from .download import _local_file
-from .output_file import METADATA_KEY, _complete_or_absent, _metadata_text
+from .output_file import METADATA_KEY, _metadata_text, output_file
 from .video_reader import (
     BACKGROUND,
     STRIP,
@@ -94,7 +94,7 @@ def save_image(
         else:
             options["exif"] = Image.Exif()
             options["exif"][ExifTags.Base.ImageDescription] = text
-    with _complete_or_absent(path) as partial:
+    with output_file(path) as partial:
         picture.save(partial, format=kind, **options)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import is_av_available
 
-from .output_file import _complete_or_absent, _metadata_text
+from .output_file import _metadata_text, output_file
 from .video_loading import load_video
 from .video_reader import MediaError, check_pyav
 
@@ -59,7 +59,7 @@ def save_video(
     comment = None if metadata is None else _metadata_text(metadata)
     odd_rows, odd_columns = clip.frames.shape[1] % 2, clip.frames.shape[2] % 2
     options = {"movflags": "+faststart"}  # index at the start of the file, so that browsers play during the download
-    with _complete_or_absent(path) as partial, av.open(str(partial), "w", format="mp4", options=options) as container:
+    with output_file(path) as partial, av.open(str(partial), "w", format="mp4", options=options) as container:
         if comment is not None:
             container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(100_000))

@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from ..hub.hub_calls import HubCallsMixin
 from .configuration_vila import VilaConfig
 
 # Wan2.1-T2V-1.3B as arguments of `WanTransformer3DModel`.
@@ -71,7 +72,7 @@ def check_source_channels(source_conditioning: str, in_channels: int, out_channe
 
 
 @strict
-class OmniVideoVisionHeadConfig(PreTrainedConfig):
+class OmniVideoVisionHeadConfig(HubCallsMixin, PreTrainedConfig):
     r"""
     Configuration of [`OmniVideoVisionHead`], which turns MLLM hidden states into continuous visual tokens.
 
@@ -109,7 +110,7 @@ class OmniVideoVisionHeadConfig(PreTrainedConfig):
 
 
 @strict
-class OmniVideoAdapterConfig(PreTrainedConfig):
+class OmniVideoAdapterConfig(HubCallsMixin, PreTrainedConfig):
     r"""
     Configuration of [`OmniVideoAdapter`], which projects visual tokens, source latents and the prompt into the
     decoder's condition space.
@@ -178,7 +179,7 @@ class OmniVideoAdapterConfig(PreTrainedConfig):
 
 
 @strict
-class OmniVideoConfig(PreTrainedConfig):
+class OmniVideoConfig(HubCallsMixin, PreTrainedConfig):
     r"""
     Configuration of [`OmniVideoForConditionalGeneration`]. The defaults are the released 11B model.
 

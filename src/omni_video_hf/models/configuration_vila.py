@@ -4,6 +4,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from ..hub.hub_calls import HubCallsMixin
+
 # Llama-3-8B with the `[PAD]` row that the authors' training adds, and SigLIP so400m/14 at 384 pixels.
 _LLAMA_3_8B = {
     "vocab_size": 128257,
@@ -32,7 +34,7 @@ _SIGLIP_SO400M_384 = {
 
 
 @strict
-class VilaConfig(PreTrainedConfig):
+class VilaConfig(HubCallsMixin, PreTrainedConfig):
     r"""
     Configuration of [`VilaForConditionalGeneration`]: SigLIP, a 2x2-merging projector and a causal language model.
 

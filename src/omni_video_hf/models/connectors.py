@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.siglip.modeling_siglip import eager_attention_forward
 from transformers.utils import logging
 
+from ..hub.hub_calls import WeightsFromHubMixin
 from .configuration_omni_video import OmniVideoAdapterConfig, OmniVideoVisionHeadConfig
 
 logger = logging.get_logger(__name__)
@@ -300,7 +301,7 @@ class OmniVideoVisualContextAdapter(nn.Module):
         return self.norm(self.proj(self.patch_norm(tokens)))
 
 
-class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class OmniVideoAdapter(WeightsFromHubMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     Builds the decoder's context: source, reference, visual tokens and prompt, between boundary embeddings.
 

@@ -13,6 +13,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.import_utils import is_tracing, torch_compilable_check
 
+from ..hub.hub_calls import WeightsFromHubMixin
 from .configuration_vila import VilaConfig
 
 
@@ -120,7 +121,7 @@ class VilaMultiModalProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(hidden_states)))
 
 
-class VilaPreTrainedModel(PreTrainedModel):
+class VilaPreTrainedModel(WeightsFromHubMixin, PreTrainedModel):
     """Base class of the VILA models: weight initialisation and capabilities."""
 
     config: VilaConfig

@@ -10,7 +10,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
-from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..media.sources import Source
 from ..models.connectors import ContextOverflow, OmniVideoAdapter
@@ -32,7 +32,7 @@ from .presets import (
 )
 from .repository_mixin import OmniVideoRepositoryMixin
 from .request import OmniVideoRequestMixin, _rows
-from .request_checks import check_numbers, check_result
+from .request_checks import FiniteLogits, check_numbers, check_result
 from .scheduling import prepare_scheduler, preset_shift
 
 logger = logging.get_logger(__name__)
@@ -416,7 +416,9 @@ class OmniVideoPipeline(
         ).to(self._execution_device)
         seeded = generator[0] if isinstance(generator, list) else generator
         with nullcontext() if seeded is None else OwnRandomNumbers(seeded.initial_seed()):
-            ids = self.mllm.generate(**inputs, max_new_tokens=max_new_tokens)[:, inputs["input_ids"].shape[1] :]
+            ids = self.mllm.generate(
+                **inputs, max_new_tokens=max_new_tokens, logits_processor=LogitsProcessorList([FiniteLogits()])
+            )[:, inputs["input_ids"].shape[1] :]
         answers = [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
         if task is not None:
             return task, answers

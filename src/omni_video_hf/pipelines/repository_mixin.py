@@ -13,6 +13,8 @@ from ..models.connectors import OmniVideoAdapter
 from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
 from ..processing.processing_omni_video import OmniVideoProcessor
 from ..utils.modules import has_lora
+from ..utils.tokens import hub_call
+from ..utils.turns import turn
 
 CLASSES = {cls.__name__: cls for cls in (OmniVideoForConditionalGeneration, OmniVideoAdapter, OmniVideoProcessor)}
 
@@ -26,6 +28,7 @@ class OmniVideoRepositoryMixin:
     """
 
     @classmethod
+    @hub_call
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
@@ -67,6 +70,7 @@ class OmniVideoRepositoryMixin:
         return pipe
 
     @classmethod
+    @hub_call
     def load_config(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Load `model_index.json`, as in diffusers, but with the classes of this code instead of the repository's."""
         if Path(pretrained_model_name_or_path).is_dir():  # a local folder, or a download
@@ -80,11 +84,13 @@ class OmniVideoRepositoryMixin:
         return config
 
     @classmethod
+    @hub_call
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
         """Download the files of a Hub repository that this pipeline needs, except its code; as in diffusers."""
         reader = type(cls.__name__, (_ReadsWithoutCode, cls), {})
         return super(OmniVideoRepositoryMixin, reader).download(pretrained_model_name, **kwargs)
 
+    @hub_call
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -117,11 +123,11 @@ class OmniVideoRepositoryMixin:
                     "**collect_lora_layers(pipe))`, or merge them into the weights with `fuse_lora()` and "
                     "`unload_lora_weights()` first."
                 )
-        for tokenizer in (self.tokenizer, self.processor.tokenizer):
-            if getattr(tokenizer, "is_fast", False):  # padding of the last call; the next call sets its own
-                tokenizer.backend_tokenizer.no_padding()
-                tokenizer.backend_tokenizer.no_truncation()
-        with staged(save_directory, variant, ["", *self.components]) as folder:
+        with turn(*self.components.values()), staged(save_directory, variant, ["", *self.components]) as folder:
+            for tokenizer in (self.tokenizer, self.processor.tokenizer):
+                if getattr(tokenizer, "is_fast", False):  # padding of the last call; the next call sets its own
+                    tokenizer.backend_tokenizer.no_padding()
+                    tokenizer.backend_tokenizer.no_truncation()
             super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
             self.processor.save_pretrained(folder)
             finalize_repository(folder, variant)
@@ -130,6 +136,7 @@ class OmniVideoRepositoryMixin:
                 save_directory, kwargs.pop("repo_id", Path(save_directory).name), **kwargs
             )
 
+    @hub_call
     def push_to_hub(
         self,
         repo_id: str,

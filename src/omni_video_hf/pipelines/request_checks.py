@@ -6,6 +6,7 @@ from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
+from transformers import LogitsProcessor
 
 # Numbers of a generation: whether they must be integers, the minimum, and whether the minimum itself is allowed.
 NUMBERS: dict[str, tuple[bool, float, bool]] = {
@@ -107,6 +108,21 @@ def check_result(result: Result, part: str) -> Result:
     return result
 
 
+class FiniteLogits(LogitsProcessor):
+    """Ends an answer whose logits are not finite, from which any token could come."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """`scores` as they are; those of tokens that are ruled out are -inf, so the largest of each row counts."""
+        if not bool(torch.isfinite(scores.amax(dim=-1)).all()):
+            dtype = str(scores.dtype).removeprefix("torch.")
+            raise NotFiniteError(
+                f"The MLLM computed logits that are NaN or infinite ({dtype}) after "
+                f"{input_ids.shape[1]} tokens: its answer would be any text. Values overflow easily in float16: load "
+                "the MLLM in bfloat16 or float32. Otherwise its weights, or a LoRA, are damaged."
+            )
+        return scores
+
+
 class FiniteSteps:
     """Records after every denoising step whether the latents are finite, without waiting for the device."""
 
@@ -142,6 +158,7 @@ def _not_finite(tensor: torch.Tensor) -> int:
 
 __all__ = [
     "NUMBERS",
+    "FiniteLogits",
     "FiniteSteps",
     "NotFiniteError",
     "check_number",

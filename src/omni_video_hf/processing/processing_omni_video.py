@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
+from ..hub.hub_calls import HubCallsMixin
 from ..media.images import load_image
 from ..media.video_loading import load_sampled_video
 from ..tasks import get_task
@@ -51,7 +52,7 @@ CHAT_TEMPLATE = (
 _MARKS_THE_ASSISTANT = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-class OmniVideoProcessor(ProcessorMixin):
+class OmniVideoProcessor(HubCallsMixin, ProcessorMixin):
     r"""
     Combines image processor, tokenizer and chat template into the inputs of the MLLM.
 

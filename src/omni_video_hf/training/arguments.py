@@ -10,6 +10,7 @@ from transformers.trainer_utils import HubStrategy
 
 from ..diffusion.losses import OmniVideoLossConfig
 from ..utils.names import check_known
+from ..utils.tokens import check_no_tokens, clean_token
 from .stages import PARTS, Stage, get_stage
 
 LORA_PARTS = ("mllm", "vision_head", "adapter", "decoder")
@@ -80,6 +81,8 @@ class OmniVideoTrainingArguments(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "losses", "part_learning_rates", "lora"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
+        self.hub_token = clean_token(self.hub_token, "`hub_token`")
+        check_no_tokens({"output_dir": self.output_dir, "hub_model_id": self.hub_model_id})
         super().__post_init__()
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
             raise ValueError(f"`output_dir` {self.output_dir} is a file: choose a folder.")

@@ -85,9 +85,9 @@ def read_recipe(config: str | Path, overrides: Sequence[str] = ()) -> tuple[RunA
             f"{', '.join(shipped_recipes())}."
         )
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
+        values = _load_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not YAML: {_reason(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe must be a mapping of settings, got {type(values).__name__}.")
     run_types = {field.name: field.type for field in fields(RunArguments)}
@@ -119,9 +119,9 @@ def overridden(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any
             text = words.pop(0) if words and not words[0].startswith("--") else "true"
         outer, _, inner = key.replace("-", "_").partition(".")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            problem = getattr(error, "problem", None) or str(error)
+            value = _load_yaml(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            problem = getattr(error, "problem", None) or _reason(error)
             raise ValueError(
                 f"`--{key} {text}`: not YAML ({problem}): put texts with `:`, `?`, `,` or brackets in quotes."
             ) from error
@@ -131,6 +131,27 @@ def overridden(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any
             value = dict(values.get(outer) or {}) | {inner: _corrected(value, "float | bool")}
         values[outer] = value
     return values
+
+
+class _WithoutAliases(yaml.SafeLoader):
+    """YAML in which every value is written where it is: a few lines of aliases can stand for billions of values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """As in PyYAML; an alias (`*name`) is an error."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"the alias `*{event.anchor}` is not allowed: write its value", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, _WithoutAliases)  # noqa: S506 - a SafeLoader
+
+
+def _reason(error: Exception) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def _corrected(value: Any, kind: Any) -> Any:

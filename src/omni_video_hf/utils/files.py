@@ -59,6 +59,20 @@ def write_text(path: str | Path, text: str) -> None:
         partial.write_bytes(text.encode())
 
 
+def read_json(path: str | Path) -> Any:
+    """
+    What a JSON file holds.
+
+    Raises:
+        ValueError: names the file, when it is damaged, nested too deeply to be read, or has endless numbers.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path}: cannot be read as JSON ({reason}).") from error
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=2) + "\n")
@@ -159,7 +173,7 @@ def read_mark(folder: Path) -> dict[str, Any] | None:
     if folder.is_symlink() or path.is_symlink() or not path.is_file() or (folder / LOCK).is_symlink():
         return None
     try:
-        mark = json.loads(path.read_text(encoding="utf-8"))
+        mark = read_json(path)
     except ValueError:
         return None
     is_ours = isinstance(mark, dict) and mark.get("written_by") == WRITER and isinstance(mark.get("target"), str)
@@ -245,6 +259,7 @@ __all__ = [
     "empty",
     "is_plain_name",
     "only_writer",
+    "read_json",
     "read_mark",
     "remove_abandoned",
     "remove_empty",

@@ -1,35 +1,10 @@
 """Masking of Hub access tokens in printed, logged and written text."""
 
 import logging
-import re
 from typing import Any, TextIO
 
-_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}")
-MASK = "hf_***"
-
-
-def mask_tokens(text: str) -> str:
-    """`text` with every access token (`hf_...`, `api_org_...`) replaced by `hf_***`."""
-    return _TOKEN.sub(MASK, text)
-
-
-def clean_token(token: str | None) -> str | None:
-    """
-    Strip white space around a token, such as the line end of the file that contained it.
-
-    Raises:
-        ValueError: for a token with white space or other characters that are not allowed in an HTTP header. The
-            message does not contain the token.
-    """
-    if token is None:
-        return None
-    token = token.strip()
-    if not all("!" <= character <= "~" for character in token):
-        raise ValueError(
-            "`--token` (or HF_TOKEN) must be one word of letters and digits, `hf_...`; the given one has spaces, line "
-            "ends or other characters in it. Copy it again from huggingface.co/settings/tokens."
-        )
-    return token or None
+from .tokens import TOKEN_MASK as MASK
+from .tokens import clean_token, mask_tokens
 
 
 class MaskedStream:

@@ -1,4 +1,5 @@
 import json
+import threading
 
 import pytest
 import tiny
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from omni_video_hf import OmniVideoPipeline, collect_lora_layers
+from omni_video_hf.utils.turns import turn
 
 
 @pytest.fixture
@@ -264,3 +266,55 @@ def test_what_peft_returns_is_saved_and_loaded(pipe, tmp_path, alpha, excluded):
         pipe.save_lora_weights(tmp_path / "bare", **layers)
         pipe.load_lora_weights(tmp_path / "bare")
         assert close(frames_of(pipe), expected)
+
+
+CHANGES = {
+    "load": lambda pipe, file, _: pipe.load_lora_weights(file, adapter_name="second"),
+    "choose": lambda pipe, *_: pipe.set_adapters("first", 0.5),
+    "disable": lambda pipe, *_: pipe.disable_lora(),
+    "fuse": lambda pipe, *_: pipe.fuse_lora(),
+    "delete": lambda pipe, *_: pipe.delete_adapters("first"),
+    "unload": lambda pipe, *_: pipe.unload_lora_weights(),
+}
+
+
+def waits(component, job):
+    """Whether a job of another thread does nothing while this one uses a component."""
+    begun, done = threading.Event(), threading.Event()
+
+    def work():
+        begun.set()
+        job()
+        done.set()
+
+    thread = threading.Thread(target=work, daemon=True)
+    with turn(component):
+        thread.start()
+        begun.wait(60)
+        waited = not done.wait(0.3)
+    thread.join(120)
+    return waited and done.is_set()
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_lora_changes_wait_for_the_call_of_another_thread(file, tmp_path, name):
+    pipe = tiny.pipeline()
+    pipe.load_lora_weights(file, adapter_name="first")
+    assert waits(pipe.transformer, lambda: CHANGES[name](pipe, file, tmp_path))
+
+
+def test_saving_waits_for_the_call_of_another_thread(tmp_path):
+    pipe, model = tiny.pipeline(), tiny.model()
+    assert waits(pipe.vae, lambda: pipe.save_pretrained(tmp_path / "pipe"))
+    assert waits(model.decoder, lambda: model.save_pretrained(tmp_path / "model"))
+
+
+def test_a_part_that_is_not_loaded_is_named(file):
+    pipe = tiny.pipeline()
+    pipe.transformer = None
+    with pytest.raises(ValueError, match="`transformer`, which this pipeline does not have"):
+        pipe.load_lora_weights(file)
+    assert pipe.get_list_adapters() == {}
+    tensors = {name: value for name, value in load_file(file).items() if not name.startswith("transformer.")}
+    pipe.load_lora_weights(tensors)
+    assert set(pipe.get_list_adapters()) == {"adapter", "mllm"}

@@ -353,3 +353,20 @@ def test_urls_in_a_table_are_named_with_what_to_do(tmp_path):
     found = problems(load_media_table(write_jsonl(tmp_path / "data.jsonl", *rows)))
     advice = "is a URL; download the file and write its path there"
     assert list(found.values()) == [f"`media` https://host/a.png: {advice}", f"`media` s3://c/b.mp4: {advice}"]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("task", ["t2v"]),
+        ("prompt", {"en": "a fox"}),
+        ("prompt", ["a fox"]),
+        ("media", ["a.mp4"]),
+        ("media", {"file": "a.mp4"}),
+        ("id", {"n": 1}),
+    ],
+)
+def test_a_column_of_lists_or_structures_is_refused(column, value):
+    rows = Dataset.from_list([{"id": "a", "task": "t2v", "prompt": "a fox", "media": "a.mp4"} | {column: value}])
+    with pytest.raises(ValueError, match=rf"The column `{column}` \({column}\) must hold"):
+        MediaTable(rows)

@@ -404,7 +404,20 @@ def _find_modules(layers: list[_Layer], components: Mapping[str, nn.Module | Non
         else:
             layer.component, layer.name, layer.module = found
     if unmatched:
+        _refuse_absent_parts(unmatched, components, file)
         _refuse_keys(unmatched, file)
+
+
+def _refuse_absent_parts(keys: list[str], components: Mapping[str, nn.Module | None], file: LoraFile) -> None:
+    """Say so where a file is for a component that the pipeline was loaded without."""
+    firsts = {key.removeprefix(PEFT_PREFIX).partition(".")[0] for key in keys}
+    for component, prefixes in PREFIXES.items():
+        names = {*prefixes, *(("decoder",) if component == "transformer" else ())}
+        if components.get(component) is None and firsts & names:
+            raise ValueError(
+                f"{file.source}: has LoRA layers of `{component}`, which this pipeline does not have: load the "
+                "pipeline with it, or give a file (or state dict) without these layers."
+            )
 
 
 def _is_bare(key: str) -> bool:

@@ -23,6 +23,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...hub.repository import staged
+from ...utils.tokens import hub_call
+from ...utils.turns import turn
 from ..request_checks import check_number
 from .files import PREFIXES, lora_settings, read_lora_file, split_lora
 from .layers import LoraPart
@@ -55,6 +57,17 @@ def with_lora_scale(call: Callable) -> Callable:
             return call(self, *args, **kwargs)
 
     return scaled
+
+
+def while_nobody_generates(method: Callable) -> Callable:
+    """Run a method that changes LoRA layers while no other thread uses the components that may carry them."""
+
+    @wraps(method)
+    def run(self: "OmniVideoLoraLoaderMixin", *args: Any, **kwargs: Any) -> Any:
+        with turn(*(getattr(self, component, None) for component in self._lora_loadable_modules)):
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 def without_lora_scale(attention_kwargs: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -95,6 +108,7 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
 
     _lora_loadable_modules = ["transformer", "adapter", "mllm"]  # noqa: RUF012 - as in diffusers
 
+    @hub_call
     def load_lora_weights(
         self,
         pretrained_model_name_or_path_or_dict: str | Path | dict[str, torch.Tensor],
@@ -132,10 +146,32 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
         file = read_lora_file(pretrained_model_name_or_path_or_dict, **kwargs)
         check_lora_metadata(file.settings or file.peft_config, file.source)
         parts = split_lora(file, components)
-        adapter_name = self._adapter_name(adapter_name, parts, hotswap)
-        with self._without_offload(), _nothing_on_failure({name: components[name] for name in parts}, adapter_name):
-            for component, part in parts.items():
-                _load_part(components[component], part, adapter_name, hotswap, low_cpu_mem_usage)
+        with turn(*components.values()):
+            adapter_name = self._adapter_name(adapter_name, parts, hotswap)
+            touched = {name: components[name] for name in parts}
+            with self._without_offload(), _nothing_on_failure(touched, adapter_name):
+                for component, part in parts.items():
+                    _load_part(components[component], part, adapter_name, hotswap, low_cpu_mem_usage)
+
+    @while_nobody_generates
+    def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Remove every adapter, as in diffusers."""
+        super().unload_lora_weights(*args, **kwargs)
+
+    @while_nobody_generates
+    def set_adapters(self, *args: Any, **kwargs: Any) -> None:
+        """Choose the adapters that are active, and their weights, as in diffusers."""
+        super().set_adapters(*args, **kwargs)
+
+    @while_nobody_generates
+    def enable_lora(self) -> None:
+        """Let the adapters take part, as in diffusers."""
+        super().enable_lora()
+
+    @while_nobody_generates
+    def disable_lora(self) -> None:
+        """Leave the adapters out, as in diffusers."""
+        super().disable_lora()
 
     def _adapter_name(self, adapter_name: str | None, parts: Mapping[str, LoraPart], hotswap: bool) -> str:
         """Check the adapter's name: a new one, or with `hotswap` that of a loaded adapter."""
@@ -229,6 +265,7 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
                     save_directory=staging, lora_layers=layers, lora_metadata=metadata, weight_name=weight_name
                 )
 
+    @while_nobody_generates
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """
         Remove adapters from all components. A component without adapters is restored to its state before LoRA.
@@ -255,6 +292,7 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
                     del model.peft_config
                 model._hf_peft_config_loaded = False
 
+    @while_nobody_generates
     def fuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
         """
         Merge the LoRA into the weights, by default in every component that has one; arguments as in diffusers.
@@ -267,6 +305,7 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
                 layer.scaling_before_fusing = dict(layer.scaling)
         super().fuse_lora(components=components, **kwargs)
 
+    @while_nobody_generates
     def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
         """Remove a merged LoRA from the weights, see [`fuse_lora`]."""
         components = components or list(self.get_list_adapters())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset, Image, Video, load_dataset
+from datasets import Dataset, Image, Value, Video, load_dataset
 
 from ...media.images import load_image
 from ...media.video_reader import MediaError, VideoInfo, check_file, picture_format, probe_video
@@ -163,7 +163,23 @@ class MediaTable:
         self.columns = {name: (columns or {}).get(name) or self._find(name) for name in COLUMNS}
         if self.columns["task"] is None and task is None:
             raise ValueError(f"The data have no column `task` (columns: {', '.join(rows.column_names)}): pass `task`.")
+        self._check_types()
         self.ids = self._name_rows()
+
+    def _check_types(self) -> None:
+        """Refuse columns of lists and structures, which no task reads."""
+        for name, column in self.columns.items():
+            kind = None if column is None else self.rows.features[column]
+            is_file = isinstance(kind, dict) and bool({"path", "bytes"} & kind.keys())
+            is_media = isinstance(kind, (Image, Video)) or is_file
+            if kind is None or isinstance(kind, Value) or (is_media and name in ("media", "source")):
+                continue
+            wanted = "paths, images or videos" if name in ("media", "source") else "texts"
+            found = " ".join(str(kind).split())
+            raise ValueError(
+                f"The column `{column}` ({name}) must hold {wanted}, one a row, but holds {found[:120]}: give each "
+                "row one value, or name another column with `columns`."
+            )
 
     def __len__(self) -> int:
         return len(self.rows)

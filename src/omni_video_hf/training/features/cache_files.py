@@ -214,7 +214,7 @@ def _has_begun(folder: Path) -> bool:
         return False
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and WRITTEN_BY.items() <= content.items()
 

@@ -23,6 +23,7 @@ from ...pipelines.pipeline_omni_video import OmniVideoPipeline
 from ...pipelines.presets import GenerationSettings
 from ...tasks import get_task
 from ...utils.names import check_known
+from ...utils.tokens import hub_call
 from ..data.collator import encode_conversation
 from ..data.framing import Framing, FramingRules
 from ..data.media_table import Row, probe
@@ -202,6 +203,7 @@ class FeatureEncoder:
         return self.target_model(pixel_values=pixels).pooler_output.float().mean(dim=0)
 
 
+@hub_call
 def load_encoders(
     model: str | Path,
     dtype: torch.dtype | None = None,

@@ -1,18 +1,42 @@
 """`create_model_card` and `push_to_hub` of the trainer."""
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import CommitInfo
 from transformers.trainer_utils import (
     HubStrategy,
 )
 
+from ...utils.tokens import hub_call
+from ..checkpointing.base_formats import in_formats_of_base
 from ..reporting import publishing
 
 
 class OmniVideoPushMixin:
     """Model card and push of [`OmniVideoTrainer`], which replace those of transformers."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+        """
+        Write a model's files, with what was not trained in the formats of the base, see [`in_formats_of_base`].
+
+        transformers pickles the arguments beside them, with the token that pushes: it is left out.
+        """
+        args = self.args
+        if not self._writing and not args.training_stage.lora:
+            model = self.accelerator.unwrap_model(self.model)
+            weights = model.state_dict() if state_dict is None else state_dict
+            base, dtype = model.config._name_or_path, getattr(torch, args.result_dtype)
+            state_dict = in_formats_of_base(weights, base, self.base_revision, set(self.trained_names), dtype)
+        self.args = copy.copy(args)
+        self.args.hub_token = None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args = args
 
     def create_model_card(self, dataset: str | list[str] | None = None, **_: Any) -> None:
         """
@@ -26,6 +50,7 @@ class OmniVideoPushMixin:
         if self.is_world_process_zero():
             publishing.write_card(self, [dataset] if isinstance(dataset, str) else dataset)
 
+    @hub_call
     def push_to_hub(
         self,
         commit_message: str | None = "End of training",

@@ -1,0 +1,63 @@
+"""Classes of the libraries whose methods ask the Hub, with tokens kept out of their errors."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..utils.tokens import hub_call
+from .repository import check_finished, check_hub_indices, check_indices
+
+
+class HubCallsMixin:
+    """What every class of this project that loads and pushes does first, see [`hub_call`]; else as in its library."""
+
+    @classmethod
+    @hub_call
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """As in the class's library; `token` is cleaned."""
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Methods whose signatures the libraries read keep them: `save_pretrained` and `push_to_hub`."""
+        super().__init_subclass__(**kwargs)
+        for name in ("save_pretrained", "push_to_hub"):
+            method = getattr(cls, name, None)  # a mixin by itself has none
+            if method is not None and not getattr(method, "is_hub_call", False):
+                setattr(cls, name, hub_call(method))
+
+
+class WeightsFromHubMixin(HubCallsMixin):
+    """Likewise of a class with weights, whose index may name files of its own repository only."""
+
+    @classmethod
+    @hub_call
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:
+        """As in the class's library; a `ValueError` for an index that names files outside of its repository."""
+        check_place(pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+def check_place(place: str | Path | None, options: Mapping[str, Any]) -> None:
+    """
+    Refuse to load weights from a folder into which a save did not finish, or by an index that names files elsewhere.
+
+    Args:
+        place: folder or Hub repository.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    if place is None:
+        return
+    if Path(place).is_dir():
+        folder = Path(place) / (options.get("subfolder") or "")
+        for directory in dict.fromkeys((Path(place), folder)):
+            check_finished(directory)
+            check_indices(directory)
+        return
+    names = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "variant")
+    check_hub_indices(str(place), **{name: options[name] for name in names if options.get(name) is not None})
+
+
+__all__ = ["HubCallsMixin", "WeightsFromHubMixin", "check_place"]

@@ -1,12 +1,11 @@
 """Files that the commands write: checked and opened before the work, never lost after it."""
 
 import os
-import secrets
 import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -16,7 +15,7 @@ from .console import UsageProblem
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4",)
 DEFAULT_STEM = "output"
-PARTIAL = ".omni-video-{pid}-{random}.partial"  # of a process that is gone, it can be removed
+WORKSPACE = "omni-video-output"  # one name for all outputs: a run removes what any killed run left in the folder
 NAME_BYTES = 255  # the longest name of a file that file systems take
 
 Kind = Literal["image", "video"]
@@ -58,9 +57,10 @@ class OutputFile:
     """
     One file to write: its folder is known to take it before the work, and what was made is never thrown away.
 
-    [`open`] makes a file under a name of its own, `.omni-video-PID-....partial`. [`write`] fills it and gives it its
-    final name, which never holds half a file. Without `path` the name is `output.mp4` or `output.png`, and a name that
-    is taken counts up: `output-1.mp4`, also where another process took it since.
+    [`open`] makes a workspace in the folder, `.omni-video-output.*.unfinished`, and removes those that killed
+    processes left. [`write`] writes there and gives the file its final name, which never holds half a file. Without
+    `path` the name is `output.mp4` or `output.png`, and a name that is taken counts up: `output-1.mp4`, also where
+    another process took it since.
 
     Args:
         path: the wanted file; `None` for the default name in the current folder.
@@ -73,7 +73,8 @@ class OutputFile:
 
     def __init__(self, path: Path | None, overwrite: bool = False) -> None:
         self.path, self.overwrite = path, overwrite
-        self.partial: Path | None = None
+        self._workspace: Path | None = None
+        self._stack = ExitStack()
         if path is not None:
             self._check_name(path)
 
@@ -84,8 +85,8 @@ class OutputFile:
 
     def open(self) -> "OutputFile":
         """Make sure that the folder takes a file; see the class. Without effect when that was done already."""
-        if self.partial is None:
-            self.partial = self._open_partial(Path() if self.path is None else self.path.parent)
+        if self._workspace is None:
+            self._workspace = self._open_workspace(Path() if self.path is None else self.path.parent)
         return self
 
     def __enter__(self) -> "OutputFile":
@@ -112,20 +113,17 @@ class OutputFile:
         if not path.parent.is_dir():
             raise UsageProblem(f"`--output {path}`: the folder {path.parent} does not exist.")
 
-    def _open_partial(self, folder: Path) -> Path:
-        """An empty file of this process; a name that somebody has planted is never opened."""
-        while True:
-            partial = folder / PARTIAL.format(pid=os.getpid(), random=secrets.token_hex(6))
-            try:
-                os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-            except FileExistsError:
-                continue
-            except OSError as error:
-                named = "the current folder" if self.path is None else f"`--output {self.path}`: the folder {folder}"
-                raise UsageProblem(
-                    f"{named} takes no new file ({error.strerror}). Choose a file in another folder with `--output`."
-                ) from error
-            return partial
+    def _open_workspace(self, folder: Path) -> Path:
+        """A folder of this process, which the next run removes when this one is killed."""
+        from ..utils.files import workspace  # noqa: PLC0415 - not for `--help`
+
+        try:
+            return self._stack.enter_context(workspace(WORKSPACE, folder))
+        except OSError as error:
+            named = "the current folder" if self.path is None else f"`--output {self.path}`: the folder {folder}"
+            raise UsageProblem(
+                f"{named} takes no new file ({error.strerror}). Choose a file in another folder with `--output`."
+            ) from error
 
     def write(self, write: Callable[[Path], None], kind: Kind) -> Path:
         """
@@ -144,14 +142,13 @@ class OutputFile:
         """
         suffix = {"image": ".png", "video": ".mp4"}[kind] if self.path is None else self.path.suffix
         wanted = self.path or Path(f"{DEFAULT_STEM}{suffix}")
-        filled = self.open().partial.with_suffix(f".partial{suffix}")
+        filled = self.open()._workspace / f"result{suffix}"
         try:
             write(filled)
             return self._give_name(filled, wanted)
         except Exception as error:  # FFmpeg's own are no OSError, a full disk included
             raise self._rescued(write, wanted, error) from error
         finally:
-            _remove(filled)
             self.close()
 
     def _give_name(self, filled: Path, wanted: Path) -> Path:
@@ -189,10 +186,10 @@ class OutputFile:
         return reason
 
     def close(self) -> None:
-        """Remove the file that was opened; without effect after [`write`]."""
-        if self.partial is not None:
-            _remove(self.partial)
-            self.partial = None
+        """Remove the workspace; without effect after [`write`]."""
+        self._workspace = None
+        with suppress(OSError):  # the folder may be gone
+            self._stack.close()
 
 
 def planned_outputs(path: Path | None, number: int, overwrite: bool) -> list[OutputFile]:
@@ -208,11 +205,6 @@ def planned_outputs(path: Path | None, number: int, overwrite: bool) -> list[Out
         outputs = [OutputFile(name, overwrite) for name in islice(numbered(path), number)]
     outputs[0].open()
     return outputs
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
 
 
 __all__ = ["OutputFile", "UnwrittenError", "output_kind", "planned_outputs"]

@@ -36,6 +36,7 @@ from .staging import (
 INDEX_NAME = "model.safetensors.index.json"
 # Folders whose weights make up the whole model, in the order of the figure.
 MODEL_FOLDERS = ("mllm", "adapter", "transformer")
+PUSHES = "omni-video-push"  # name of the temporary folders in which a repository is put together for the Hub
 # Fields of the component `mllm`'s configuration that the whole model shares.
 _MODEL_FIELDS = (
     "architectures",
@@ -374,6 +375,7 @@ finalize_with(finalize_repository)
 
 __all__ = [
     "MODEL_FOLDERS",
+    "PUSHES",
     "check_finished",
     "check_indices",
     "complete_repository",

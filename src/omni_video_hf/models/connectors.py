@@ -357,7 +357,8 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
         context_overflow: ContextOverflow = "error",
         max_context_length: int | None = None,
         vision_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        return_dict: bool = True,
+    ) -> torch.Tensor | tuple[torch.Tensor]:
         """
         Build the context of every sample: source, reference, visual tokens, prompt, each only where it exists.
 
@@ -374,6 +375,7 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 as upstream does, text first.
             max_context_length: limit of this call; a longer one than the configured lets a long source in whole.
             vision_embeds: precomputed output of [`adapt_vision_tokens`], instead of `vision_tokens`.
+            return_dict: `False` gives a tuple that holds the context, as of other models of diffusers.
 
         Returns:
             `[batch, longest, hidden_size]`; shorter samples end in zeros, which is how the decoder's context is padded
@@ -421,7 +423,8 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if context_overflow == "error":
                 self._refuse_overflow(longest, limit, source_latents)
             contexts = [context[:limit] for context in contexts]
-        return pad_sequence(contexts, batch_first=True)
+        context = pad_sequence(contexts, batch_first=True)
+        return context if return_dict else (context,)
 
     def adapt_vision_tokens(self, vision_tokens: torch.Tensor, output_kind: OutputKind = "video") -> torch.Tensor:
         """

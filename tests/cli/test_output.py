@@ -52,7 +52,7 @@ import sys, time
 from pathlib import Path
 from omni_video_hf.cli.output import OutputFile
 output = OutputFile(None).open()
-while len(list(Path().glob(".omni-video-*.partial"))) + len(list(Path().glob("output*"))) < 2:
+while len(list(Path().glob(".omni-video-output.*/workspace.json"))) + len(list(Path().glob("output*"))) < 2:
     time.sleep(0.01)
 print(output.write(lambda path: path.write_text(sys.argv[1]), "video"))
 """
@@ -112,7 +112,7 @@ def test_the_longest_name_is_written(suffix):
 
 
 def test_no_half_written_file_under_a_final_name():
-    """While a file is written, all that is there says which process it belongs to; a kill leaves no more."""
+    """While a file is written, all that is there is one marked folder; a kill leaves no more."""
     seen = []
 
     def write(path):
@@ -120,9 +120,40 @@ def test_no_half_written_file_under_a_final_name():
         seen.extend(names())
 
     OutputFile(Path("fox.mp4")).open().write(write, "video")
-    assert len(seen) == 2
-    assert all(name.startswith(f".omni-video-{os.getpid()}-") and ".partial" in name for name in seen)
+    assert len(seen) == 1
+    assert seen[0].startswith(".omni-video-output.")
     assert names() == ["fox.mp4"]
+
+
+KILLED = """
+import os, sys
+sys.argv[0] = "omni-video"
+from pathlib import Path
+from omni_video_hf.cli.output import OutputFile
+moment, path = sys.argv[1:]
+def die(path):
+    path.write_text("half")
+    os.kill(os.getpid(), 9)
+output = OutputFile(Path(path)).open()
+os.kill(os.getpid(), 9) if moment == "opened" else output.write(die, "video")
+"""
+
+
+@pytest.mark.parametrize("moment", ["opened", "written"])
+def test_the_next_run_removes_what_a_killed_one_left(moment):
+    Path(".omni-video-1-a.partial").write_text("not known to be ours")
+    Path(".omni-video-output.mine.unfinished").mkdir()
+    Path(".omni-video-output.mine.unfinished/notes").write_text("mine")
+    kept = names()
+    killed = subprocess.run([sys.executable, "-c", KILLED, moment, "fox.mp4"], check=False)
+    assert killed.returncode == -9
+    assert len(names()) == len(kept) + 1
+    with OutputFile(Path("other.png")) as output:  # of another name, and beside one that is at work
+        with OutputFile(None) as beside:
+            assert len(names()) == len(kept) + 2
+            beside.write(text("x"), "video")
+        output.write(text("y"), "image")
+    assert names() == [*kept, "other.png", "output.mp4"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])

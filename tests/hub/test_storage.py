@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from typer.testing import CliRunner
 from examples.shapes.training.runs import save_folder
 from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline
 from omni_video_hf.cli.main import app
+from omni_video_hf.hub import push
 from omni_video_hf.hub.push import check_complete
 from omni_video_hf.hub.repository import check_indices, finish_saving
 from omni_video_hf.training.features.cache import FeatureCache
@@ -367,6 +370,58 @@ def test_a_folder_of_a_process_that_was_killed_before_it_marked_it_goes_after_a_
     with complete_or_absent(tmp_path / "x") as partial:
         partial.write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.fixture
+def shared_folder():
+    """A folder that everybody may write to, and this process as an ordinary user."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
+    is_root = os.geteuid() == 0
+    left_behind(folder / "x")
+    if is_root:
+        os.seteuid(65534)
+    yield folder
+    if is_root:
+        os.seteuid(0)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes two users")
+def test_what_another_user_left_in_a_shared_folder_is_let_be(shared_folder):
+    with complete_or_absent(shared_folder / "x") as partial:
+        partial.write_text("new")
+    assert (shared_folder / "x").read_text() == "new"
+    assert len(list(shared_folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("part", ["pipeline", "model"])
+def test_what_a_killed_push_left_is_removed_by_the_next_one(part, repository, tmp_path, monkeypatch):
+    """A push from memory puts all weights together in a temporary folder."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pushed = tiny.pipeline() if part == "pipeline" else tiny.model()
+    base = {} if part == "pipeline" else {"base": repository}
+    monkeypatch.setattr(push, "push_repository", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    pid = os.fork()
+    if pid == 0:
+        try:
+            pushed.push_to_hub("lab/x", **base)
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    left = set(tmp_path.iterdir())
+    assert left
+    found = []
+    monkeypatch.setattr(
+        push,
+        "push_repository",
+        lambda folder, *_, **__: found.append((tree(Path(folder)), left & set(tmp_path.iterdir()))),
+    )
+    pushed.push_to_hub("lab/x", **base)
+    ((files, still_there),) = found
+    assert "model_index.json" in files
+    assert not still_there
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_workspace_that_holds_the_list_of_a_save_is_never_cleaned_away(tmp_path):

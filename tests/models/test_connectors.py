@@ -155,6 +155,12 @@ def test_bad_input_is_refused(adapter, arguments, message):
         adapter(vision, **({"prompt_embeds": prompt} | arguments))
 
 
+def test_return_dict_false_gives_a_tuple(adapter):
+    vision, prompt, _, _ = parts()
+    (context,) = adapter(vision, prompt, return_dict=False)
+    assert torch.equal(context, adapter(vision, prompt))
+
+
 def test_query_transformer_is_torch_transformer():
     """Upstream's network is `torch.nn.Transformer`; parity of the released sizes rests on this and the golden data."""
     config = OmniVideoAdapterConfig(**(tiny.ADAPTER | {"num_decoder_layers": 1, "intermediate_size": 128}))

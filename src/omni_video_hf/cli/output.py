@@ -1,12 +1,11 @@
 """Output files of the commands: names and folders are checked before the work, results are never lost after it."""
 
 import os
-import secrets
 import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -16,7 +15,7 @@ from .console import UsageProblem
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4",)
 DEFAULT_STEM = "output"
-PARTIAL = ".omni-video-{pid}-{random}.partial"  # safe to remove once process `pid` has ended
+WORKSPACE = "omni-video-output"  # one name for all outputs: a run removes what any killed run left in the folder
 NAME_BYTES = 255  # maximum length of a file name in usual file systems
 
 Kind = Literal["image", "video"]
@@ -58,9 +57,10 @@ class OutputFile:
     """
     One file to write. Its folder is checked before the work, and a finished result is never discarded.
 
-    [`open`] creates a temporary file, `.omni-video-PID-....partial`. [`write`] fills it and renames it to the final
-    name, so that no file under a final name is incomplete. Without `path` the name is `output.mp4` or `output.png`. If
-    the name is taken, also by another process during the work, a number is added: `output-1.mp4`.
+    [`open`] creates a workspace in the folder, `.omni-video-output.*.unfinished`, and removes those that killed
+    processes left. [`write`] writes there and renames the file to its final name, so that no file under a final name
+    is incomplete. Without `path` the name is `output.mp4` or `output.png`. If the name is taken, also by another process
+    during the work, a number is added: `output-1.mp4`.
 
     Args:
         path: the requested file; `None` for the default name in the current folder.
@@ -73,7 +73,8 @@ class OutputFile:
 
     def __init__(self, path: Path | None, overwrite: bool = False) -> None:
         self.path, self.overwrite = path, overwrite
-        self.partial: Path | None = None
+        self._workspace: Path | None = None
+        self._stack = ExitStack()
         if path is not None:
             self._check_name(path)
 
@@ -83,9 +84,9 @@ class OutputFile:
         return None if self.path is None else output_kind(self.path)
 
     def open(self) -> "OutputFile":
-        """Create the temporary file, to check that the folder can be written to. A second call does nothing."""
-        if self.partial is None:
-            self.partial = self._open_partial(Path() if self.path is None else self.path.parent)
+        """Create the workspace, to check that the folder can be written to. A second call does nothing."""
+        if self._workspace is None:
+            self._workspace = self._open_workspace(Path() if self.path is None else self.path.parent)
         return self
 
     def __enter__(self) -> "OutputFile":
@@ -112,20 +113,17 @@ class OutputFile:
         if not path.parent.is_dir():
             raise UsageProblem(f"`--output {path}`: the folder {path.parent} does not exist.")
 
-    def _open_partial(self, folder: Path) -> Path:
-        """Create an empty file of this process; `O_EXCL` never opens a file or link that exists."""
-        while True:
-            partial = folder / PARTIAL.format(pid=os.getpid(), random=secrets.token_hex(6))
-            try:
-                os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-            except FileExistsError:
-                continue
-            except OSError as error:
-                named = "the current folder" if self.path is None else f"`--output {self.path}`: the folder {folder}"
-                raise UsageProblem(
-                    f"{named} cannot be written to ({error.strerror}). Choose another folder with `--output`."
-                ) from error
-            return partial
+    def _open_workspace(self, folder: Path) -> Path:
+        """A folder of this process, which the next run removes when this one is killed."""
+        from ..utils.files import workspace  # noqa: PLC0415 - not for `--help`
+
+        try:
+            return self._stack.enter_context(workspace(WORKSPACE, folder))
+        except OSError as error:
+            named = "the current folder" if self.path is None else f"`--output {self.path}`: the folder {folder}"
+            raise UsageProblem(
+                f"{named} cannot be written to ({error.strerror}). Choose another folder with `--output`."
+            ) from error
 
     def write(self, write: Callable[[Path], None], kind: Kind) -> Path:
         """
@@ -144,14 +142,13 @@ class OutputFile:
         """
         suffix = {"image": ".png", "video": ".mp4"}[kind] if self.path is None else self.path.suffix
         wanted = self.path or Path(f"{DEFAULT_STEM}{suffix}")
-        filled = self.open().partial.with_suffix(f".partial{suffix}")
+        filled = self.open()._workspace / f"result{suffix}"
         try:
             write(filled)
             return self._give_name(filled, wanted)
         except Exception as error:  # errors of FFmpeg, such as a full disk, are not all OSErrors
             raise self._rescued(write, wanted, error) from error
         finally:
-            _remove(filled)
             self.close()
 
     def _give_name(self, filled: Path, wanted: Path) -> Path:
@@ -189,10 +186,10 @@ class OutputFile:
         return reason
 
     def close(self) -> None:
-        """Remove the temporary file; does nothing after [`write`]."""
-        if self.partial is not None:
-            _remove(self.partial)
-            self.partial = None
+        """Remove the workspace; does nothing after [`write`]."""
+        self._workspace = None
+        with suppress(OSError):  # the folder may be gone
+            self._stack.close()
 
 
 def planned_outputs(path: Path | None, number: int, overwrite: bool) -> list[OutputFile]:
@@ -208,11 +205,6 @@ def planned_outputs(path: Path | None, number: int, overwrite: bool) -> list[Out
         outputs = [OutputFile(name, overwrite) for name in islice(numbered(path), number)]
     outputs[0].open()
     return outputs
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
 
 
 __all__ = ["OutputFile", "UnwrittenError", "output_kind", "planned_outputs"]

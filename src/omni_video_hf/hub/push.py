@@ -2,7 +2,6 @@
 
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,12 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from ..utils.files import temporary_folder
 from ..utils.tokens import hub_call
 from .model_card import model_card
 from .remote_code import CODE_FILE
 from .repository import (
+    PUSHES,
     check_finished,
     check_indices,
     complete_repository,
@@ -118,8 +119,8 @@ def push_completed(directory: str | Path, repo_id: str, base: str | Path, **kwar
             f"{directory}: the repository that this model was trained from is unknown, and missing components such as "
             "the VAE come from there: pass `base`, a folder or Hub repository."
         )
-    with tempfile.TemporaryDirectory() as name:
-        folder, roots = Path(name), [Path(directory)]
+    with temporary_folder(PUSHES) as folder:
+        roots = [Path(directory)]
         is_component = not (Path(directory) / "mllm").is_dir()  # a model with MLLM and vision head only
         for file, path in repository_files(Path(directory))[0].items():
             target = folder / ("mllm" if is_component and _is_of_component(file) else "") / file

@@ -45,6 +45,7 @@ _WEIGHTS_NAMES = (
 )
 # Folders whose weights form the whole model, in the order of the data flow.
 MODEL_FOLDERS = ("mllm", "adapter", "transformer")
+PUSHES = "omni-video-push"  # name of the temporary folders in which a repository is put together for the Hub
 # Fields in the configuration of the component `mllm` that the whole model has too.
 _MODEL_FIELDS = (
     "architectures",
@@ -401,6 +402,7 @@ finalize_with(finalize_repository)
 
 __all__ = [
     "MODEL_FOLDERS",
+    "PUSHES",
     "check_finished",
     "check_hub_indices",
     "check_indices",

@@ -1,7 +1,6 @@
 """`save_pretrained`, `push_to_hub` and `pipeline_components` of the whole model."""
 
 import copy
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ from accelerate.utils.modeling import get_state_dict_offloaded_model
 from diffusers import ModelMixin
 from torch import nn
 
+from ..utils.files import temporary_folder
 from ..utils.modules import has_lora, set_dtype
 from ..utils.tokens import hub_call
 from ..utils.turns import turn
 from .hub_calls import check_place
 from .remote_code import import_from_package
-from .repository import MODEL_FOLDERS, finalize_repository, staged
+from .repository import MODEL_FOLDERS, PUSHES, finalize_repository, staged
 
 
 class OmniVideoSavingMixin:
@@ -96,7 +96,7 @@ class OmniVideoSavingMixin:
                 with turn(self), staged(save_directory, variant, [""]) as folder:
                     super().save_pretrained(folder, **arguments)
             if push_to_hub or not is_main_process:
-                with tempfile.TemporaryDirectory() as folder:
+                with temporary_folder(PUSHES) as folder:
                     kwargs.setdefault("repo_id", Path(save_directory).name)
                     super().save_pretrained(folder, is_main_process, push_to_hub=push_to_hub, **arguments, **kwargs)
             return
@@ -132,7 +132,7 @@ class OmniVideoSavingMixin:
         """
         base = base or self.config._name_or_path
         saving = {name: kwargs.pop(name) for name in ("max_shard_size", "variant", "state_dict") if name in kwargs}
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder(PUSHES) as folder:
             self.save_pretrained(folder, **saving)
             return import_from_package("hub.push").push_completed(folder, repo_id, base, **kwargs)
 

@@ -370,7 +370,8 @@ class OmniVideoAdapter(WeightsFromHubMixin, ModelMixin, ConfigMixin, PeftAdapter
         max_context_length: int | None = None,
         vision_embeds: torch.Tensor | None = None,
         drop_source: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        return_dict: bool = True,
+    ) -> torch.Tensor | tuple[torch.Tensor]:
         """
         Build the context of every sample: source, reference, visual tokens, prompt, each only where it exists.
 
@@ -389,6 +390,7 @@ class OmniVideoAdapter(WeightsFromHubMixin, ModelMixin, ConfigMixin, PeftAdapter
             max_context_length: maximum context length of this call, which can be more than the configured one.
             vision_embeds: precomputed output of [`adapt_vision_tokens`], instead of `vision_tokens`.
             drop_source: `[batch]`, true for samples whose context is built as if they had no source (source dropout).
+            return_dict: `False` gives a tuple that holds the context, as of other models of diffusers.
 
         Returns:
             `[batch, longest, hidden_size]`; shorter samples end in zeros, which is how the decoder's context is padded
@@ -441,7 +443,8 @@ class OmniVideoAdapter(WeightsFromHubMixin, ModelMixin, ConfigMixin, PeftAdapter
             if context_overflow == "error":
                 self._refuse_overflow(longest, limit, source_latents if self.takes_source_in_context else None)
             contexts = [context[:limit] for context in contexts]
-        return pad_sequence(contexts, batch_first=True)
+        context = pad_sequence(contexts, batch_first=True)
+        return context if return_dict else (context,)
 
     def adapt_vision_tokens(self, vision_tokens: torch.Tensor, output_kind: OutputKind = "video") -> torch.Tensor:
         """

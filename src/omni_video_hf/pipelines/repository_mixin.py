@@ -1,6 +1,5 @@
 """`from_pretrained`, `save_pretrained` and `push_to_hub` of the pipeline, as a repository for both libraries."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +7,11 @@ import torch
 from huggingface_hub import CommitInfo
 
 from ..hub.remote_code import COMPONENT_CLASSES, PIPELINE_CLASS, import_from_package
-from ..hub.repository import check_finished, check_indices, finalize_repository, staged
+from ..hub.repository import PUSHES, check_finished, check_indices, finalize_repository, staged
 from ..models.connectors import OmniVideoAdapter
 from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
 from ..processing.processing_omni_video import OmniVideoProcessor
+from ..utils.files import temporary_folder
 from ..utils.modules import has_lora
 from ..utils.tokens import hub_call
 from ..utils.turns import turn
@@ -162,7 +162,7 @@ class OmniVideoRepositoryMixin:
         Returns:
             The `CommitInfo` of huggingface_hub.
         """
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder(PUSHES) as folder:
             self.save_pretrained(folder, **kwargs)
             return import_from_package("hub.push").push_repository(
                 folder,

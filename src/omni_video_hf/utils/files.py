@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -126,9 +126,23 @@ def workspace(target: str | Path, parent: str | Path | None = None) -> Iterator[
         remove_empty(folder)
 
 
+@contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """
+    A new folder among the system's temporary files, for copies of weights: those that killed processes left go first.
+
+    Args:
+        name: of the kind of work; all folders of one name are looked at.
+    """
+    with workspace(name, tempfile.gettempdir()) as folder:
+        content = folder / "content"
+        content.mkdir()
+        yield content
+
+
 def remove_abandoned(target: str | Path | None, parent: str | Path) -> None:
-    """Remove the workspaces of killed processes in `parent`, for `target`, or for any target if it is `None`."""
-    for folder in workspaces(target, parent):
+    """Remove what killed processes of this user left in `parent` for `target`, or for any target if it is `None`."""
+    for folder in workspaces(target, parent, _is_of_this_user):
         with unlocked(folder) as is_free:
             # A mark with a list of files belongs to a save that is moving them, see `hub.staging`.
             is_left = is_free and "files" not in (read_mark(folder) or ())
@@ -138,17 +152,27 @@ def remove_abandoned(target: str | Path | None, parent: str | Path) -> None:
             remove_empty(folder)
 
 
-def workspaces(target: str | Path | None, parent: str | Path) -> list[Path]:
+def workspaces(
+    target: str | Path | None, parent: str | Path, wanted: Callable[[Path], bool] = Path.exists
+) -> list[Path]:
     """All workspaces in `parent`, in use or left by killed processes, for `target`, or for any target if `None`."""
     name, parent = None if target is None else Path(target).name, Path(parent)
     prefix = "." if target is None else _prefix(Path(target))
     found = []
     for folder in sorted(parent.iterdir()) if parent.is_dir() else []:
-        if folder.name.startswith(prefix) and folder.name.endswith(WORKSPACE_SUFFIX):
+        if folder.name.startswith(prefix) and folder.name.endswith(WORKSPACE_SUFFIX) and wanted(folder):
             mark = read_mark(folder)
             if (mark is None and _killed_before_mark(folder)) or (mark is not None and name in (None, mark["target"])):
                 found.append(folder)
     return found
+
+
+def _is_of_this_user(folder: Path) -> bool:
+    """Nobody else can put a link in its place in a shared folder, and others' cannot be read."""
+    try:
+        return not hasattr(os, "geteuid") or folder.lstat().st_uid == os.geteuid()
+    except FileNotFoundError:  # removed a moment ago
+        return False
 
 
 @contextmanager
@@ -265,6 +289,7 @@ __all__ = [
     "remove_empty",
     "remove_entry",
     "sync_file",
+    "temporary_folder",
     "unlocked",
     "visible_files",
     "workspace",

@@ -187,6 +187,22 @@ def close(value, expected):
     return torch.allclose(value, expected, atol=1e-4, rtol=1e-3)
 
 
+def test_weights_by_the_names_of_the_components_are_loaded(pipe):
+    plain = frames_of(pipe)
+    layers = {
+        f"{component}.{name}": value
+        for component, module in add_adapters(pipe).items()
+        for name, value in get_peft_model_state_dict(module).items()
+    }
+    assert {name.rpartition(".lora_")[0].split(".")[1] for name in layers if name[0] == "m"} == {"mllm", "vision_head"}
+    expected = frames_of(pipe)
+    pipe.unload_lora_weights()
+    assert close(frames_of(pipe), plain)
+    pipe.load_lora_weights(layers)
+    assert close(frames_of(pipe), expected)
+    assert not close(expected, plain)
+
+
 def test_several_adapters_are_listed_weighted_and_deleted(pipe, tmp_path):
     plain = frames_of(pipe)
     add_adapters(pipe, "one")

@@ -433,6 +433,7 @@ def _names(components: Mapping[str, nn.Module | None]) -> tuple[dict[str, tuple[
             found = (component, name, child)
             if component == "mllm":
                 qualified[name] = found
+                qualified.setdefault(f"mllm.{name}", found)  # the component's name before its own names
                 continue
             qualified[f"{component}.{name}"] = found
             if component == "transformer":

@@ -59,8 +59,8 @@ class OutputFile:
 
     [`open`] creates a workspace in the folder, `.omni-video-output.*.unfinished`, and removes those that killed
     processes left. [`write`] writes there and renames the file to its final name, so that no file under a final name
-    is incomplete. Without `path` the name is `output.mp4` or `output.png`. If the name is taken, also by another process
-    during the work, a number is added: `output-1.mp4`.
+    is incomplete. Without `path` the name is `output.mp4` or `output.png`. If the name is taken, also by another
+    process during the work, a number is added: `output-1.mp4`.
 
     Args:
         path: the requested file; `None` for the default name in the current folder.

@@ -387,6 +387,7 @@ def test_an_existing_output_is_leftalone(tmp_path):
 # --- interrupted runs -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     convert(ORIGINAL, whole, max_shard_size="20KB")

@@ -103,6 +103,7 @@ def test_a_repository_carries_what_loading_and_running_need_and_nothing_else(rep
     assert not re.findall(r"create_commit|ModelCard|MEDIA_SUFFIXES|hf_\[A-Z|rich\.table", text)
 
 
+@pytest.mark.slow
 def test_what_is_not_carried_says_so(repository, tmp_path):
     code = f"""
 from diffusers import DiffusionPipeline
@@ -162,6 +163,7 @@ def test_both_doors_of_a_folder(repository, expected, tmp_path):
     assert last_json(run_stranger(open_doors(repository), tmp_path)) == expected
 
 
+@pytest.mark.slow
 def test_both_doors_of_a_hub_repository_a_pinned_revision_and_the_cache(repository, expected, hub_server):
     server = hub_server
     repo = server.add_repo(NAME, repository)
@@ -178,6 +180,7 @@ def test_both_doors_of_a_hub_repository_a_pinned_revision_and_the_cache(reposito
     assert last_json(run_client(open_doors(NAME, revision=pinned), server)) == expected
 
 
+@pytest.mark.slow
 def test_both_doors_of_the_offline_cache(repository, expected, hub_server):
     hub_server.add_repo(NAME, repository)
     folder = run_client(
@@ -189,6 +192,7 @@ def test_both_doors_of_the_offline_cache(repository, expected, hub_server):
     assert len(hub_server.requests) == requests
 
 
+@pytest.mark.slow
 def test_transformers_finds_its_cache_by_name(repository, expected, hub_server):
     hub_server.add_repo(NAME, repository)
     code = open_doors(NAME, TRANSFORMERS_DOOR)
@@ -199,6 +203,7 @@ def test_transformers_finds_its_cache_by_name(repository, expected, hub_server):
     assert len(hub_server.requests) == requests
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(strict=True, reason="diffusers 0.42.1 asks the Hub for the commit of a file that it has")
 def test_diffusers_finds_its_cache_by_name(repository, hub_server):
     hub_server.add_repo(NAME, repository)
@@ -213,6 +218,7 @@ def test_transformers_refuses_without_the_flag(repository, tmp_path, door):
     assert "trust_remote_code=True" in run_stranger(code, tmp_path, fails=True).splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_diffusers_refuses_without_the_flag(repository, hub_server):
     hub_server.add_repo(NAME, repository)
     for name in (str(repository), NAME):
@@ -220,6 +226,7 @@ def test_diffusers_refuses_without_the_flag(repository, hub_server):
         assert "trust_remote_code=True" in run_client(WITHOUT_PACKAGE + code, hub_server, fails=True).splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_image_text_to_text_pipeline_answers_as_the_model_does(repository, tmp_path):
     code = f"""
 from transformers import pipeline
@@ -241,6 +248,7 @@ import json; print(json.dumps(answer[0]["generated_text"]))
     assert last_json(run_stranger(WITHOUT_PACKAGE + code, tmp_path)) == expected
 
 
+@pytest.mark.slow
 def test_without_pyav_pictures_still_work(repository, tmp_path):
     hidden = "import importlib.metadata, importlib.util, sys; sys.modules['av'] = None\n"
     code = f"""
@@ -264,6 +272,7 @@ except ImportError as error:
 # --- with the package -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_with_the_package_no_flag_and_the_packages_classes(repository, expected, hub_server):
     hub_server.add_repo(NAME, repository)
     code = (
@@ -286,6 +295,7 @@ import json; print(json.dumps([pipeline_outputs(pipe), model_outputs(model, proc
     assert len(hub_server.requests) == before
 
 
+@pytest.mark.slow
 def test_components_that_are_passed_are_not_downloaded(repository, hub_server):
     hub_server.add_repo(NAME, repository)
     code = f"""
@@ -312,6 +322,7 @@ def test_saving_what_was_loaded_gives_the_same_files(repository, tmp_path):
     assert same_files(repository, tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_what_a_stranger_saves_is_the_same_repository(repository, tmp_path):
     code = f"""
 from diffusers import DiffusionPipeline
@@ -349,6 +360,7 @@ def old_repository(repository, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_repository_of_version_0_1_0_loads_as_before(old_repository, expected, tmp_path, hub_server):
     assert len(list(old_repository.rglob("*.py"))) == 97
     assert last_json(run_stranger(open_doors(old_repository), tmp_path)) == expected
@@ -364,6 +376,7 @@ def test_saving_a_repository_of_version_0_1_0_again_sheds_its_code(old_repositor
     assert names == {path.relative_to(repository) for path in repository.rglob("*.py")}
 
 
+@pytest.mark.slow
 def test_two_repositories_with_other_code_each_get_their_own(repository, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(repository, other)

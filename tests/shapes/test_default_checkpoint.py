@@ -115,6 +115,7 @@ def test_a_clip_is_drawn_edited_and_described(run, tmp_path):
     assert "blue circle" in run("ask", "blue.mp4", "describe the video")
 
 
+@pytest.mark.slow
 def test_an_image_is_drawn_and_asked_about(run, tmp_path):
     run("generate", "a small yellow square on a grey background", "-o", "square.png", "--seed", "0")
     square = read_scene([load_image(tmp_path / "square.png")])

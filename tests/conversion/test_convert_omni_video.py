@@ -140,6 +140,7 @@ def test_text_encoder_loads_without_complaint(converted):
     assert not any(report.values())
 
 
+@pytest.mark.slow
 def test_the_trained_model_wins_key_by_key(original, tmp_path, converted):
     path = original / "transformer" / "model.pt"
     trained = torch.load(path, weights_only=True)["module"]
@@ -175,7 +176,8 @@ def test_legacy_torch_files_and_the_other_place_of_the_vision_head(original, tmp
     assert all(torch.equal(out[name], before[name]) for name in out)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtype(tmp_path, converted, dtype):
     convert(ORIGINAL, tmp_path / "out", dtype=dtype, max_context_length=64)
     out, before = weights(tmp_path / "out"), weights(converted)

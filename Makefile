@@ -24,7 +24,7 @@ demo: $(INSTALLED) ## generate, edit and ask with the default checkpoint
 test: $(INSTALLED) quality ## check style, and run the tests of the package
 	$(BIN)/python -m pytest --numprocesses 2 --durations 10 -m 'not slow'
 
-test-all: $(INSTALLED) quality ## the same, with the tests of documents, examples, benchmarks and the wheel
+test-all: $(INSTALLED) quality ## the same, with all slow tests: documents, examples, benchmarks, the wheel, killed and distributed runs
 	$(BIN)/python -m pytest --numprocesses 2 --durations 10
 
 style: $(INSTALLED) ## format and fix what can be fixed

@@ -31,6 +31,7 @@ def wheel(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_it_holds_the_package_and_nothing_of_the_training_of_shapes(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     modules = {name for name in names if name.endswith(".py")}

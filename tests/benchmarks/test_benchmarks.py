@@ -1,9 +1,16 @@
-"""What the benchmarks rest on: a synthetic checkpoint that converts, and results that are kept."""
+"""Every benchmark at its smallest, what they rest on, and the numbers that do not depend on the machine."""
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 
+import diffusers
 import pytest
+import torch
+import transformers
 
+from benchmarks import activations, loading, operations, sampling, training
+from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.measure import Timing
 from benchmarks.results import Results
 from benchmarks.synthetic_checkpoint import Sizes, write_checkpoint
@@ -15,6 +22,7 @@ TINY = Sizes(
     tower_layers=3, tower_image=42, head_width=64, bridge_layers=1, text_width=64, text_ffn=64, text_layers=1,
     text_vocabulary=64, decoder_layers=1, queries=2, vae_width=8, null_length=3,
 )  # fmt: skip
+PERFORMANCE = Path(__file__).parents[2] / "docs" / "performance.md"
 TABLES = {"one": ("One", {"what": lambda row: row["what"], "value": lambda row: f"{row['value']:.1f}"})}
 
 
@@ -60,3 +68,40 @@ def test_a_file_that_holds_no_results_is_refused(tmp_path):
 def test_timings():
     timing = Timing.of([3.0, 1.0, 2.0], [1.0, 1.5, 5.0])
     assert timing.to_dict() == {"median": 2.0, "fastest": 1.0, "slowest": 3.0, "repetitions": 3, "processor": 1.5}
+
+
+@pytest.fixture
+def smallest(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The smallest settings of what is timed; what is counted takes no time that depends on its sizes."""
+    case = sampling.Setting("t2i", 48, 48, 1, steps=2, repetitions=1)
+    monkeypatch.setattr(sampling, "settings", lambda: (4, (case,)))
+    monkeypatch.setattr(training, "REPETITIONS", 1)
+    monkeypatch.setattr(training, "LATENTS", (16, 1, 6, 6))
+    monkeypatch.setattr(loading, "REPETITIONS", 1)
+    monkeypatch.setattr(loading, "SMALL", TINY)
+    # What a command may set for its process.
+    libraries, threads = (transformers, diffusers), torch.get_num_threads()
+    levels = [library.logging.get_verbosity() for library in libraries]
+    yield
+    torch.set_num_threads(threads)
+    for library, level in zip(libraries, levels, strict=True):
+        library.logging.set_verbosity(level)
+        library.logging.enable_progress_bar()
+
+
+@pytest.mark.usefixtures("smallest")
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_runs_and_writes_its_table(name, tmp_path):
+    main([name], tmp_path, threads=1)
+    rows = json.loads((tmp_path / "benchmarks.json").read_text())[name]["rows"]
+    assert rows
+    text = (tmp_path / "benchmarks.md").read_text()
+    module = BENCHMARKS[name]
+    lines = [f"| {' | '.join(column(row) for column in module.COLUMNS.values())} |" for row in rows]
+    assert all(line in text for line in (f"| {' | '.join(module.COLUMNS)} |", *lines))
+    if module is sampling:
+        assert all(0 < row["difference"] < 1e-5 for row in rows)
+    if module is training:
+        assert len({round(row["loss"], 5) for row in rows}) == 1
+    if module in (operations, activations):  # counted: the same everywhere
+        assert all(line in PERFORMANCE.read_text() for line in lines)

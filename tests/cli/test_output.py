@@ -61,7 +61,7 @@ print(output.write(lambda path: path.write_text(sys.argv[1]), "video"))
     processes = [
         subprocess.Popen([sys.executable, "-c", started, name], stdout=subprocess.PIPE, text=True) for name in "ab"
     ]
-    printed = {process.communicate(timeout=60)[0].strip() for process in processes}
+    printed = {process.communicate(timeout=900)[0].strip() for process in processes}
     assert printed == {"output.mp4", "output-1.mp4"}
     assert {Path(name).read_text() for name in printed} == {"a", "b"}
     assert names() == ["output-1.mp4", "output.mp4"]

@@ -38,7 +38,7 @@ finally:
 
 def start(*arguments, heavy=HEAVY, stdin="", before="", env=None):
     code = before + REPORT.format(arguments=[*map(str, arguments)], heavy=heavy)
-    options = {"input": stdin, "capture_output": True, "text": True, "timeout": 120, "env": env}
+    options = {"input": stdin, "capture_output": True, "text": True, "env": env}
     # Where these tests run in the background of a shell, Ctrl-C is ignored, and child processes inherit that.
     options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     done = subprocess.run([sys.executable, "-c", code], check=False, **options)

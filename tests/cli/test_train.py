@@ -49,7 +49,7 @@ def test_a_recipe_is_asked_for():
 # --- export ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["decoder", "lora"])
+@pytest.mark.parametrize("stage", ["decoder", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_checkpoint_becomes_the_pipeline_that_the_run_would_have_written(stage, base, data, tmp_path):
     settings = ["--learning_rate", "1e-2", "--ema_decay", "0.5", "--lr_scheduler_type", "constant"]
     run = command(base, data, tmp_path / "run", stage, *settings, "--max_steps", "4")
@@ -107,6 +107,7 @@ def test_questions_train_without_a_cache(base, tmp_path):
     assert {name for name, value in before.items() if not torch.equal(value, after[name])} == {"mllm.lm_head.weight"}
 
 
+@pytest.mark.slow
 def test_previews_are_shown_in_tensorboard(base, data, tmp_path):
     previews = "[{prompt: a fox, task: t2i}, {prompt: 'what?', task: understand, max_new_tokens: 2}]"
     words = ["--previews", previews, "--preview_steps", "2", "--report_to", "tensorboard"]

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import training
 from raw_data import datasets_cache, make_clip, make_image, write_pickle  # noqa: F401 - a fixture
+from training_runs import write_samples
 from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from typer.testing import CliRunner
@@ -61,5 +63,13 @@ def test_every_snippet_runs(folder):
     assert [row.task for row in load_media_table("folder")] == ["t2v", "v2v"]
 
 
-def test_the_page_names_every_column_and_file():
-    assert all(f"`{name}`" in PAGE for name in COLUMNS)
+def test_the_page_names_every_column_and_file(tmp_path):
+    rows = re.search(r"^\| column \|.*\n\| ---.*\n((?:\|.*\n)+)", PAGE, re.MULTILINE)[1].splitlines()
+    columns = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(columns) == sorted(COLUMNS)
+
+    listed = re.search(r"^```\ncache/\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)[1].splitlines()
+    cache = write_samples(tmp_path / "cache", [training.sample("t2v")])
+    files = [path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file()]
+    files = [re.sub(r"^index-[0-9a-f]+\.", "index-<hash>.", name) for name in files]
+    assert sorted(line.split()[0] for line in listed) == sorted(files)

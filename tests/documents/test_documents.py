@@ -54,7 +54,7 @@ def run(server, code, prelude=""):
     """Python as a document has it, in a fresh process."""
     owned = code.replace("OWNER", OWNER).replace(NEEDS_GPU, "")
     owned = owned.replace('memory="16GB"', 'memory="16GB", memory_device="cpu"')
-    return run_client(prelude + owned, server, timeout=300)
+    return run_client(prelude + owned, server)
 
 
 def test_the_readmes_python_runs(folder, hub_server):
@@ -89,7 +89,7 @@ def test_the_readmes_commands_run(folder, hub_server):
         code = f"import sys\nsys.argv = {words!r}\nfrom omni_video_hf.cli.main import main\nsys.exit(main())"
         if words[1] == "generate":  # a clip of this size is no source for what comes next
             (folder / "fox.mp4").rename(folder / "real.mp4")
-        run_client(code, hub_server, timeout=300)
+        run_client(code, hub_server)
         if words[1] == "generate":
             (folder / "real.mp4").replace(folder / "fox.mp4")
     made = {"circle.mp4", "blue.mp4", "scores", "fox.mp4", "autumn.mp4", "fox-tuned.mp4"}

@@ -13,6 +13,7 @@ from hub_cards import card_problems
 from hub_server import hub_server_fixture, run_client, start_client  # noqa: F401
 
 NAME = "tester/model"
+WAIT = 900  # seconds after which a test that hangs fails
 CARD = b"---\nlicense: apache-2.0\npipeline_tag: any-to-any\nbase_model: org/name\ntags:\n- video\n---\n# Model\n"
 CREATE = f"from huggingface_hub import HfApi\napi = HfApi()\napi.create_repo({NAME!r}, exist_ok=True)\n"
 
@@ -260,7 +261,7 @@ def test_a_push_that_dies_half_way_changes_nothing_and_is_resumed(hub_server, fo
     last = hashlib.sha256((folder / "vae/weights.safetensors").read_bytes()).hexdigest()
     fault = hub_server.fail("PUT", f"^/upload/.*{last}", "cut", times=99, after_bytes=70_000)
     process = start_client(upload(folder), hub_server, short_waits=False)
-    assert fault.hit.wait(30)
+    assert fault.hit.wait(WAIT)
     while len(hub_server.uploads) < 2 and process.poll() is None:  # the two other objects
         time.sleep(0.01)
     process.kill()

@@ -69,6 +69,7 @@ def test_parts_of_a_folder(converted):
     assert repository_table(list(parts.values()), "x").row_count == len(parts) + 1
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_hub_repository(converted, hub_server, tmp_path):
     hub_server.add_repo(NAME, converted)
     arguments = ["generate", "a fox", "-o", str(tmp_path / "fox.png"), "--size", "64x32", "--steps", "1", "-m", NAME]

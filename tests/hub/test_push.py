@@ -66,6 +66,7 @@ print(pipe.push_to_hub({NAME!r}, private=True).commit_url)
     assert len(hub_server.calls("POST", "/commit/")) == 1
 
 
+@pytest.mark.slow
 def test_a_fine_tune_is_pushed_whole_and_loads_with_both_libraries(repository, hub_server):
     hub_server.add_repo(BASE, repository)
     code = f"""
@@ -96,6 +97,7 @@ model.push_to_hub({NAME!r})
     assert last_json(run_client(open_doors(NAME), hub_server)) == expected
 
 
+@pytest.mark.slow
 def test_without_the_package_a_push_is_refused_and_nothing_is_sent(repository, hub_server):
     hub_server.add_repo(BASE, repository)
     code = f"""
@@ -116,6 +118,7 @@ for part in (pipe, model):
     assert not hub_server.uploads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "path", "fault"), [("PUT", "/upload/", "cut"), ("POST", "/commit/", "cut")])
 def test_a_push_that_is_cut_changes_nothing_and_is_completed_by_the_next(repository, hub_server, method, path, fault):
     old = hub_server.add_repo(NAME, {"README.md": b"---\nlicense: mit\n---\n"})
@@ -145,6 +148,7 @@ def test_a_push_that_is_cut_changes_nothing_and_is_completed_by_the_next(reposit
         assert not hub_server.leaks(token)
 
 
+@pytest.mark.slow
 def test_old_shards_and_old_code_go_with_the_same_commit(repository, hub_server, tmp_path):
     pipe = OmniVideoPipeline.from_pretrained(repository)
     pipe.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
@@ -160,6 +164,7 @@ def test_old_shards_and_old_code_go_with_the_same_commit(repository, hub_server,
     assert {"notes.txt", "my_script.py", "model.safetensors.index.json", "mllm/model.safetensors"} <= now
 
 
+@pytest.mark.slow
 def test_revision_pull_request_and_copy_of_a_repository(repository, hub_server):
     hub_server.add_repo(BASE, repository)
     assert "/commit/" in run_client(command("push", BASE, NAME, "--revision", "try", "--private"), hub_server)
@@ -176,6 +181,7 @@ def test_revision_pull_request_and_copy_of_a_repository(repository, hub_server):
     assert hub_server.repos[BASE].refs["refs/heads/main"] == head
 
 
+@pytest.mark.slow
 def test_who_may_not_push(repository, hub_server):
     for token in (hub_server.read_token, hub_server.stranger_token, ""):
         error = run_client(command("push", repository, NAME), hub_server, fails=True, token=token)
@@ -254,6 +260,7 @@ def test_incomplete_and_damaged_repositories_are_refused(repository, tmp_path, h
         complete_repository(tmp_path / "model", tmp_path)
 
 
+@pytest.mark.slow
 def test_push_with_base_completes_a_model(repository, tmp_path, hub_server):
     hub_server.add_repo(BASE, repository)
     OmniVideoForConditionalGeneration.from_pretrained(repository).save_pretrained(tmp_path / "model")
@@ -551,6 +558,7 @@ def test_the_duration_is_that_of_all_attempts(tmp_path):
     assert 5000 < summarize(second).seconds < 6000
 
 
+@pytest.mark.slow
 def test_lora_card_and_push(repository, tmp_path, hub_server):
     model = tiny.model()
     inject_adapter_in_model(LoraConfig(target_modules=["to_q"], r=2, lora_alpha=4), model)
@@ -570,6 +578,7 @@ def test_lora_card_and_push(repository, tmp_path, hub_server):
     run_client(WITHOUT_PACKAGE + snippet + "\nassert pipe.get_list_adapters()", hub_server)
 
 
+@pytest.mark.slow
 def test_a_bad_card_is_refused_before_anything_is_sent(repository, tmp_path, hub_server):
     folder = tmp_path / "repo"
     OmniVideoPipeline.from_pretrained(repository).save_pretrained(folder)
@@ -579,6 +588,7 @@ def test_a_bad_card_is_refused_before_anything_is_sent(repository, tmp_path, hub
     assert not hub_server.uploads
 
 
+@pytest.mark.slow
 def test_card_command(repository, tmp_path, hub_server):
     folder = tmp_path / "repo"
     OmniVideoPipeline.from_pretrained(repository).save_pretrained(folder)
@@ -588,6 +598,7 @@ def test_card_command(repository, tmp_path, hub_server):
     assert (folder / "README.md").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_snippets_of_a_card_run_without_the_package(repository, hub_server):
     """At tiny sizes: the settings of the calls are cut down, nothing else is changed."""
     clip = str(Path(__file__).resolve().parents[1] / "data" / "bigbuckbunny.mp4")
@@ -634,11 +645,12 @@ def trainer_code(output, stage="decoder", options="", sample="sample", settings=
     return TRAINER.format(**values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaded", ["whole", "without the MLLM"])
 def test_a_trainers_push_is_a_complete_repository_with_its_card(repository, hub_server, tmp_path, loaded):
     hub_server.add_repo(BASE, repository)
     options = "" if loaded == "whole" else ", enable_mllm=False"
-    run_client(trainer_code(tmp_path / "run", options=options), hub_server, timeout=300)
+    run_client(trainer_code(tmp_path / "run", options=options), hub_server)
     files, base = served(hub_server, NAME), served(hub_server, BASE)
     card = files["README.md"].decode()
     summary = (tmp_path / "run" / "training_summary.json").read_bytes()
@@ -665,10 +677,11 @@ def test_a_trainers_push_is_a_complete_repository_with_its_card(repository, hub_
     assert outputs == expected_outputs(pipe, whole, pipe.processor)
 
 
+@pytest.mark.slow
 def test_the_push_of_the_stage_without_adapter_and_decoder(repository, hub_server, tmp_path):
     hub_server.add_repo(BASE, repository)
     options = ", adapter_config=None, decoder_config=None"
-    run_client(trainer_code(tmp_path / "run", "align", options), hub_server, timeout=300)
+    run_client(trainer_code(tmp_path / "run", "align", options), hub_server)
     files, base = served(hub_server, NAME), served(hub_server, BASE)
     assert files["mllm/model.safetensors"] != base["mllm/model.safetensors"]
     decoder = "transformer/diffusion_pytorch_model.safetensors"
@@ -677,11 +690,12 @@ def test_the_push_of_the_stage_without_adapter_and_decoder(repository, hub_serve
     assert outputs["AutoModel"]["velocity"]
 
 
+@pytest.mark.slow
 def test_the_push_of_the_lora_stage_is_a_lora_with_its_card(repository, hub_server, tmp_path):
     hub_server.add_repo(BASE, repository)
     prepare = "from omni_video_hf.training.lora import add_lora; add_lora(model, {'r': 2})"
     code = trainer_code(tmp_path / "run", "lora", sample="instructed", tasks=("v2v",), prepare=prepare)
-    run_client(code, hub_server, timeout=300)
+    run_client(code, hub_server)
     files = served(hub_server, NAME)
     assert files.keys() == {LORA_NAME, "README.md", "training_summary.json"}
     card = ModelCard(files["README.md"].decode())

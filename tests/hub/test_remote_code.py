@@ -28,6 +28,7 @@ from omni_video_hf.hub import remote_code
 from omni_video_hf.hub.remote_code import CODE_FILE, COMPONENT_CLASSES, EXPORTS, code_files
 
 NAME = "lab/omni-video-tiny"
+MAX_REQUESTS = 700  # of version 0.1.0, whose code lay in every component: 1,809
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,7 @@ def test_a_repository_carries_what_loading_and_running_need_and_nothing_else(rep
     assert not re.findall(r"create_commit|ModelCard|MEDIA_SUFFIXES|hf_\[A-Z|rich\.table", text)
 
 
+@pytest.mark.slow
 def test_code_that_is_not_exported_raises_an_error(repository, tmp_path):
     code = f"""
 from diffusers import DiffusionPipeline
@@ -162,11 +164,14 @@ def test_both_libraries_load_a_folder(repository, expected, tmp_path):
     assert last_json(run_stranger(open_doors(repository), tmp_path)) == expected
 
 
+@pytest.mark.slow
 def test_both_libraries_load_a_hub_repository_a_pinned_revision_and_the_cache(repository, expected, hub_server):
     server = hub_server
     repo = server.add_repo(NAME, repository)
     pinned = repo.refs["refs/heads/main"]
     assert last_json(run_client(open_doors(NAME), server)) == expected
+    # A first load, through both libraries: each of them asks for every file of code again and again.
+    assert 0 < len(server.requests) < MAX_REQUESTS
 
     files = {name: blob.data for name, blob in repo.find("main").files.items()}
     changed = json.loads(files["model_index.json"])
@@ -178,6 +183,7 @@ def test_both_libraries_load_a_hub_repository_a_pinned_revision_and_the_cache(re
     assert last_json(run_client(open_doors(NAME, revision=pinned), server)) == expected
 
 
+@pytest.mark.slow
 def test_both_libraries_load_the_offline_cache(repository, expected, hub_server):
     hub_server.add_repo(NAME, repository)
     folder = run_client(
@@ -189,6 +195,7 @@ def test_both_libraries_load_the_offline_cache(repository, expected, hub_server)
     assert len(hub_server.requests) == requests
 
 
+@pytest.mark.slow
 def test_transformers_finds_its_cache_by_name(repository, expected, hub_server):
     hub_server.add_repo(NAME, repository)
     code = open_doors(NAME, TRANSFORMERS_DOOR)
@@ -199,6 +206,7 @@ def test_transformers_finds_its_cache_by_name(repository, expected, hub_server):
     assert len(hub_server.requests) == requests
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(strict=True, reason="diffusers 0.42.1 asks the Hub for the commit of a file that it has")
 def test_diffusers_finds_its_cache_by_name(repository, hub_server):
     hub_server.add_repo(NAME, repository)
@@ -207,7 +215,17 @@ def test_diffusers_finds_its_cache_by_name(repository, hub_server):
     run_client(WITHOUT_PACKAGE + code, hub_server, HF_HUB_OFFLINE="1")
 
 
-@pytest.mark.parametrize("auto_class", ["AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"])
+@pytest.mark.parametrize(
+    "auto_class",
+    [
+        "AutoModel",
+        *(
+            pytest.param(auto_class, marks=pytest.mark.slow)
+            for auto_class in ("AutoConfig", "AutoModelForImageTextToText")
+        ),
+        pytest.param("AutoProcessor", marks=pytest.mark.slow),
+    ],
+)
 def test_transformers_refuses_without_the_flag(repository, tmp_path, auto_class):
     code = (
         WITHOUT_PACKAGE + f"from transformers import {auto_class}; {auto_class}.from_pretrained({str(repository)!r})"
@@ -215,6 +233,7 @@ def test_transformers_refuses_without_the_flag(repository, tmp_path, auto_class)
     assert "trust_remote_code=True" in run_stranger(code, tmp_path, fails=True).splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_diffusers_refuses_without_the_flag(repository, hub_server):
     hub_server.add_repo(NAME, repository)
     for name in (str(repository), NAME):
@@ -222,6 +241,7 @@ def test_diffusers_refuses_without_the_flag(repository, hub_server):
         assert "trust_remote_code=True" in run_client(WITHOUT_PACKAGE + code, hub_server, fails=True).splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_image_text_to_text_pipeline_answers_as_the_model_does(repository, tmp_path):
     code = f"""
 from transformers import pipeline
@@ -243,6 +263,7 @@ import json; print(json.dumps(answer[0]["generated_text"]))
     assert last_json(run_stranger(WITHOUT_PACKAGE + code, tmp_path)) == expected
 
 
+@pytest.mark.slow
 def test_without_pyav_pictures_still_work(repository, tmp_path):
     hidden = "import importlib.metadata, importlib.util, sys; sys.modules['av'] = None\n"
     code = f"""
@@ -266,6 +287,7 @@ except ImportError as error:
 # --- with the package -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_with_the_package_no_flag_and_the_packages_classes(repository, expected, hub_server):
     hub_server.add_repo(NAME, repository)
     code = (
@@ -288,6 +310,7 @@ import json; print(json.dumps([pipeline_outputs(pipe), model_outputs(model, proc
     assert len(hub_server.requests) == before
 
 
+@pytest.mark.slow
 def test_components_that_are_passed_are_not_downloaded(repository, hub_server):
     hub_server.add_repo(NAME, repository)
     code = f"""
@@ -314,6 +337,7 @@ def test_saving_what_was_loaded_gives_the_same_files(repository, tmp_path):
     assert same_files(repository, tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_saving_without_the_package_writes_the_same_repository(repository, tmp_path):
     code = f"""
 from diffusers import DiffusionPipeline
@@ -351,6 +375,7 @@ def old_repository(repository, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_repository_of_version_0_1_0_loads_as_before(old_repository, expected, tmp_path, hub_server):
     assert len(list(old_repository.rglob("*.py"))) == 97
     assert last_json(run_stranger(open_doors(old_repository), tmp_path)) == expected
@@ -366,6 +391,7 @@ def test_saving_a_repository_of_version_0_1_0_again_sheds_its_code(old_repositor
     assert names == {path.relative_to(repository) for path in repository.rglob("*.py")}
 
 
+@pytest.mark.slow
 def test_two_repositories_with_other_code_each_get_their_own(repository, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(repository, other)

@@ -450,6 +450,7 @@ def test_planted_links_are_not_followed(tmp_path):
 # --- kills ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_kills_lose_nothing_and_the_next_run_gives_the_same_bits(tmp_path):
     """A handful of the places where a folder changes; `kill_worker.py FOLDER 0` tries all of them."""
     run = subprocess.run(

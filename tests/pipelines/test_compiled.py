@@ -52,6 +52,7 @@ def test_another_prompt_does_not_recompile(compiled):
     assert graphs() == before
 
 
+@pytest.mark.slow
 def test_the_whole_decoder_compiles_in_one_piece(compiled):
     plain = tiny.pipeline()
     plain.set_progress_bar_config(disable=True)

@@ -39,6 +39,22 @@ def test_source_tokens_of_upstreams_examples():
     assert GRID.source_tokens(352, 640, 17) == 1100
 
 
+@pytest.mark.parametrize(
+    ("spatial", "patch", "source_patch", "alone", "with_source"),
+    [(8, (1, 2, 2), (1, 3, 3), 16, 48), (8, (1, 6, 4), (1, 9, 10), 96, 1440), (16, (1, 3, 3), (1, 3, 3), 48, 48)],
+)
+def test_a_size_is_whole_tokens_of_decoder_and_source(spatial, patch, source_patch, alone, with_source):
+    grid = LatentGrid(spatial, 4, patch, source_patch)  # patches that are no powers of two
+    assert grid.multiple(with_source=False) == alone
+    assert grid.multiple(with_source=True) == with_source
+    small = {"height": alone, "width": 2 * alone}
+    assert resolve_size(grid, alone, 2 * alone, small) == (alone, 2 * alone, [])
+    kept = (with_source, 2 * with_source)
+    assert resolve_size(grid, None, None, small, kept) == (*kept, [])
+    with pytest.raises(ValueError, match=f"multiple of {with_source}"):
+        resolve_size(grid, with_source // 2, with_source, small, kept)
+
+
 def test_size_without_source_is_the_presets():
     assert resolve_size(GRID, None, None, PRESET) == (352, 640, [])
     assert resolve_size(GRID, 16, 48, PRESET) == (16, 48, [])

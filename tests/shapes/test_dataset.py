@@ -33,6 +33,7 @@ def digest(seed):
     return found.hexdigest()
 
 
+@pytest.mark.slow
 def test_examples_are_the_same_everywhere():
     """Stored: another version of numpy, another machine or another process must draw the same."""
     assert digest(7) == DIGEST

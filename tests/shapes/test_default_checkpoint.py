@@ -82,6 +82,7 @@ def test_no_code_is_tracked():
     assert "auto_map" not in (CHECKPOINT / "config.json").read_text()
 
 
+@pytest.mark.slow
 def test_what_it_is_saved_as_opens_without_the_package(tmp_path):
     OmniVideoPipeline.from_pretrained(CHECKPOINT).save_pretrained(tmp_path / "saved")
     code = f"""
@@ -96,6 +97,7 @@ image.save({str(tmp_path / "circle.png")!r})
     assert (circle.color, circle.shape, circle.size, circle.background) == ("blue", "circle", "large", "black")
 
 
+@pytest.mark.slow
 def test_a_clip_is_drawn_edited_and_described(run, tmp_path):
     drawn = "a large red circle moving left on a black background"
     assert run("generate", drawn, "-o", "circle.mp4", "--seed", "0") == "circle.mp4"
@@ -113,6 +115,7 @@ def test_a_clip_is_drawn_edited_and_described(run, tmp_path):
     assert "blue circle" in run("ask", "blue.mp4", "describe the video")
 
 
+@pytest.mark.slow
 def test_an_image_is_drawn_and_asked_about(run, tmp_path):
     run("generate", "a small yellow square on a grey background", "-o", "square.png", "--seed", "0")
     square = read_scene([load_image(tmp_path / "square.png")])
@@ -120,6 +123,7 @@ def test_an_image_is_drawn_and_asked_about(run, tmp_path):
     assert run("ask", "square.png", "what color is the square?") == "yellow"
 
 
+@pytest.mark.slow
 def test_visual_tokens_say_what_is_asked_for():
     pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
     for split in SHOWN_SPLITS:
@@ -134,6 +138,7 @@ def test_visual_tokens_say_what_is_asked_for():
     assert edits["all"].right >= 6
 
 
+@pytest.mark.slow
 def test_nothing_is_broken():
     """Eight examples of a line, which is not to measure."""
     pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)

@@ -28,6 +28,7 @@ def evaluated(pipe):
     return evaluation, evaluation.run()
 
 
+@pytest.mark.slow
 def test_every_line_of_the_table_is_measured_and_an_untrained_model_fails(evaluated):
     _, report = evaluated
     found = {(score.line, score.split) for score in report.scores}
@@ -39,6 +40,7 @@ def test_every_line_of_the_table_is_measured_and_an_untrained_model_fails(evalua
     assert not report.passed
 
 
+@pytest.mark.slow
 def test_results_are_written_as_json_and_pictures(evaluated, tmp_path):
     evaluation, report = evaluated
     save_evaluation(report, evaluation.shown, tmp_path)
@@ -104,6 +106,7 @@ def test_numbers_that_make_no_sense_are_refused(pipe, arguments, message):
         Evaluation(pipe, **arguments)
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     words = ["eval", "shapes", "--model", str(tmp_path / "model"), "--count", "1", "--steps", "1"]

@@ -41,6 +41,7 @@ def damaged(name, frames, rng):
     return DAMAGE[name](frames, rng).round().clip(0, 255).astype(np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize(("task", "count"), [("t2i", 500), ("t2v", 30)])
 def test_scenes_are_read_exactly(damage, task, count):

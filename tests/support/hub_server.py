@@ -434,14 +434,9 @@ def start_client(
     return subprocess.Popen(command, env=client_env(server, token, **env), stdout=pipe, stderr=pipe, text=True)
 
 
-def run_client(code: str, server: HubServer, *, fails: bool = False, timeout: float = 120, **options: Any) -> str:
+def run_client(code: str, server: HubServer, *, fails: bool = False, **options: Any) -> str:
     """Run `code` in a fresh process and return what it prints; with `fails=True` it has to fail, and stderr comes."""
-    process = start_client(code, server, **options)
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
+    out, err = (process := start_client(code, server, **options)).communicate()
     server.output += out + err
     assert (process.returncode != 0) == fails, f"exit status {process.returncode}\n{out}\n{err}"
     return err if fails else out

@@ -51,16 +51,19 @@ def one_process(tmp_path_factory):
     return launch(tmp_path_factory.mktemp("one"), 1, per_device_train_batch_size=4)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_batch(one_process, tmp_path):
     assert_equal(launch(tmp_path, 2), one_process)
 
 
+@pytest.mark.slow
 def test_two_processes_with_different_tasks_equal_one_that_takes_both(tmp_path):
     tasks = ("t2v", "understand")
     together = launch(tmp_path / "two", 2, tasks, logging_steps=2)
     assert_equal(together, launch(tmp_path / "one", 1, tasks, gradient_accumulation_steps=2, logging_steps=2))
 
 
+@pytest.mark.slow
 def test_sharded_processes_equal_one_and_resume(one_process, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 1}
     assert_equal(launch(tmp_path, 2, fsdp=True, **saving), one_process)
@@ -68,6 +71,7 @@ def test_sharded_processes_equal_one_and_resume(one_process, tmp_path):
     assert_equal(resumed, one_process)
 
 
+@pytest.mark.slow
 def test_sharded_processes_with_different_tasks_are_refused_instead_of_waiting_for_each_other(tmp_path):
     error = launch(tmp_path, 2, ("t2v", "understand"), fsdp=True)
     assert "the processes must run the same components in every step" in error

@@ -24,7 +24,7 @@ PREVIEW = {"prompt": "a bunny", "task": "t2i", "height": 32, "width": 32, "num_i
 
 def omni_video(server, *words):
     code = f"import sys\nsys.argv = {['omni-video', *map(str, words)]!r}\n"
-    return run_client(code + "from omni_video_hf.cli.main import main\nsys.exit(main())", server, timeout=300)
+    return run_client(code + "from omni_video_hf.cli.main import main\nsys.exit(main())", server)
 
 
 def imported(folder, server):
@@ -51,6 +51,7 @@ def precomputed(folder, server):
     omni_video(server, "precompute", table, "--model", BASE, "--output", folder / "cache", *settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_cache", [imported, precomputed])
 def test_data_become_a_fine_tune_on_the_hub(make_cache, hub_server, tmp_path):
     tiny.pipeline(max_context_length=300).save_pretrained(tmp_path / "base")

@@ -219,6 +219,7 @@ def test_a_run_from_recipe_to_pipeline_and_its_resumption(base, data, tmp_path):
     assert (output / "checkpoint-6").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_runs(name, base, data, tmp_path):
     output = tmp_path / "run"

@@ -5,6 +5,7 @@ import pytest
 import tiny
 import torch
 import training
+from other_mllms import LLAVA, QWEN, other_inputs
 from PIL import Image
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -134,6 +135,55 @@ def test_frozen_parts_in_half_precision_train_alike(tmp_path, stage):
         assert frozen == {getattr(torch, dtype)}
     assert losses[1] == pytest.approx(losses[0], rel=0.03)
     assert losses[1] != losses[0]
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_logits_are_computed_where_an_answer_is_learned_and_of_one_position_else(tmp_path, answers):
+    samples = [training.instructed("v2v", number) for number in range(2)]
+    if not answers:
+        samples = [{name: value for name, value in sample.items() if name != "labels"} for sample in samples]
+    model, lengths = tiny.model(), []
+    model.mllm.lm_head.register_forward_hook(lambda module, inputs, logits: lengths.append(logits.shape[1]))
+    run = training.trainer(
+        tmp_path, samples, model, stage="joint", max_steps=1, eval_dataset=training.Samples(samples)
+    )
+    run.train()
+    run.evaluate()
+    assert lengths == ([13, 13] if answers else [1, 1])
+
+
+@pytest.mark.parametrize(("family", "mllm"), [("llava", LLAVA), ("qwen2_5_vl", QWEN)])
+def test_an_mllm_of_another_family_trains_and_generates(tmp_path, family, mllm):
+    model = tiny.model(mllm_config=mllm)
+    inputs = other_inputs(family)
+    patches = 16 if family == "qwen2_5_vl" else 1
+    samples = []
+    for number in range(2):
+        sample = training.instructed("t2v", number)
+        sample |= {name: inputs[name][number] for name in ("input_ids", "attention_mask")}
+        sample["labels"] = torch.where(torch.arange(12) < 7, -100, sample["input_ids"])
+        sample["pixel_values"] = inputs["pixel_values"][patches * number : patches * (number + 1)]
+        sample |= {name: inputs[name][number] for name in ("image_grid_thw", "mm_token_type_ids") if name in inputs}
+        samples.append(sample)
+
+    def together(samples):
+        batch = training.collate(samples)
+        return batch | {"pixel_values": batch["pixel_values"].flatten(0, 1)}
+
+    run = training.trainer(tmp_path, samples, model, stage="joint", max_steps=1)
+    run.data_collator = together
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    run.train()
+    losses = run.state.log_history[0]
+    assert all(losses[f"{name}_loss"] > 0 for name in ("answer", "alignment", "flow_matching"))
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert {name.partition(".")[0] for name in changed} == {"mllm", "vision_head", "adapter", "decoder"}
+    assert {name for name in changed if name.startswith("mllm.")} == {"mllm.lm_head.weight"}
+
+    greedy = {"do_sample": False, "max_new_tokens": 4}
+    answer = model.eval().generate(**inputs, **greedy)
+    assert answer.shape == (2, 16)
+    assert torch.equal(answer, model.mllm.generate(**inputs, **greedy))
 
 
 # --- what is logged -------------------------------------------------------------------------------------------------

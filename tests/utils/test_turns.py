@@ -19,7 +19,7 @@ from omni_video_hf.models.context_attention import (
 from omni_video_hf.utils.turns import _OWNERS, _WAITING, OwnRandomNumbers, turn
 
 SMALL = {"height": 16, "width": 16, "num_inference_steps": 2, "task": "t2i", "output_type": "latent"}
-WAIT = 60  # seconds after which a test that hangs fails
+WAIT = 900  # seconds after which a test that hangs fails
 
 
 def seeded(seed=0):
@@ -74,7 +74,8 @@ def same(ours, theirs):
     return torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
 
 
-def test_200_calls_from_4_threads_equal_the_same_calls_alone(pipe):
+@pytest.mark.parametrize("count", [45, pytest.param(200, marks=pytest.mark.slow)])
+def test_calls_from_4_threads_equal_the_same_calls_alone(pipe, count):
     pipes = [pipe, sibling(pipe)]
     image = Image.new("RGB", (32, 32), "red")
     prompts = ["a cat", "a much longer prompt about a dog"]
@@ -100,7 +101,7 @@ def test_200_calls_from_4_threads_equal_the_same_calls_alone(pipe):
         *(encoded(pipe, prompt) for pipe in pipes for prompt in prompts),
     ]
     alone = [kind() for kind in kinds]
-    numbers = [(7 * place) % len(kinds) for place in range(200)]
+    numbers = [(7 * place) % len(kinds) for place in range(count)]
     results = in_threads([kinds[number] for number in numbers])
     wrong = [
         (number, result) for number, result in zip(numbers, results, strict=True) if isinstance(result, Exception)

@@ -28,6 +28,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
@@ -89,8 +90,12 @@ def code_files() -> dict[str, str]:
         names = re.findall(r"^from \.(\w+) import __name__", entry, flags=re.MULTILINE)
         files = {f"{name}.py": here.with_name(f"{name}.py").read_text(encoding="utf-8") for name in names}
         return files | {f"{ENTRY}{own[1]}.py": entry}
-    package = here.parents[1]
-    modules = _closure(package, EXPORTS.values())
+    return dict(_exported(tuple(_closure(here.parents[1], EXPORTS.values()))))
+
+
+@lru_cache(maxsize=1)  # a process saves often, and its code seldom changes
+def _exported(modules: tuple["_Module", ...]) -> dict[str, str]:
+    """The files of these modules and the entry file."""
     sources = {module.name: module.source for module in modules}
     digest = hashlib.sha256(json.dumps([__version__, EXPORTS, sources], sort_keys=True).encode()).hexdigest()
     suffix = f"_{digest[:8]}"
@@ -265,14 +270,19 @@ def _closure(package: Path, roots: Iterable[str]) -> list[_Module]:
 
 def _relative_imports(package: Path, name: str, source: str) -> Iterator[tuple[ast.ImportFrom, str]]:
     """Statements that import from this package, also inside functions, and the imported modules."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            module = ".".join([*name.split(".")[: -node.level], *([node.module] if node.module else [])])
-            if node.module is None or not _path(package, module).is_file():
-                raise ValueError(
-                    f"{name}, line {node.lineno}: exported code must import names from modules, not from packages."
-                )
-            yield node, module
+    for node in _import_statements(source):
+        module = ".".join([*name.split(".")[: -node.level], *([node.module] if node.module else [])])
+        if node.module is None or not _path(package, module).is_file():
+            raise ValueError(
+                f"{name}, line {node.lineno}: exported code must import names from modules, not from packages."
+            )
+        yield node, module
+
+
+@lru_cache
+def _import_statements(source: str) -> tuple[ast.ImportFrom, ...]:
+    """Relative import statements, also inside functions."""
+    return tuple(node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.level)
 
 
 def _path(package: Path, name: str) -> Path:

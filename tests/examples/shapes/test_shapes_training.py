@@ -458,7 +458,6 @@ def test_two_processes_share_a_batch(built, tmp_path):
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "stage.json").read_text())

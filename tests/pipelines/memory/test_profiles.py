@@ -160,7 +160,10 @@ def lora(repository, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("quantized", [(), ("mllm", "text_encoder")], ids=["plain", "int8"])
+@pytest.mark.parametrize(
+    "quantized",
+    [pytest.param((), id="plain"), pytest.param(("mllm", "text_encoder"), id="int8", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(
     ("offload", "first"),
     # diffusers switches model offload on again after it has loaded a LoRA, then without naming the device.

@@ -120,6 +120,7 @@ def test_a_run_leaves_the_formats_of_its_base(base, data, tmp_path):
 # --- previews -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_outcome_does_not_depend_on_previews(base, data, tmp_path):
     lora = ["--learning_rate", "1e-2", "--lora", "{r: 2, lora_dropout: 0.2}"]
     previews = ["--previews", "[{prompt: a fox, task: t2i}]"]

@@ -34,6 +34,7 @@ def runs(folder, request):
     return folder / request.param, folder / "whole"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["trained.safetensors", "ema.safetensors"])
 def test_weights_and_average_are_bit_equal(runs, name):
     killed, whole = (load_file(folder / LAST / name) for folder in runs)
@@ -41,6 +42,7 @@ def test_weights_and_average_are_bit_equal(runs, name):
     assert all(torch.equal(killed[key], whole[key]) for key in whole)
 
 
+@pytest.mark.slow
 def test_optimiser_and_schedule_are_bit_equal(runs):
     killed, whole = (torch.load(folder / LAST / "optimizer.pt", weights_only=True) for folder in runs)
     assert killed["param_groups"] == whole["param_groups"]
@@ -50,12 +52,14 @@ def test_optimiser_and_schedule_are_bit_equal(runs):
     assert killed == whole
 
 
+@pytest.mark.slow
 def test_logs_are_equal(runs):
     killed, whole = (json.loads((folder / LAST / "trainer_state.json").read_text()) for folder in runs)
     assert killed["log_history"] == whole["log_history"]
     assert [entry["step"] for entry in whole["log_history"]] == [2, 3, 4, 6, 8, 9, 10]
 
 
+@pytest.mark.slow
 def test_nothing_unfinished_is_left(runs):
     for folder in runs:
         assert names(folder) - {LOCK_NAME} == {"checkpoint-6", "checkpoint-8", "checkpoint-10"}
@@ -203,6 +207,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
         training.trainer(tmp_path / "run", samples, ema_decay=0.9, **settings).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_writes_is_resumed_bit_equal(tmp_path):
     # Moments in a checkpoint, in a rotation, and in the final pipeline; more of them with a larger number.
     command = [sys.executable, str(TESTS / "train_kill_worker.py"), str(tmp_path), "4"]

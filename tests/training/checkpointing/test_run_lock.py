@@ -25,7 +25,7 @@ def other_training(folder):
             child = os.fork()
             if child:
                 os.write(tell, str(child).encode())
-            time.sleep(60)
+            time.sleep(3600)
         os._exit(0)
     child = int(os.read(ready, 20))
     try:
@@ -33,10 +33,11 @@ def other_training(folder):
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        # The child lives on and must not hold the lock.
-        with only_training(training.arguments(folder)):
-            pass
-        os.kill(child, signal.SIGKILL)
+        try:  # the child lives on and must not hold the lock
+            with only_training(training.arguments(folder)):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 def test_a_second_training_is_refused_until_the_first_one_dies(base, data, tmp_path):

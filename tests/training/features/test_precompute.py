@@ -365,6 +365,7 @@ def many(tmp_path):
     return write_jsonl(tmp_path / "many.jsonl", *rows)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_goes_on_where_it_stopped(many, repository, pipeline, tmp_path):
     cache, parts = tmp_path / "cache", tmp_path / "cache" / "parts"
@@ -395,6 +396,7 @@ def test_a_killed_run_goes_on_where_it_stopped(many, repository, pipeline, tmp_p
     assert equal(cache, tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_share_the_work_and_the_blame(many, repository, pipeline, tmp_path):
     cache = tmp_path / "cache"

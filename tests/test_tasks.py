@@ -25,7 +25,7 @@ def test_a_task_is_added_by_one_row(monkeypatch):
     assert output.task == "animate"
     assert output.frames.shape == (1, 5, 32, 32, 3)
     assert (output.fps, output.settings["guidance_scale"]) == (4, 3.0)
-    with pytest.raises(ValueError, match="needs `image`"):
+    with pytest.raises(ValueError, match="needs a source: pass `image`"):
         pipe("rot", task="animate")
 
 

@@ -150,7 +150,7 @@ def test_info(run, converted):
         (["edit", "text.mp4", "a"], "text.mp4"),
         (["edit", "empty.mp4", "a"], "empty"),
         (["edit", "cut.mp4", "a"], "cut.mp4"),
-        (["edit", CLIP, "a"], "What works: `--size 256x128 --frames 1`. Raise `--max-context-length`"),
+        (["edit", CLIP, "a"], "What works: `--size 224x128 --frames 1`. Raise `--max-context-length`"),
         (["edit", CLIP, "a", "-o", "x.png"], "choose a suffix for video files"),
         (["edit", "large.png", "a"], "as a source takes"),
         (["ask", "empty.mp4", "a"], "empty"),

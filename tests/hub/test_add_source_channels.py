@@ -3,8 +3,9 @@ import json
 import pytest
 import tiny
 import torch
+from strangers import expected_outputs, last_json, open_doors, run_stranger
 
-from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline
+from omni_video_hf import OmniVideoForConditionalGeneration, OmniVideoPipeline, OmniVideoProcessor
 from omni_video_hf.hub.add_source_channels import add_source_channels_to
 from omni_video_hf.hub.inspection import repository_parts, repository_table
 
@@ -94,3 +95,17 @@ def test_nothing_is_written_where_it_cannot_work(origin, grown, tmp_path):
         add_source_channels_to(tmp_path / "empty", tmp_path / "nothing")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.slow
+def test_its_own_code_gives_the_same_without_the_package(grown, tmp_path):
+    pipe = OmniVideoPipeline.from_pretrained(grown)
+    with torch.no_grad():
+        pipe.transformer.patch_embedding.weight[:, 16:].normal_(generator=torch.Generator().manual_seed(1)).mul_(0.1)
+    pipe.save_pretrained(tmp_path / "trained")
+    pipe = OmniVideoPipeline.from_pretrained(tmp_path / "trained")
+    model = OmniVideoForConditionalGeneration.from_pretrained(tmp_path / "trained")
+    wanted = expected_outputs(pipe, model, OmniVideoProcessor.from_pretrained(tmp_path / "trained"))
+    found = last_json(run_stranger(open_doors(tmp_path / "trained"), tmp_path))
+    assert found["pipeline"] == wanted["pipeline"]
+    assert found["AutoModel"] == wanted["AutoModel"]

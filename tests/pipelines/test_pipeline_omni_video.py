@@ -193,7 +193,7 @@ def test_batches_of_sources(pipe):
         assert torch.allclose(both[index], alone[0], atol=1e-3)
     twice = pipe("a hat", video=CLIP, num_videos_per_prompt=2, generator=[seeded(), seeded()], **arguments).frames
     assert torch.allclose(twice[0], twice[1], atol=1e-4)
-    with pytest.raises(ValueError, match="one number of frames"):
+    with pytest.raises(ValueError, match="the same number of frames"):
         pipe(["a hat", "a hat"], video=[CLIP, VideoClip(CLIP.frames[:1], 12.0)], **arguments)
     with pytest.raises(ValueError, match="leave them out"):
         pipe("a hat", source_latents=torch.zeros(1, 16, 2, 4, 8), height=64, width=64, **arguments)
@@ -402,8 +402,8 @@ def test_a_call_leaves_the_scheduler_as_it_was(pipe):
         ({"prompt": []}, "non-empty"),
         ({"task": "x2v"}, "must be one of t2i"),
         ({"task": "t2v", "video": CLIP}, "has no source"),
-        ({"task": "v2v"}, "needs `video`"),
-        ({"task": "i2i", "video": CLIP}, "needs `image`"),
+        ({"task": "v2v"}, "needs a source: pass `video`"),
+        ({"task": "i2i", "video": CLIP}, "needs a source: pass `image`"),
         ({"task": "v2v", "video": CLIP, "image": IMAGE}, "not both"),
         ({"task": "t2v", "num_frames": 6}, "5 and 9"),
         ({"task": "t2i", "num_frames": 5}, "generates one image"),

@@ -43,7 +43,7 @@ def test_loops_in_loops_end(loop):
 def test_texts_that_double_end(kind):
     hostile = processor(DOUBLING[kind])
     with (
-        pytest.raises(ValueError, match=r"chat template creates a text of more than.*MAX_BYTES"),
+        pytest.raises(ValueError, match=r"chat template (creates a text|calls .* that may make a text).*MAX_BYTES"),
         read_budget(max_bytes=64 * 2**16),
     ):
         hostile.apply_chat_template(CHAT)

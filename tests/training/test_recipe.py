@@ -119,7 +119,7 @@ def test_all_bad_samples_are_named_before_anything_trains(base, tmp_path):
     bad = [good[0] | {"latents": nan}, good[1] | {"task": "t2i"}]
     data = write_samples(tmp_path / "data", [*good, *bad])
     refused(
-        base, data, tmp_path / "run", "2 problems in 5 samples: repair or remove them, or pass `--on_bad_data skip`"
+        base, data, tmp_path / "run", "2 problems in 5 samples: repair or remove the samples, or pass `--on_bad_data skip`"
     )
     refused(base, data, tmp_path / "run", "`latents` contains 1 values that are NaN or infinite")
     refused(base, data, tmp_path / "run", "`latents` have 2 frames; the task 't2i' generates one image")
@@ -265,8 +265,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (BOMB, r"the alias `\*a` is not read"),
-        ("a: &a {stage: align}\nlosses: {<<: [*a, *a]}\n", r"the alias `\*a` is not read"),
+        (BOMB, r"the alias `\*a` is not allowed"),
+        ("a: &a {stage: align}\nlosses: {<<: [*a, *a]}\n", r"the alias `\*a` is not allowed"),
         ("losses: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
         ("seed: " + "9" * 5000, "not YAML"),
         ("seed: \x00", "not YAML"),

@@ -276,7 +276,7 @@ def test_import_command(pickles, tmp_path):
     run = CliRunner().invoke(app, ["import-features", str(pickles), "-o", str(tmp_path / "cache")])
     assert run.exit_code == 1
     assert "`prompt` is empty" in run.stderr
-    assert "error: 1 problem in 8 samples: repair or remove them, or pass `--on-bad-data skip`." in run.stderr
+    assert "error: 1 problem in 8 samples: repair or remove the samples, or pass `--on-bad-data skip`." in run.stderr
     run = CliRunner().invoke(
         app, ["import-features", str(pickles), "-o", str(tmp_path / "cache"), "--on-bad-data", "skip"]
     )

@@ -119,7 +119,7 @@ class Drawing:
         """Refuse a size that the format of `path` does not take."""
         side = max(filter(None, self.height_and_width()), default=0)
         limit = math.inf if path is None else MAX_SIDE.get(path.suffix.lower(), math.inf)
-        if side > limit:
+        if path is not None and side > limit:
             raise UsageProblem(f"`--size {self.size}`: a {path.suffix} file takes up to {limit} pixels a side.")
 
 

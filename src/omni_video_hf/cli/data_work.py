@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -60,7 +61,8 @@ def read_settings(
 ) -> PrecomputeSettings:
     """The settings behind the command's words."""
     rules = FramingRules([_size(text) for text in sizes], tuple(frames), _fps(fps))
-    return PrecomputeSettings(rules, instruction, mllm_frames)
+    words: dict[str, Any] = {"instruction": instruction, "mllm_frames": mllm_frames}  # checked by the settings
+    return PrecomputeSettings(rules, **words)
 
 
 def check_cache(output: Path) -> None:
@@ -133,9 +135,11 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _fps(text: str | None) -> float | str | None:
-    if text in (None, "source"):
-        return text
+def _fps(text: str | None) -> float | Literal["source"] | None:
+    if text is None:
+        return None
+    if text == "source":
+        return "source"
     try:
         return float(text)
     except ValueError:

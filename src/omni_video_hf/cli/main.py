@@ -51,7 +51,7 @@ class CpuOffload(StrEnum):
 
 
 # The names of `PROFILES` in `pipelines.memory.profiles`, which needs torch.
-Memory = StrEnum("Memory", {name: name for name in ("24GB", "16GB", "12GB", "8GB")})
+Memory = StrEnum("Memory", {"24GB": "24GB", "16GB": "16GB", "12GB": "12GB", "8GB": "8GB"})
 Model = Annotated[
     str,
     typer.Option(

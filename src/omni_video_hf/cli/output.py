@@ -84,9 +84,14 @@ class OutputFile:
 
     def open(self) -> "OutputFile":
         """Make sure that the folder takes a file; see the class. Without effect when that was done already."""
+        self._opened()
+        return self
+
+    def _opened(self) -> Path:
+        """The file that holds the place of the result, see [`open`]."""
         if self.partial is None:
             self.partial = self._open_partial(Path() if self.path is None else self.path.parent)
-        return self
+        return self.partial
 
     def __enter__(self) -> "OutputFile":
         return self.open()
@@ -144,7 +149,7 @@ class OutputFile:
         """
         suffix = {"image": ".png", "video": ".mp4"}[kind] if self.path is None else self.path.suffix
         wanted = self.path or Path(f"{DEFAULT_STEM}{suffix}")
-        filled = self.open().partial.with_suffix(f".partial{suffix}")
+        filled = self._opened().with_suffix(f".partial{suffix}")
         try:
             write(filled)
             return self._give_name(filled, wanted)

@@ -31,7 +31,7 @@ EXPORT = "--export"
 class TrainCommand(TyperCommand):
     """A command whose help goes on with every setting that a recipe or the command line may give."""
 
-    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:
         """Options as usual, then the settings; they are read off the sources, and nothing heavy is imported."""
         super().format_help(ctx, formatter)
         typer.echo(f"\nInstead of training, {EXPORT} RUN/checkpoint-N DIR writes the pipeline of a checkpoint.")

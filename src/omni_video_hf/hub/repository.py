@@ -12,6 +12,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
@@ -249,7 +250,8 @@ def _add_left_out_mllm(directory: Path, source: Path, new: Path, copy: Callable[
     heads = weight_files(folder)
     sources = [(file, "mllm.") for file in weight_files(base)] + [(file, "vision_head.") for file in heads]
     sources = [(file, prefix) for file, prefix in sources if any(key.startswith(prefix) for key in read_header(file))]
-    target, weight_map, total_size = new / "mllm", {}, 0
+    target, total_size = new / "mllm", 0
+    weight_map: dict[str, str] = {}
     target.mkdir()
     for number, (file, prefix) in enumerate(sources, 1):
         header = read_header(file)
@@ -356,7 +358,7 @@ def _is_processor_file(path: Path) -> bool:
     return path.is_file() and (path.name in names or path.name.startswith("tokenizer"))
 
 
-def _read_json(path: Path) -> dict | None:
+def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 

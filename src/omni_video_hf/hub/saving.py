@@ -12,12 +12,12 @@ from accelerate.utils.modeling import get_state_dict_offloaded_model
 from diffusers import ModelMixin
 from torch import nn
 
-from ..utils.modules import has_lora, set_dtype
+from ..utils.modules import Host, has_lora, set_dtype
 from .remote_code import import_from_package
 from .repository import MODEL_FOLDERS, check_finished, check_indices, finalize_repository, staged
 
 
-class OmniVideoSavingMixin:
+class OmniVideoSavingMixin(Host):
     """What [`OmniVideoForConditionalGeneration`] does differently from other transformers models when it is saved."""
 
     @classmethod
@@ -148,7 +148,7 @@ def _weights_of(component: str, state_dict: Mapping[str, torch.Tensor]) -> dict[
 
 
 def _save_part(
-    part: nn.Module,
+    part: Any,
     folder: Path,
     state_dict: dict[str, torch.Tensor] | None,
     max_shard_size: int | str,

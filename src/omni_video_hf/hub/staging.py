@@ -186,7 +186,7 @@ def check_finished(directory: str | Path) -> None:
 
 def _apply(work: Path, directory: Path) -> None:
     """Do what a workspace lists. Killed anywhere and done again, the outcome is the same."""
-    mark = read_mark(work)
+    mark: Any = read_mark(work)
     new, kept, files = work / _NEW, work / _KEPT, mark["files"]
     folders = {PurePosixPath(name).parent.as_posix() for name in files}
     for folder in sorted(folders):
@@ -270,8 +270,8 @@ def is_repository(directory: Path) -> bool:
 def _outdated(directory: Path, files: Iterable[str], variant: str | None) -> list[str]:
     """Names of the weights of one variant, and of code, that `files` replace and that an earlier save wrote."""
     groups: dict[str, set[str]] = {}
-    for name in map(PurePosixPath, files):
-        groups.setdefault(name.parent.as_posix(), set()).add(name.name)
+    for file in map(PurePosixPath, files):
+        groups.setdefault(file.parent.as_posix(), set()).add(file.name)
     ours, named = is_repository(directory), _named_by_index(directory)
     outdated = []
     for folder, new in groups.items():

@@ -110,9 +110,9 @@ def _without_alpha(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         shown = Image.new("RGB", image.size)
         rows = max(1, STRIP // image.width)
-        for top in range(0, image.height, rows):
-            strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
-            shown.paste(Image.fromarray(over_background(np.asarray(strip))), (0, top))
+        for upper in range(0, image.height, rows):
+            part = image.crop((0, upper, image.width, min(upper + rows, image.height))).convert("RGBA")
+            shown.paste(Image.fromarray(over_background(np.asarray(part))), (0, upper))
         return shown
     return image.convert("RGB")
 

@@ -122,7 +122,7 @@ def read_index(path: str | Path) -> VideoIndex:
     if not has_stamps:  # bare streams carry no times: one tick a frame
         tick = float(1 / (average or 25))
         packets = [(number, 1, is_key) for number, (_, _, is_key) in enumerate(packets)]
-    packets.sort(key=lambda packet: packet[0])
+    packets.sort(key=lambda packet: packet[0] or 0)
     stamps = np.array([packet[0] for packet in packets], np.int64)
     timing = _timing(stamps, packets[-1][1], tick, float(average or 0))
     times, slack = _times(stamps, tick, timing)

@@ -1,12 +1,13 @@
 """Configuration of Omni-Video: MLLM, vision head, adapter and decoder, and how their widths must fit."""
 
 from dataclasses import field
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_vila import VilaConfig
+from .configuration_vila import SubConfig, VilaConfig
 
 # Wan2.1-T2V-1.3B in the words of `WanTransformer3DModel`.
 WAN_2_1_T2V_1_3B = {
@@ -178,15 +179,15 @@ class OmniVideoConfig(PreTrainedConfig):
         "vision_tokens",
         "velocity",
     ]
-    sub_configs_defaults = {  # noqa: RUF012 - read by transformers on the class
+    sub_configs_defaults: ClassVar[Any] = {
         "mllm_config": _MllmSpec(config_class=AutoConfig, model_type=VilaConfig.model_type),
         "vision_head_config": OmniVideoVisionHeadConfig,
         "adapter_config": SubConfigSpec(config_class=OmniVideoAdapterConfig, optional=True),
     }
 
-    mllm_config: dict | PreTrainedConfig | None = None
-    vision_head_config: dict | PreTrainedConfig | None = None
-    adapter_config: dict | PreTrainedConfig | None = field(default_factory=dict)
+    mllm_config: SubConfig = None
+    vision_head_config: SubConfig = None
+    adapter_config: SubConfig = field(default_factory=dict)
     decoder_config: dict | None = field(default_factory=lambda: dict(WAN_2_1_T2V_1_3B))
     enable_mllm: bool = True
     image_generation_token_id: int = 128002

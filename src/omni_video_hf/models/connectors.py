@@ -4,7 +4,7 @@ into continuous visual tokens, the adapter carries them, the source and the prom
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -88,6 +88,8 @@ class OmniVideoStoredEmbeddings(nn.Module):
     A module of its own, so that device maps and offloading place it like any other.
     """
 
+    weight: torch.Tensor
+
     def __init__(self, length: int, width: int) -> None:
         super().__init__()
         self.register_buffer("weight", torch.zeros(length, width))
@@ -131,7 +133,7 @@ class OmniVideoAttention(nn.Module):
         )
         return self.out_proj(output.flatten(2))
 
-    def _attention_function(self) -> object:
+    def _attention_function(self) -> Any:
         name = self.config._attn_implementation
         if "flash" in name and self.head_dim > FLASH_ATTENTION_MAX_HEAD_DIM:
             # The released adapter has heads of 512, which no flash kernel takes.
@@ -271,7 +273,8 @@ class OmniVideoVisualContextAdapter(nn.Module):
 
     def __init__(self, config: OmniVideoAdapterConfig) -> None:
         super().__init__()
-        self.patch_size = tuple(config.visual_context_patch_size)
+        frames, rows, columns = config.visual_context_patch_size
+        self.patch_size = frames, rows, columns
         width = config.visual_context_size
         self.patch_embedding = nn.Conv3d(
             config.latent_channels, width, kernel_size=self.patch_size, stride=self.patch_size
@@ -397,11 +400,11 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
         else:
             prompts = [row[mask.bool()] for row, mask in zip(prompt_embeds, prompt_embeds_mask, strict=True)]
 
-        if vision_embeds is None:
+        if vision_tokens is not None:
             visual = self.adapt_vision_tokens(vision_tokens, output_kind)  # [batch, 256 or 1024, hidden_size]
         else:
-            visual = vision_embeds.to(self.dtype)
-        parts = [
+            visual = cast("torch.Tensor", vision_embeds).to(self.dtype)
+        parts: list[Any] = [
             self._between_markers(_SOURCE, self.visual_context_adapter(latents), like=visual)
             for latents in (source_latents, reference_latents)
             if latents is not None

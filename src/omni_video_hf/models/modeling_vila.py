@@ -1,7 +1,7 @@
 """VILA on transformers' SigLIP and causal language models, with the numbers of upstream's Omni-Video v1."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.import_utils import is_tracing, torch_compilable_check
 
+from ..utils.modules import Host
 from .configuration_vila import VilaConfig
 
 
@@ -38,7 +39,7 @@ class VilaCausalLMOutputWithPast(ModelOutput):
 IGNORED_LABEL = -100
 
 
-class PlaceholderLabelsMixin:
+class PlaceholderLabelsMixin(Host):
     """
     Labels in which placeholders of images count as -100.
 
@@ -246,20 +247,20 @@ class VilaModel(VilaPreTrainedModel):
                 "(`get_image_features(pixel_values).pooler_output`) into `inputs_embeds` yourself, and pass no images."
             )
 
-        if inputs_embeds is None:
+        if input_ids is not None:
             # The placeholder has no row of its own in the embedding table.
-            is_image = input_ids == self.config.image_token_id
+            is_image = torch.eq(input_ids, self.config.image_token_id)
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
 
         image_features = None
         if pixel_values is not None:
             encoded = self.get_image_features(pixel_values, return_dict=True)
-        if encoded is not None:
+        if encoded is not None and input_ids is not None and inputs_embeds is not None:
             image_features = encoded.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, image_features)[..., None].to(inputs_embeds.device)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
             if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+                position_ids = cast("torch.LongTensor", (attention_mask.long().cumsum(-1) - 1).clamp(min=0))
         elif input_ids is not None and input_ids.shape[1] > 1 and _is_prefill(past_key_values):
             torch_compilable_check(
                 ~is_image.any(),
@@ -351,8 +352,8 @@ class VilaForConditionalGeneration(PlaceholderLabelsMixin, VilaPreTrainedModel, 
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            labels, vocab_size = self.without_placeholders(labels), self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+            answers, vocab_size = self.without_placeholders(labels), self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=answers, vocab_size=vocab_size, **kwargs)
         return VilaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

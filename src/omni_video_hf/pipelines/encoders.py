@@ -9,6 +9,7 @@ from PIL import Image
 
 from ..media.sources import Source
 from ..models.connectors import ContextOverflow
+from ..utils.modules import Host
 from ..utils.turns import in_turn
 from .presets import (
     GenerationSettings,
@@ -16,7 +17,7 @@ from .presets import (
 from .request_checks import check_result, check_tensors
 
 
-class OmniVideoEncodersMixin:
+class OmniVideoEncodersMixin(Host):
     """Public steps of [`OmniVideoPipeline`] between inputs and latents."""
 
     @in_turn("text_encoder", "tokenizer")
@@ -97,7 +98,7 @@ class OmniVideoEncodersMixin:
         if source.videos is not None:
             videos = [[Image.fromarray(frame) for frame in clip.frames] for clip in source.videos]
         else:
-            videos = [[image] for image in source.images]
+            videos = [[image] for image in source.images or ()]
         pixels = self.video_processor.preprocess_video(videos, height=settings.height, width=settings.width)
         pixels = pixels.to(self._execution_device, self.vae.dtype)
         latents = self.vae.encode(pixels).latent_dist.mode().float()

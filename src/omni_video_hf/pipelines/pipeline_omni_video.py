@@ -1,8 +1,8 @@
 """The diffusers pipeline of Omni-Video: generate, edit and understand videos and images with one object."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, SchedulerMixin, WanTransformer3DModel
@@ -273,16 +273,16 @@ class OmniVideoPipeline(
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        batch_size = len(prompts) if prompts is not None else len(mllm_hidden_states)
-        notes, (generator, seed) = [], seeded_generator(generator)
+        batch_size = len(prompts) if prompts is not None else len(cast("Sized", mllm_hidden_states))
+        notes, (generator, seed) = list[str](), seeded_generator(generator)
 
         # 2. Source and task. For an answer only the frames that the MLLM sees are decoded.
         source = Source.of(video, image, batch_size)
         if task is None or get_task(task).answers_in_text:
             task, answers = self.answer(prompts, source, task, max_new_tokens, generator)
             if get_task(task).answers_in_text:
-                settings = {"task": task, "max_new_tokens": max_new_tokens, "seed": seed}
-                return self._output(return_dict, text=answers, task=task, settings=settings)
+                asked = {"task": task, "max_new_tokens": max_new_tokens, "seed": seed}
+                return self._output(return_dict, text=answers, task=task, settings=asked)
             self._check_can_generate(task)
         room = self._source_room(
             task, prompts, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale, max_sequence_length,

@@ -12,12 +12,12 @@ from ..hub.repository import check_finished, check_indices, finalize_repository,
 from ..models.connectors import OmniVideoAdapter
 from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
 from ..processing.processing_omni_video import OmniVideoProcessor
-from ..utils.modules import has_lora
+from ..utils.modules import Host, has_lora
 
 CLASSES = {cls.__name__: cls for cls in (OmniVideoForConditionalGeneration, OmniVideoAdapter, OmniVideoProcessor)}
 
 
-class OmniVideoRepositoryMixin:
+class OmniVideoRepositoryMixin(Host):
     """
     What [`OmniVideoPipeline`] does differently from other pipelines when it is loaded and saved.
 
@@ -82,7 +82,7 @@ class OmniVideoRepositoryMixin:
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
         """Download what this pipeline needs of a Hub repository, its code excepted; as in diffusers otherwise."""
-        reader = type(cls.__name__, (_ReadsWithoutCode, cls), {})
+        reader: Any = type(cls.__name__, (_ReadsWithoutCode, cls), {})
         return super(OmniVideoRepositoryMixin, reader).download(pretrained_model_name, **kwargs)
 
     def save_pretrained(
@@ -168,7 +168,7 @@ class OmniVideoRepositoryMixin:
             )
 
 
-class _ReadsWithoutCode:
+class _ReadsWithoutCode(Host):
     """Reads an index as if its components needed no code: diffusers neither looks for it nor asks for trust."""
 
     @classmethod

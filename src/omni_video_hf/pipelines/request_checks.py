@@ -45,7 +45,7 @@ def check_number(name: str, value: Any) -> int | float:
     allowed = "a whole number" if whole else "a finite number"
     if math.isfinite(least):
         allowed += f" {'of at least' if included else 'greater than'} {least}"
-    kind = Integral if whole else Real
+    kind: Any = Integral if whole else Real
     if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
         raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
     if value < least or (value == least and not included):

@@ -224,8 +224,8 @@ class OmniVideoProcessor(ProcessorMixin):
         sampling = frames.get("frame_sampling", "upstream_understand")
         self._check_template(args, kwargs)
         batched = bool(conversation) and not isinstance(conversation[0], dict)
-        conversations = conversation if batched else [conversation]
-        loaded = [
+        conversations: Any = conversation if batched else [conversation]
+        loaded: Any = [
             [self._with_loaded_media(message, num_frames, sampling) for message in messages]
             for messages in conversations
         ]

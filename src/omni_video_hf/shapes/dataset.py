@@ -78,12 +78,13 @@ class ShapesDataset(Dataset):
             if number < 0:
                 raise ValueError(f"`{name}` must not be negative, got {number}.")
         row = get_task(task)
-        kinds = ("image", "video") if row.answers_in_text else (row.output,)
+        kinds: Any = ("image", "video") if row.answers_in_text else (row.output,)
         if kind is None and len(kinds) == 1:
             kind = kinds[0]
         if kind not in kinds:
             raise ValueError(f"`kind` must be {' or '.join(map(repr, kinds))} for task {task!r}, got {kind!r}.")
-        self.task, self.split, self.length, self.seed, self.kind = task, split, length, seed, kind
+        self.task, self.split, self.length, self.seed = task, split, length, seed
+        self.kind: Any = kind
 
     def __len__(self) -> int:
         return self.length
@@ -128,7 +129,8 @@ class ShapesDataset(Dataset):
             before = [values for values in before if (values["color"], values["shape"]) not in HELD_OUT]
         source = _place(rng, before[rng.integers(len(before))], result)
         prompt = edit_prompt(rng, source, attribute, result[attribute])
-        target = replace(source, **{attribute: result[attribute]})
+        change: dict[str, Any] = {attribute: result[attribute]}
+        target = replace(source, **change)
         return Example(self.task, self.kind, prompt, source=source, target=target, attribute=attribute)
 
     def _changeable(self) -> list[str]:

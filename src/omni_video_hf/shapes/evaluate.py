@@ -16,6 +16,7 @@ from ..pipelines.pipeline_omni_video import OmniVideoPipeline
 from ..utils.files import complete_or_absent, write_json
 from .dataset import ShapesDataset
 from .pictures import Shown, results_sheet
+from .prompts import Kind
 from .scene import FPS
 from .scores import (
     LINES,
@@ -122,7 +123,8 @@ class Evaluation:
     def _understand(self, split: str) -> list[dict[str, bool]]:
         """Ask the questions of a split, half of them on clips."""
         verdicts, shown = [], []
-        for kind, count in (("video", (self.count + 1) // 2), ("image", self.count // 2)):
+        halves: tuple[tuple[Kind, int], ...] = (("video", (self.count + 1) // 2), ("image", self.count // 2))
+        for kind, count in halves:
             dataset = ShapesDataset("understand", split, count, self.seed, kind)
             for numbers in self._batches(range(count), f"understand, {kind}s, {split}"):
                 items = [dataset[number] for number in numbers]

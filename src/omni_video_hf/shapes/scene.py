@@ -150,7 +150,7 @@ def render(
     steps = np.arange(2 * reach + 1) + 0.5
     x, y = ((corners[:, axis, None] + steps - centers[:, axis, None]).astype(np.float32) for axis in (0, 1))
     x, y = x[:, None, :], y[:, :, None]
-    shares = coverage(scene.shape, np.float32(radius), x, y) if outline is None else outline(x, y)
+    shares = coverage(scene.shape, np.asarray(radius, np.float32), x, y) if outline is None else outline(x, y)
     windows = mixtures[(shares * 255 + 0.5).astype(np.uint8)]
     for frame, window, (left, top) in zip(frames, windows, corners.tolist(), strict=False):
         frame[top : top + len(steps), left : left + len(steps)] = window

@@ -52,7 +52,7 @@ def add_lora(model: OmniVideoForConditionalGeneration, settings: Mapping[str, An
 def checkpoint_metadata(model: OmniVideoForConditionalGeneration) -> dict[str, Any]:
     """What a checkpoint of the `lora` stage says of its layers, so that `load_lora_weights` reads it, too."""
     layers = collect_lora_layers(model, ADAPTER_NAME)
-    settings = {}
+    settings: dict[str, Any] = {}
     for name, values in layers.items():
         component, is_settings, _ = name.partition("_lora_adapter_metadata")
         settings |= {f"{component}.{key}": value for key, value in values.items()} if is_settings else {}

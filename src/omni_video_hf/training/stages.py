@@ -138,12 +138,13 @@ def freeze_all_but(model: OmniVideoForConditionalGeneration, stage: Stage, losse
         for name in stage.trains:
             if not _is_reached(name, losses):
                 continue
-            if modules[name] is None:
+            module = modules[name]
+            if module is None:
                 raise ValueError(
                     f"The stage trains the {name}, which this model does not have: load it whole, or choose another "
                     f"`stage` ({', '.join(STAGES)})."
                 )
-            modules[name].requires_grad_(True)
+            module.requires_grad_(True)
         if model.adapter is not None and not _is_reached("visual_context_adapter", losses):
             model.adapter.visual_context_adapter.requires_grad_(False)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -1,6 +1,7 @@
 """A training run, from its recipe to a repository that transformers and diffusers load."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -49,11 +50,12 @@ def train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console 
 
 def _train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console) -> Path:
     checkpoint = _checkpoint_to_resume(run, args)
-    if not Path(run.model).is_dir() and run.model.count("/") != 1:
-        raise ValueError(f"`model` {run.model} is neither a folder nor a Hub repository (`owner/name`).")
+    origin = run.model or ""  # which `RunArguments` refuses
+    if not Path(origin).is_dir() and origin.count("/") != 1:
+        raise ValueError(f"`model` {origin} is neither a folder nor a Hub repository (`owner/name`).")
     check_previews(args.previews or [])
     _check_reporters(args)
-    folder = Path(run.model if Path(run.model).is_dir() else snapshot_download(run.model, revision=run.revision))
+    folder = Path(origin if Path(origin).is_dir() else snapshot_download(origin, revision=run.revision))
     check_finished(folder)
     processor = OmniVideoProcessor.from_pretrained(folder)
     data = load_training_data(run, processor, console)
@@ -126,7 +128,7 @@ def load_for_stage(
     config = stage_config(OmniVideoConfig.from_pretrained(folder), args.loss_config, precomputed)
     model = OmniVideoForConditionalGeneration.from_pretrained(folder, config=config, dtype=torch.float32)
     if args.training_stage.lora:
-        add_lora(model, args.lora)
+        add_lora(model, cast("dict[str, Any] | None", args.lora))
     return model
 
 

@@ -83,6 +83,8 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
         ValueError: for what does not fit the stage.
     """
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(
         self,
         model: OmniVideoForConditionalGeneration | None = None,
@@ -140,7 +142,7 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
         self.trained_names = freeze_all_but(model, args.training_stage, args.loss_config)
         if args.frozen_dtype != "float32":
             cast_frozen(model, getattr(torch, args.frozen_dtype))
-        if args.preview_steps > 0:
+        if args.preview_steps > 0 and self.preview_pipeline is not None:
             bind_pipeline(self.preview_pipeline, model)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
@@ -298,7 +300,7 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
         self._eval_batches += 1
         if prediction_loss_only:
             return loss.detach(), None, None
-        logits = None if "logits" in (ignore_keys or ()) else output.logits.detach()
+        logits = None if "logits" in (ignore_keys or ()) or output.logits is None else output.logits.detach()
         return loss.detach(), logits, inputs["labels"]
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -370,7 +372,7 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
             self.optimizer = optimizer_class(list(self._parameter_groups(model)), **settings)
         return super().create_optimizer(model)
 
-    def _parameter_groups(self, model: nn.Module) -> Iterable[dict[str, Any]]:
+    def _parameter_groups(self, model: Any) -> Iterable[dict[str, Any]]:
         text_head = model.get_output_embeddings()
         head = set() if text_head is None else set(text_head.parameters())
         decayed = set(self.get_decay_parameter_names(model))
@@ -413,6 +415,8 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
 
     def draw_previews(self) -> Path | None:
         """Draw the previews with the weights of now into `output_dir/previews`, and show them to the loggers."""
+        if self.preview_pipeline is None:
+            raise ValueError("The trainer was made without `preview_pipeline`, which draws the previews: pass one.")
         pipeline = self.preview_pipeline.to(self.args.device)
         was_training = self.model.training
         self.model.eval()
@@ -442,7 +446,7 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
         elif self.is_sharded:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
-            folder = Path(output_dir)
+            folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             metadata = {
                 "stage": self.args.stage,
@@ -487,8 +491,8 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
 
     def _rotate(self, run_folder: Path, *kept: Path) -> None:
         best = self.state.best_model_checkpoint
-        kept = {*kept, *([] if best is None else [Path(best)])}
-        checkpoints.rotate(run_folder, self.args.save_total_limit, self._run_id, kept)
+        spared = {*kept, *([] if best is None else [Path(best)])}
+        checkpoints.rotate(run_folder, self.args.save_total_limit, self._run_id, spared)
 
     def _finalize_training(self, trial: Any, *args: Any) -> TrainOutput:
         """With `save_total_limit=1` and a best checkpoint the others go; transformers would ask not whose they are."""
@@ -549,7 +553,7 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
                 "`frozen_dtype` must be float32 with FSDP and DeepSpeed, which shard one format at a time."
             )
 
-    def _name_fsdp_blocks(self, model: nn.Module) -> None:
+    def _name_fsdp_blocks(self, model: Any) -> None:
         """Shard by the blocks this model has: it names also those of parts that the stage left out."""
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.transformer_cls_names_to_wrap is None:

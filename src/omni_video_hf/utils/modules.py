@@ -1,8 +1,13 @@
 """Small questions about torch modules and configurations."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+
+# Base of a mixin: a type checker does not know the class that it is mixed into. At runtime it is nothing.
+Host: Any = object
 
 
 def has_lora(module: nn.Module) -> bool:
@@ -23,4 +28,4 @@ def set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
             set_dtype(getattr(config, name), dtype)
 
 
-__all__ = ["has_lora", "set_dtype"]
+__all__ = ["Host", "has_lora", "set_dtype"]

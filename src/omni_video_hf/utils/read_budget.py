@@ -70,7 +70,8 @@ def read_budget(**limits: float) -> Iterator[ReadBudget]:
     known = [entry.name for entry in fields(ReadBudget)]
     if unknown := sorted(limits.keys() - set(known)):
         raise ValueError(f"Unknown limit {', '.join(unknown)}; known are {', '.join(known)}.")
-    token = _chosen.set(replace(current_budget(), **limits))
+    chosen: dict[str, Any] = limits
+    token = _chosen.set(replace(current_budget(), **chosen))
     try:
         yield current_budget()
     finally:
@@ -94,7 +95,7 @@ def _of_environment() -> ReadBudget:
         if not text:
             continue
         try:
-            limits[entry.name] = type(entry.default)(text)
+            limits[entry.name] = (float if isinstance(entry.default, float) else int)(text)
             ReadBudget(**{entry.name: limits[entry.name]})
         except ValueError:
             raise ValueError(f"The environment variable {variable} must be a positive number, got {text!r}.") from None
@@ -126,7 +127,7 @@ class Stopwatch:
         end = object()
         iterator = iter(items)
         while (item := self.call(next, iterator, end)) is not end:
-            yield item  # type: ignore[misc]
+            yield item
 
     def overrun_error(self) -> Exception:
         """The error for a file that takes too long."""

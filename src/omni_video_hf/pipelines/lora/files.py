@@ -279,10 +279,10 @@ def split_lora(file: LoraFile, components: Mapping[str, nn.Module | None]) -> di
                 found["bias"] = layer.tensors["diff_b"] * (rank / alpha if alpha else 1.0)
             scales[layer.component][layer.name] = (rank, alpha)
             matrices[layer.component][layer.name] = found
-    for component, found in matrices.items():
-        has_bias = any("bias" in entry for entry in found.values())
+    for component, entries in matrices.items():
+        has_bias = any("bias" in entry for entry in entries.values())
         tensors = {}
-        for name, entry in found.items():
+        for name, entry in entries.items():
             tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = entry["A"], entry["B"]
             if has_bias:
                 tensors[f"{name}.lora_B.bias"] = entry.get("bias", entry["B"].new_zeros(entry["B"].shape[0]))
@@ -354,8 +354,8 @@ def _parse(key: str) -> tuple[str, str | None, str | None]:
         layer, found, rest = key.partition(mark)
         first, *adapter, last = rest.split(".") if "." in rest else (rest, "")
         if found and first in kinds and last in ("weight", "bias"):
-            kind = kinds[first] if last == "weight" else "bias" if kinds[first] == "B" else None
-            return layer, kind, ".".join(adapter) or None
+            weight = kinds[first] if last == "weight" else "bias" if kinds[first] == "B" else None
+            return layer, weight, ".".join(adapter) or None
     return key, None, None
 
 

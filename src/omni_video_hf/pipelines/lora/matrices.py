@@ -30,7 +30,9 @@ def _matrices(layer: _Layer, file: LoraFile) -> dict[str, torch.Tensor]:
                 f"{file.source}: {layer.key} ({kind}) holds {bad} values that are NaN or infinite: its training broke "
                 "off, or the file is damaged."
             )
-    found = {kind: layer.tensors[kind] for kind in ("A", "B", "bias") if kind in layer.tensors}
+    found: dict[str, torch.Tensor] = {
+        kind: layer.tensors[kind] for kind in ("A", "B", "bias") if kind in layer.tensors
+    }
     base = layer.module.get_base_layer() if hasattr(layer.module, "get_base_layer") else layer.module
     differences = [layer.tensors[kind] for kind in ("diff", "diff_b") if kind in layer.tensors]
     if not found and all(not difference.any() for difference in differences):
@@ -52,10 +54,10 @@ def _matrices(layer: _Layer, file: LoraFile) -> dict[str, torch.Tensor]:
     return found
 
 
-def _of_differences(layer: _Layer, base: nn.Module) -> dict[str, torch.Tensor]:
+def _of_differences(layer: _Layer, base: Any) -> dict[str, torch.Tensor]:
     """A difference of whole weights as two matrices whose product it is; for a bias alone the product is zero."""
-    bias = layer.tensors.get("diff_b")
     if "diff" not in layer.tensors:
+        bias = layer.tensors["diff_b"]
         return {"A": bias.new_zeros(1, base.in_features), "B": bias.new_zeros(base.out_features, 1)}
     difference = layer.tensors["diff"]
     identity = torch.eye(min(difference.shape), dtype=difference.dtype)
@@ -64,7 +66,7 @@ def _of_differences(layer: _Layer, base: nn.Module) -> dict[str, torch.Tensor]:
     return {"A": identity, "B": difference}
 
 
-def _check_shapes(layer: _Layer, found: Mapping[str, torch.Tensor], base: nn.Module, file: LoraFile) -> None:
+def _check_shapes(layer: _Layer, found: Mapping[str, torch.Tensor], base: Any, file: LoraFile) -> None:
     """Refuse matrices that are not those of this layer."""
     rank = found["A"].shape[0] if found["A"].ndim else 0
     if hasattr(base, "in_features"):

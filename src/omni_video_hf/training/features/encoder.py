@@ -77,7 +77,8 @@ class FeatureEncoder:
     ) -> None:
         settings.framing.check(pipeline.grid)
         self.pipeline, self.settings = pipeline, settings
-        self.target_model = self.target_processor = None
+        self.target_model: Any = None
+        self.target_processor: Any = None
         if target_encoder is not None:
             model = AutoModel.from_pretrained(target_encoder)
             self.target_model = getattr(model, "vision_model", model).eval().to(pipeline.vae.device)
@@ -110,7 +111,7 @@ class FeatureEncoder:
         }
 
     @property
-    def _mllm_frames(self) -> str:
+    def _mllm_frames(self) -> Literal["first", "all"]:
         return self.settings.mllm_frames or self.pipeline.processor.mllm_frames
 
     def _template(self, task: str) -> str:
@@ -146,17 +147,19 @@ class FeatureEncoder:
         """
         if get_task(row.task).answers_in_text:
             return self._question(row)
+        if framing is None or row.media is None or (source_framing is not None and row.source is None):
+            raise ValueError(f"{row.id}: task {row.task!r} needs a file and `framing` for its target and its source.")
         target = framing.load(row.media)
-        source = source_framing.load(row.source) if source_framing is not None else None
-        shown = {}
-        if source is not None:
+        source = source_framing.load(row.source) if source_framing is not None and row.source is not None else None
+        shown: dict[str, Any] = {}
+        if source is not None and source_framing is not None:
             is_image = source_framing.fps is None
             shown = {"image": Image.fromarray(source.frames[0])} if is_image else {"video": source}
         features = self._instruction(row, shown)
         features["prompt_embeds"] = self.pipeline.encode_prompt(row.text)[0]
         features["latents"] = self._latents(row.task, target, framing)
         if source is not None:
-            name = get_task(row.task).latents
+            name = str(get_task(row.task).latents)
             features[name] = self._latents(row.task, source, framing)
         if self.target_model is not None:
             features["target_features"] = self._target_features(target)
@@ -166,7 +169,7 @@ class FeatureEncoder:
         if row.media is None:
             return encode_conversation(self.pipeline.processor, row.task, row.text, row.answer)
         with row.media.open() as path:  # of a video, only the frames that are shown are decoded
-            shown = {probe(row.media).kind: path}
+            shown: dict[str, Any] = {probe(row.media).kind: path}
             return encode_conversation(self.pipeline.processor, row.task, row.text, row.answer, **shown)
 
     def _instruction(self, row: Row, shown: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -223,12 +226,13 @@ def load_encoders(
     # The pipeline reads patch sizes and widths off their configurations.
     transformer = WanTransformer3DModel.load_config(model, subfolder="transformer", **origin)
     adapter = OmniVideoAdapter.load_config(model, subfolder="adapter", **origin)
+    formats: dict[str, Any] = {} if dtype is None else {"dtype": {"default": dtype, "vae": torch.float32}}
     pipeline = OmniVideoPipeline.from_pretrained(
         model,
         transformer=WanTransformer3DModel.from_config(transformer, num_layers=0),
         adapter=OmniVideoAdapter.from_config(adapter, num_encoder_layers=0, num_decoder_layers=0),
         **origin,
-        **({} if dtype is None else {"dtype": {"default": dtype, "vae": torch.float32}}),
+        **formats,
     )
     return pipeline.to(device or PartialState().device)
 
@@ -242,7 +246,8 @@ def weights_hash(module: nn.Module) -> str:
 
     A commit of the Hub would change with its README, and a folder has none.
     """
-    config = module.config if isinstance(module.config, Mapping) else module.config.to_dict()
+    config: Any = module.config
+    config = config if isinstance(config, Mapping) else config.to_dict()
     known = {name: value for name, value in config.items() if not name.startswith("_")}
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
     for name, tensor in sorted(module.state_dict().items()):

@@ -1,17 +1,18 @@
 """Model card and push of a trainer, complete and checked."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import CommitInfo
 from transformers.trainer_utils import (
     HubStrategy,
 )
 
+from ...utils.modules import Host
 from ..reporting import publishing
 
 
-class OmniVideoPushMixin:
+class OmniVideoPushMixin(Host):
     """What [`OmniVideoTrainer`] does instead of transformers' card and push."""
 
     def create_model_card(self, dataset: str | list[str] | None = None, **_: Any) -> None:
@@ -24,7 +25,7 @@ class OmniVideoPushMixin:
             dataset: names of the data.
         """
         if self.is_world_process_zero():
-            publishing.write_card(self, [dataset] if isinstance(dataset, str) else dataset)
+            publishing.write_card(cast("Any", self), [dataset] if isinstance(dataset, str) else dataset)
 
     def push_to_hub(
         self,
@@ -57,7 +58,7 @@ class OmniVideoPushMixin:
             return None
         self.create_model_card(dataset=dataset)
         settings = {"commit_message": commit_message, "token": token, "revision": revision}
-        return publishing.push(self, Path(self.args.output_dir), base, **settings)
+        return publishing.push(cast("Any", self), Path(self.args.output_dir), base, **settings)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:  # noqa: ARG002 - the model in memory is the same
         if not self._writing and self.args.hub_strategy != HubStrategy.END:

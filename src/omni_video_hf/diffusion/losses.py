@@ -46,6 +46,11 @@ class OmniVideoLossConfig:
 
     Raises:
         ValueError: for a name that is unknown, or a number out of range.
+
+    Example:
+        >>> from omni_video_hf import OmniVideoLossConfig
+        >>> OmniVideoLossConfig(answer_weight=0.5).answer_weight
+        0.5
     """
 
     answer_weight: float = 1.0
@@ -79,7 +84,14 @@ class OmniVideoLossConfig:
                 raise ValueError(f"`{name}` must be more than 0, got {getattr(self, name)}.")
 
     def weight(self, name: str) -> float:
-        """Weight of one of `LOSS_NAMES`."""
+        """
+        Weight of one of `LOSS_NAMES`.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoLossConfig
+            >>> OmniVideoLossConfig(alignment_weight=0.25).weight("alignment")
+            0.25
+        """
         return getattr(self, f"{name}_weight")
 
 

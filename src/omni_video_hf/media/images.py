@@ -38,6 +38,12 @@ def load_image(source: Any) -> Image.Image:
 
     Raises:
         MediaError: nothing that can be read as one image.
+
+    Example:
+        >>> import numpy as np
+        >>> from omni_video_hf.media import load_image
+        >>> load_image(np.zeros((48, 64, 3), np.uint8)).size
+        (64, 48)
     """
     if isinstance(source, Image.Image):
         return _without_alpha(ImageOps.exif_transpose(source))
@@ -74,6 +80,15 @@ def save_image(
 
     Raises:
         MediaError: for another suffix, values that are no image, or metadata that are too long or not JSON.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from omni_video_hf.media import load_image, save_image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_image(Image.new("RGB", (64, 48)), f"{folder}/image.png")
+        ...     load_image(f"{folder}/image.png").size
+        (64, 48)
     """
     path = Path(path)
     if path.suffix.lower() not in IMAGE_FORMATS:
@@ -118,7 +133,15 @@ def _without_alpha(image: Image.Image) -> Image.Image:
 
 
 def contact_sheet(frames: Any, columns: int | None = None, max_frames: int = 8) -> Image.Image:
-    """A grid of up to `max_frames` frames, evenly chosen, in one row unless `columns` says otherwise."""
+    """
+    A grid of up to `max_frames` frames, evenly chosen, in one row unless `columns` says otherwise.
+
+    Example:
+        >>> import numpy as np
+        >>> from omni_video_hf.media import contact_sheet
+        >>> contact_sheet(np.zeros((4, 64, 64, 3), np.uint8), columns=2).size
+        (130, 130)
+    """
     pictures = _stack_frames(frames.frames if isinstance(frames, VideoClip) else frames)
     chosen = pictures[np.linspace(0, len(pictures) - 1, min(max_frames, len(pictures))).round().astype(int)]
     columns = columns or len(chosen)

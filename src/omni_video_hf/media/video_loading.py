@@ -49,6 +49,15 @@ def load_video(
 
     Raises:
         MediaError: unreadable, damaged, cut short, too short for what is asked, or no video.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from omni_video_hf.media import load_video, save_video
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_video(np.zeros((9, 64, 64, 3), np.uint8), f"{folder}/video.mp4", fps=8)
+        ...     len(load_video(f"{folder}/video.mp4", num_frames=5).frames)
+        5
     """
     wishes = {"fps": fps, "num_frames": num_frames, "max_frames": max_frames, "source_fps": source_fps}
     for name, value in wishes.items():
@@ -195,6 +204,15 @@ def open_media(source: str | Path) -> tuple[Literal["image", "video"], Any]:
 
     Raises:
         MediaError: neither of the two.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from omni_video_hf.media import open_media, save_video
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_video(np.zeros((9, 64, 64, 3), np.uint8), f"{folder}/video.mp4", fps=8)
+        ...     open_media(f"{folder}/video.mp4")[0]
+        'video'
     """
     with _local_file(source) as path:
         check_file(path)

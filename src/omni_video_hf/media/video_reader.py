@@ -106,6 +106,15 @@ def probe_video(path: str | Path) -> VideoInfo:
 
     Raises:
         MediaError: the file is missing, empty, a folder, cut short, damaged, a picture, or has no video stream.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from omni_video_hf.media import probe_video, save_video
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_video(np.zeros((9, 64, 64, 3), np.uint8), f"{folder}/video.mp4", fps=8)
+        ...     probe_video(f"{folder}/video.mp4").num_frames
+        9
     """
     return read_index(path).info
 

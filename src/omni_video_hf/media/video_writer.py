@@ -45,6 +45,15 @@ def save_video(
 
     Raises:
         MediaError: for another suffix, no frames, no rate, or values that are no pictures.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from omni_video_hf.media import probe_video, save_video
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_video(np.zeros((9, 64, 64, 3), np.uint8), f"{folder}/video.mp4", fps=8)
+        ...     probe_video(f"{folder}/video.mp4").fps
+        8.0
     """
     check_pyav()
     path = Path(path)

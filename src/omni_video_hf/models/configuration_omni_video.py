@@ -62,6 +62,11 @@ class OmniVideoVisionHeadConfig(PreTrainedConfig):
         null_length (`int`, defaults to 164): Length of the stored MLLM hidden states of the empty instruction.
         hidden_act (`str`, defaults to `"relu"`): Activation of the feed-forward layers.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every LayerNorm.
+
+    Example:
+        >>> from omni_video_hf import OmniVideoVisionHeadConfig
+        >>> OmniVideoVisionHeadConfig(num_query_tokens=8).num_query_tokens
+        8
     """
 
     model_type = "omni_video_vision_head"
@@ -107,6 +112,11 @@ class OmniVideoAdapterConfig(PreTrainedConfig):
         max_context_length (`int`, defaults to 2560): Tokens the decoder attends to; shorter contexts are zero-padded.
         hidden_act (`str`, defaults to `"relu"`): Activation of the feed-forward layers.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the LayerNorms of the query transformer.
+
+    Example:
+        >>> from omni_video_hf import OmniVideoAdapterConfig
+        >>> OmniVideoAdapterConfig(num_query_tokens=64).num_query_tokens
+        64
     """
 
     model_type = "omni_video_adapter"
@@ -136,7 +146,14 @@ class OmniVideoAdapterConfig(PreTrainedConfig):
         _check_heads("adapter_config", self.hidden_size, self.num_attention_heads)
 
     def adapter_kwargs(self) -> dict[str, object]:
-        """Constructor arguments of [`OmniVideoAdapter`], which is a diffusers model and keeps them as its config."""
+        """
+        Constructor arguments of [`OmniVideoAdapter`], which is a diffusers model and keeps them as its config.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoAdapterConfig
+            >>> OmniVideoAdapterConfig().adapter_kwargs()["hidden_size"]
+            4096
+        """
         return {name: getattr(self, name) for name in OmniVideoAdapterConfig.__annotations__}
 
 
@@ -164,6 +181,11 @@ class OmniVideoConfig(PreTrainedConfig):
 
     Raises:
         ValueError: when widths of neighbouring parts differ.
+
+    Example:
+        >>> from omni_video_hf import OmniVideoConfig
+        >>> OmniVideoConfig(decoder_config=None).adapter_config.hidden_size
+        4096
     """
 
     model_type = "omni_video"

@@ -60,6 +60,11 @@ class VilaConfig(PreTrainedConfig):
 
     Raises:
         ValueError: when `vision_feature_layer` names no hidden state of the tower.
+
+    Example:
+        >>> from omni_video_hf import VilaConfig
+        >>> VilaConfig(vision_feature_layer=-2).image_seq_length
+        196
     """
 
     model_type = "vila"

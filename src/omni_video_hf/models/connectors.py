@@ -238,7 +238,16 @@ class OmniVideoQueryTransformer(nn.Module):
 
 
 class OmniVideoVisionHead(nn.Module):
-    """Reads every last-layer hidden state of the MLLM, prompt and answer alike, into a few visual tokens."""
+    """
+    Reads every last-layer hidden state of the MLLM, prompt and answer alike, into a few visual tokens.
+
+    Example:
+        >>> from omni_video_hf import OmniVideoVisionHead, OmniVideoVisionHeadConfig
+        >>> config = OmniVideoVisionHeadConfig(mllm_hidden_size=32, hidden_size=16, null_length=3)
+        >>> config._attn_implementation = "sdpa"
+        >>> OmniVideoVisionHead(config).null_hidden_states().shape
+        torch.Size([3, 32])
+    """
 
     def __init__(self, config: OmniVideoVisionHeadConfig) -> None:
         super().__init__()
@@ -260,6 +269,14 @@ class OmniVideoVisionHead(nn.Module):
 
         Returns:
             `[batch, num_query_tokens, hidden_size]`
+
+        Example:
+            >>> import torch
+            >>> from omni_video_hf import OmniVideoVisionHead, OmniVideoVisionHeadConfig
+            >>> config = OmniVideoVisionHeadConfig(mllm_hidden_size=32, hidden_size=16, intermediate_size=16)
+            >>> config._attn_implementation = "sdpa"
+            >>> OmniVideoVisionHead(config)(torch.zeros(1, 7, 32)).shape
+            torch.Size([1, 4, 16])
         """
         if mllm_hidden_states is None:
             mllm_hidden_states = self.null_hidden_states()[None]
@@ -308,6 +325,14 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
     Builds the decoder's context: source, reference and visual tokens and the prompt, between marker embeddings.
 
     Arguments are the fields of [`OmniVideoAdapterConfig`].
+
+    Example:
+        >>> import torch
+        >>> from omni_video_hf import OmniVideoAdapter
+        >>> from omni_video_hf.shapes import CHECKPOINT
+        >>> adapter = OmniVideoAdapter.from_pretrained(CHECKPOINT, subfolder="adapter")
+        >>> adapter.config.hidden_size
+        128
     """
 
     _supports_gradient_checkpointing = True
@@ -385,6 +410,16 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Raises:
             ValueError: for an unknown `output_kind` or `context_overflow`, a context that does not fit, or both or
                 neither of `vision_tokens` and `vision_embeds`.
+
+        Example:
+            >>> import torch
+            >>> from omni_video_hf import OmniVideoAdapter
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> adapter = OmniVideoAdapter.from_pretrained(CHECKPOINT, subfolder="adapter")
+            >>> tokens = torch.zeros(1, 1, adapter.config.vision_hidden_size)
+            >>> context = adapter(tokens, torch.zeros(1, 5, 128), output_kind="image")
+            >>> context.shape[-1]
+            128
         """
         if (vision_tokens is None) == (vision_embeds is None):
             raise ValueError("Pass `vision_tokens` or `vision_embeds`, one of the two.")
@@ -432,6 +467,14 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         `[batch, tokens, vision_hidden_size]` -> `[batch, tokens * num_query_tokens, hidden_size]`, token-major; for an
         image only the first `num_image_vision_tokens` tokens.
+
+        Example:
+            >>> import torch
+            >>> from omni_video_hf import OmniVideoAdapter
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> adapter = OmniVideoAdapter.from_pretrained(CHECKPOINT, subfolder="adapter")
+            >>> adapter.adapt_vision_tokens(torch.zeros(1, 2, adapter.config.vision_hidden_size)).shape
+            torch.Size([1, 32, 128])
         """
         if output_kind == "image":
             vision_tokens = vision_tokens[:, : self.config.num_image_vision_tokens]
@@ -444,6 +487,14 @@ class OmniVideoAdapter(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         Zero-pad `[batch, length, hidden_size]` to `max_context_length`, as the decoder was trained: the zeros pass its
         text projection and are attended to without a mask. A longer context stays as it is.
+
+        Example:
+            >>> import torch
+            >>> from omni_video_hf import OmniVideoAdapter
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> adapter = OmniVideoAdapter.from_pretrained(CHECKPOINT, subfolder="adapter")
+            >>> adapter.pad_context(torch.zeros(1, 20, 128)).shape
+            torch.Size([1, 192, 128])
         """
         return nn.functional.pad(context, (0, 0, 0, max(0, self.config.max_context_length - context.shape[1])))
 

@@ -32,6 +32,14 @@ class OmniVideoEncodersMixin(Host):
 
         Raises:
             ValueError: for a prompt longer than `max_sequence_length` tokens, unless `context_overflow="truncate"`.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+            >>> embeds = pipe.encode_prompt(["a red circle", "a blue square"])
+            >>> len(embeds), embeds[0].shape[-1]
+            (2, 128)
         """
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("This pipeline was loaded without text encoder: pass `prompt_embeds`.")
@@ -76,6 +84,13 @@ class OmniVideoEncodersMixin(Host):
 
         Returns:
             `[batch, num_query_tokens, vision width]`
+
+        Example:
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+            >>> pipe.encode_instruction("t2i", "a red circle").shape[-1]
+            128
         """
         if mllm_hidden_states is not None:
             return self.mllm(mllm_hidden_states=mllm_hidden_states, output_vision_tokens=True).vision_tokens

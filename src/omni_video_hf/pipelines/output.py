@@ -20,6 +20,11 @@ class OmniVideoPipelineOutput(BaseOutput):
         fps: frames per second to play the videos at; `None` for images and answers.
         settings: every setting used.
         notes: what had to be decided for the caller, one sentence each, such as a rounded size.
+
+    Example:
+        >>> from omni_video_hf import OmniVideoPipelineOutput
+        >>> OmniVideoPipelineOutput(text=["red"], task="understand").text
+        ['red']
     """
 
     frames: Any = None

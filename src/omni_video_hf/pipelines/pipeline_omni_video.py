@@ -65,6 +65,13 @@ class OmniVideoPipeline(
             the components came with, or upstream's.
         scheduler_shift (`float`, *optional*): Shift of the scheduler that the presets belong to: with another one the
             scheduler's counts. By default the presets' own, or the scheduler's where they differ by task.
+
+    Example:
+        >>> from omni_video_hf import OmniVideoPipeline
+        >>> from omni_video_hf.shapes import CHECKPOINT
+        >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+        >>> sorted(pipe.config.presets)
+        ['i2i', 'i2v', 't2i', 't2v', 'v2v']
     """
 
     model_cpu_offload_seq = "mllm->text_encoder->adapter->transformer->vae"
@@ -237,6 +244,14 @@ class OmniVideoPipeline(
         Raises:
             ValueError: for inputs that do not go together, sizes off the latent grid, or a source too long for the
                 context. Nothing is cut, resized or replaced without a note or a warning.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+            >>> output = pipe("a big red circle on a white background", task="t2i", num_inference_steps=2)
+            >>> output.frames[0][0].size
+            (64, 64)
         """
         # 1. Inputs
         self._begin_call(guidance_scale or 0.0, attention_kwargs)
@@ -455,6 +470,13 @@ class OmniVideoPipeline(
         A scheduler for one call, on upstream's sigmas where its `set_timesteps` takes sigmas.
 
         The pipeline's own scheduler is not touched: calls do not leave state behind.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+            >>> len(pipe.prepare_scheduler(num_inference_steps=4, flow_shift=3.0).timesteps)
+            4
         """
         check_numbers(num_inference_steps=num_inference_steps, flow_shift=flow_shift)
         return prepare_scheduler(self.scheduler, num_inference_steps, flow_shift, device)

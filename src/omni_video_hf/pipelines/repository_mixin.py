@@ -47,6 +47,13 @@ class OmniVideoRepositoryMixin(Host):
         Raises:
             ValueError: for an unknown profile, one together with arguments that it chooses, or without accelerator;
                 for a folder into which a save did not finish, or whose index names files outside of it.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+            >>> type(pipe).__name__
+            'OmniVideoPipeline'
         """
         if Path(pretrained_model_name_or_path).is_dir():
             check_finished(pretrained_model_name_or_path)
@@ -68,7 +75,15 @@ class OmniVideoRepositoryMixin(Host):
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """The pipeline's index, as in diffusers, with this code's classes in the place of the repository's."""
+        """
+        The pipeline's index, as in diffusers, with this code's classes in the place of the repository's.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> OmniVideoPipeline.load_config(CHECKPOINT)["_class_name"]
+            'OmniVideoPipeline'
+        """
         if Path(pretrained_model_name_or_path).is_dir():  # a user's, or what was downloaded
             check_indices(pretrained_model_name_or_path)
         config = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
@@ -106,6 +121,17 @@ class OmniVideoRepositoryMixin(Host):
 
         Raises:
             ValueError: when a component carries LoRA layers, or is of a class that no repository's code knows.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+            >>> import tempfile
+            >>> from pathlib import Path
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     pipe.save_pretrained(folder)
+            ...     (Path(folder) / "model_index.json").is_file()
+            True
         """
         if not safe_serialization:
             raise ValueError("`safe_serialization=False` would write pickles, which can run code: leave it `True`.")

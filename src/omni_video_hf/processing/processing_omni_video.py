@@ -67,6 +67,13 @@ class OmniVideoProcessor(ProcessorMixin):
         num_frames (`int`, defaults to 8): Frames of a video the MLLM is shown.
         mllm_frames (`str`, defaults to `"first"`): Of a video to edit, the MLLM is shown the first frame only, as
             upstream's is, or `"all"`: `num_frames` of them. What it was trained with.
+
+    Example:
+        >>> from omni_video_hf import OmniVideoProcessor
+        >>> from omni_video_hf.shapes import CHECKPOINT
+        >>> processor = OmniVideoProcessor.from_pretrained(CHECKPOINT)
+        >>> processor.num_frames > 0
+        True
     """
 
     # What a call takes where it is told nothing: `generate` needs the padding on the left.
@@ -281,6 +288,14 @@ class OmniVideoProcessor(ProcessorMixin):
         Raises:
             ValueError: for an unknown task, an empty prompt, a prompt that holds control tokens, or media that the
                 task does not take.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoProcessor
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> processor = OmniVideoProcessor.from_pretrained(CHECKPOINT)
+            >>> inputs = processor.apply_task_template("t2i", "a red circle", return_tensors="pt")
+            >>> inputs["input_ids"].shape == inputs["attention_mask"].shape
+            True
         """
         mllm_frames = self.mllm_frames if mllm_frames is None else mllm_frames
         _check_mllm_frames(mllm_frames)
@@ -308,6 +323,13 @@ class OmniVideoProcessor(ProcessorMixin):
             prompt: the user's text.
             num_images: images or frames shown; by default one where the task has a source.
             allow_empty: take an empty prompt.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoProcessor
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> processor = OmniVideoProcessor.from_pretrained(CHECKPOINT)
+            >>> "a red circle" in processor.build_prompt("t2i", "a red circle")
+            True
         """
         spec = get_task(task)
         self._check_prompt(prompt, allow_empty)
@@ -346,6 +368,13 @@ class OmniVideoProcessor(ProcessorMixin):
         As upstream: text between placeholders is tokenised piece by piece with special tokens on. When the first
         piece starts with bos, one bos is kept and the first id of *every* piece is dropped. With a tokenizer that adds
         bos this leaves two (its own and the template's); with one that does not, later pieces lose a real token.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoProcessor
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> processor = OmniVideoProcessor.from_pretrained(CHECKPOINT)
+            >>> len(processor.tokenize_prompt("a red circle")) > 0
+            True
         """
         return self._tokenize(prompt)[0]
 
@@ -377,6 +406,14 @@ class OmniVideoProcessor(ProcessorMixin):
         """
         `[images, 3, size, size]` float32 pixel values of images of any kind [`load_image`] reads; `kwargs` are the
         image processor's.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoProcessor
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> processor = OmniVideoProcessor.from_pretrained(CHECKPOINT)
+            >>> from PIL import Image
+            >>> processor.preprocess_images([Image.new("RGB", (64, 64))]).shape[:2]
+            torch.Size([1, 3])
         """
         pictures = [load_image(image) for image in images]
         if self.image_aspect_ratio == "pad":
@@ -387,7 +424,17 @@ class OmniVideoProcessor(ProcessorMixin):
     def sample_frames(
         self, video: Any, num_frames: int, sampling: str = "upstream_understand", only_first: bool = False
     ) -> list[Image.Image]:
-        """Frames of a video (path, URL, frames, array, tensor or `VideoClip`) by a named strategy, as PIL images."""
+        """
+        Frames of a video (path, URL, frames, array, tensor or `VideoClip`) by a named strategy, as PIL images.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoProcessor
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> processor = OmniVideoProcessor.from_pretrained(CHECKPOINT)
+            >>> import numpy as np
+            >>> len(processor.sample_frames(np.zeros((16, 64, 64, 3), np.uint8), num_frames=4))
+            4
+        """
         frames = load_sampled_video(video, sampling, num_frames)
         return [Image.fromarray(frame) for frame in frames[: 1 if only_first else None]]
 

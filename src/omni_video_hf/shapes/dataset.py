@@ -31,6 +31,11 @@ class Example:
         target: the scene to draw; `None` for questions.
         answer: the exact answer to a question, else `None`.
         attribute: what an edit changes or a question is on (or `"describe"`); `None` for generation.
+
+    Example:
+        >>> from omni_video_hf.shapes import ShapesDataset
+        >>> ShapesDataset("t2i", "train", length=8).example(0).kind
+        'image'
     """
 
     task: str
@@ -68,6 +73,11 @@ class ShapesDataset(Dataset):
 
     Raises:
         ValueError: for an unknown name, a `kind` that is not the task's, or a negative number.
+
+    Example:
+        >>> from omni_video_hf.shapes import ShapesDataset
+        >>> sorted(ShapesDataset("i2i", "train", length=8)[0])
+        ['prompt', 'source', 'target']
     """
 
     def __init__(self, task: str, split: str, length: int, seed: int = 0, kind: Kind | None = None) -> None:
@@ -101,7 +111,14 @@ class ShapesDataset(Dataset):
         return item
 
     def example(self, index: int) -> Example:
-        """Example `index` as scenes and words, without drawing it; negative numbers count from the end."""
+        """
+        Example `index` as scenes and words, without drawing it; negative numbers count from the end.
+
+        Example:
+            >>> from omni_video_hf.shapes import ShapesDataset
+            >>> ShapesDataset("v2v", "train", length=8).example(-1).task
+            'v2v'
+        """
         index = range(self.length)[index]
         stream = (TASKS.index(self.task), SPLITS.index(self.split), int(self.kind == "video"), self.seed, index)
         rng = np.random.default_rng(stream)

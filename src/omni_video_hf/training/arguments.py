@@ -43,6 +43,11 @@ class OmniVideoTrainingArguments(TrainingArguments):
 
     Raises:
         ValueError: for unknown names and numbers out of range.
+
+    Example:
+        >>> from omni_video_hf.training import OmniVideoTrainingArguments
+        >>> OmniVideoTrainingArguments("run", stage="align", report_to="none").training_stage.lora
+        False
     """
 
     stage: str = field(

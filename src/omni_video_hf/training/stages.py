@@ -35,6 +35,11 @@ class Stage:
         losses: names of `LOSS_NAMES` that are minimised; the others have weight 0.
         lora: whether low-rank matrices train instead of weights.
         about: one sentence for people.
+
+    Example:
+        >>> from omni_video_hf.training import STAGES
+        >>> STAGES["lora"].lora
+        True
     """
 
     trains: tuple[str, ...]
@@ -43,7 +48,14 @@ class Stage:
     lora: bool = False
 
     def loss_config(self, options: Mapping[str, Any] | None = None) -> OmniVideoLossConfig:
-        """The losses of this stage, with `options` (fields of [`OmniVideoLossConfig`]) in place of its defaults."""
+        """
+        The losses of this stage, with `options` (fields of [`OmniVideoLossConfig`]) in place of its defaults.
+
+        Example:
+            >>> from omni_video_hf.training import STAGES
+            >>> STAGES["align"].loss_config().flow_matching_weight
+            0.0
+        """
         options = dict(options or {})
         check_known("losses", options, [field.name for field in fields(OmniVideoLossConfig)])
         weights = {f"{name}_weight": float(name in self.losses) for name in LOSS_NAMES}

@@ -66,6 +66,12 @@ def read_budget(**limits: float) -> Iterator[ReadBudget]:
 
     Raises:
         ValueError: for an unknown limit, or one that is no positive number.
+
+    Example:
+        >>> from omni_video_hf import read_budget
+        >>> with read_budget(max_pixels=500_000_000) as budget:
+        ...     budget.max_pixels
+        500000000
     """
     known = [entry.name for entry in fields(ReadBudget)]
     if unknown := sorted(limits.keys() - set(known)):

@@ -1,13 +1,13 @@
 """Configuration of Omni-Video: MLLM, vision head, adapter and decoder, and how their widths must fit."""
 
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_vila import SubConfig, VilaConfig
+from .configuration_vila import VilaConfig
 
 # Wan2.1-T2V-1.3B in the words of `WanTransformer3DModel`.
 WAN_2_1_T2V_1_3B = {
@@ -207,9 +207,14 @@ class OmniVideoConfig(PreTrainedConfig):
         "adapter_config": SubConfigSpec(config_class=OmniVideoAdapterConfig, optional=True),
     }
 
-    mllm_config: SubConfig = None
-    vision_head_config: SubConfig = None
-    adapter_config: SubConfig = field(default_factory=dict)
+    if TYPE_CHECKING:  # given as a dictionary or not, a part is a configuration once this one is made
+        mllm_config: Any = None
+        vision_head_config: Any = None
+        adapter_config: Any = field(default_factory=dict)
+    else:
+        mllm_config: dict | PreTrainedConfig | None = None
+        vision_head_config: dict | PreTrainedConfig | None = None
+        adapter_config: dict | PreTrainedConfig | None = field(default_factory=dict)
     decoder_config: dict | None = field(default_factory=lambda: dict(WAN_2_1_T2V_1_3B))
     enable_mllm: bool = True
     image_generation_token_id: int = 128002

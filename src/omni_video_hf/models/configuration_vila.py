@@ -6,13 +6,6 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-# A part's configuration may be given as a dictionary, but is never one once the configuration is made: what reads it
-# need not ask. The attributes it has depend on the model type.
-if TYPE_CHECKING:
-    SubConfig = Any
-else:
-    SubConfig = dict | PreTrainedConfig | None
-
 # Llama-3-8B with the `[PAD]` row that upstream's training adds, and SigLIP so400m/14 at 384 pixels.
 _LLAMA_3_8B = {
     "vocab_size": 128257,
@@ -75,8 +68,12 @@ class VilaConfig(PreTrainedConfig):
         ),
     }
 
-    text_config: SubConfig = None
-    vision_config: SubConfig = None
+    if TYPE_CHECKING:  # given as a dictionary or not, a part is a configuration once this one is made
+        text_config: Any = None
+        vision_config: Any = None
+    else:
+        text_config: dict | PreTrainedConfig | None = None
+        vision_config: dict | PreTrainedConfig | None = None
     vision_feature_layer: int = -2
     projector_layer_norm_eps: float = 1e-5
     image_token_id: int = 128257
@@ -106,4 +103,4 @@ class VilaConfig(PreTrainedConfig):
         return ((grid + 1) // 2) ** 2
 
 
-__all__ = ["SubConfig", "VilaConfig"]
+__all__ = ["VilaConfig"]

@@ -12,12 +12,26 @@ import typer
 
 from ..shapes import CHECKPOINT, CHECKPOINT_NAME
 from ..utils.masking import clean_token
+from ..utils.names import is_repository_name
 from .console import UsageProblem
 
 SHAPES = str(CHECKPOINT)  # what there is to try without weights of one's own
 FPS_RANGE = (0.01, 1000.0)  # as in `media.video_writer`
 MAX_SEED = 2**64 - 1
 MAX_SIDE = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".mp4": 16384}  # pixels that formats and encoders take
+
+
+def width_and_height(size: str) -> tuple[int, int]:
+    """
+    Both numbers of a `--size`.
+
+    Raises:
+        UsageProblem: for anything but WIDTHxHEIGHT in whole pixels of at least 1.
+    """
+    width, _, height = size.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise UsageProblem(f"`--size {size}` must be WIDTHxHEIGHT in pixels, such as 832x480.")
+    return int(width), int(height)
 
 
 @dataclass(frozen=True)
@@ -96,10 +110,8 @@ class Drawing:
         """Of `--size`; `None` both where it was not given."""
         if self.size is None:
             return None, None
-        width, _, height = self.size.lower().partition("x")
-        if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-            raise UsageProblem(f"`--size {self.size}` must be WIDTHxHEIGHT in pixels, such as 832x480.")
-        return int(height), int(width)
+        width, height = width_and_height(self.size)
+        return height, width
 
     def settings(self) -> dict[str, Any]:
         """Arguments of the pipeline's call, without its seed."""
@@ -140,7 +152,7 @@ def check_repository(name: str, flag: str = "") -> None:
         return
     if place.is_file():
         raise UsageProblem(f"`{flag}{name}` is a file: give the folder of a repository, or `owner/name` on the Hub.")
-    if name.count("/") != 1 or name.startswith(("/", ".", "~")) or name.endswith("/"):
+    if not is_repository_name(name):
         missing = "; there is no such folder" if "/" in name else ""
         raise UsageProblem(f"{flag}{name}: is neither a folder nor a Hub repository (`owner/name`){missing}.")
     if place.parent.is_dir():

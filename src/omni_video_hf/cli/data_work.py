@@ -22,6 +22,8 @@ from ..training.features.cache_files import check_output
 from ..training.features.encoder import FeatureEncoder, PrecomputeSettings, load_encoders
 from ..training.features.import_features import import_features
 from ..training.features.precompute import precompute
+from ..utils.modules import dtype_of
+from .checks import width_and_height
 
 console = Console(stderr=True)
 
@@ -43,7 +45,7 @@ def compute(
 ) -> Path:
     """Load what encodes, bring the cache up to date and say what was done; see [`precompute`]."""
     start_processes()
-    weights = None if dtype is None else getattr(torch, dtype)
+    weights = None if dtype is None else dtype_of(dtype)
     pipeline = load_encoders(model, weights, revision=revision, token=token)
     encoder = FeatureEncoder(pipeline, settings, target_encoder)
     return _reported(
@@ -60,7 +62,7 @@ def read_settings(
     sizes: Sequence[str], frames: Sequence[int], fps: str | None, instruction: str, mllm_frames: str | None
 ) -> PrecomputeSettings:
     """The settings behind the command's words."""
-    rules = FramingRules([_size(text) for text in sizes], tuple(frames), _fps(fps))
+    rules = FramingRules([width_and_height(text) for text in sizes], tuple(frames), _fps(fps))
     words: dict[str, Any] = {"instruction": instruction, "mllm_frames": mllm_frames}  # checked by the settings
     return PrecomputeSettings(rules, **words)
 
@@ -126,13 +128,6 @@ def _show(report: BuildReport, output: Path) -> None:
         f"{skipped} skipped",
         highlight=False,
     )
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit()):
-        raise ValueError(f"`--size {text}` must be WIDTHxHEIGHT in pixels, such as 832x480.")
-    return int(width), int(height)
 
 
 def _fps(text: str | None) -> float | Literal["source"] | None:

@@ -14,6 +14,7 @@ from ..hub.remote_code import __version__
 from ..shapes import CHECKPOINT_NAME
 from ..tasks import find_task
 from ..utils.masking import MaskedStream, mask_tokens
+from ..utils.names import is_repository_name
 from . import data as data_cli
 from . import evaluate as shapes_cli
 from . import train as training_cli
@@ -315,7 +316,7 @@ def push(
     Run it again after an interruption: what has arrived is not sent again.
     """
     with one_line_errors(verbose, light=True):
-        if target.count("/") != 1:
+        if not is_repository_name(target):
             raise UsageProblem(f"`{target}` must be a Hub repository, `owner/name`.")
         check_repository(source)
         start_libraries(verbose)

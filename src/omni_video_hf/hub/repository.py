@@ -12,7 +12,6 @@ import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from ..utils.files import is_plain_name, visible_files, write_text
+from ..utils.files import is_plain_name, read_json, visible_files, write_json, write_text
 from .remote_code import write_remote_code
 from .staging import (
     PIPELINE_INDEX_NAME,
@@ -67,10 +66,10 @@ def finalize_repository(directory: str | Path, variant: str | None = None) -> No
     """
     directory = Path(directory)
     for path in (*directory.glob("*/config.json"), *visible_files(directory, "tokenizer_config.json")):
-        content = _read_json(path)
+        content = read_json(path)
         if content.keys() & _LOCAL_ENTRIES:
             kept = {name: value for name, value in content.items() if name not in _LOCAL_ENTRIES}
-            _write_json(path, kept, sort_keys=True)
+            write_json(path, kept, sort_keys=True)
     if (directory / "mllm" / "config.json").is_file():
         write_root_index(directory, variant)
     _keep_presets(directory)
@@ -79,11 +78,11 @@ def finalize_repository(directory: str | Path, variant: str | None = None) -> No
 
 def _keep_presets(directory: Path) -> None:
     """Give the adapter the presets of the pipeline: a model that is saved without a pipeline does not have them."""
-    index, path = _read_json(directory / PIPELINE_INDEX_NAME), directory / "adapter" / "config.json"
-    adapter = _read_json(path)
+    index, path = read_json(directory / PIPELINE_INDEX_NAME), directory / "adapter" / "config.json"
+    adapter = read_json(path)
     if index and adapter and index.get("presets") and "_presets" not in adapter:
         kept = {"presets": index["presets"], "scheduler_shift": index.get("scheduler_shift")}
-        _write_json(path, adapter | {"_presets": kept}, sort_keys=True)
+        write_json(path, adapter | {"_presets": kept}, sort_keys=True)
 
 
 def write_root_index(directory: str | Path, variant: str | None = None) -> None:
@@ -112,13 +111,13 @@ def write_root_index(directory: str | Path, variant: str | None = None) -> None:
                 total_size += num_bytes
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     index_name = INDEX_NAME if variant is None else INDEX_NAME.replace(".json", f".{variant}.json")
-    _write_json(directory / index_name, index)
+    write_json(directory / index_name, index)
 
-    mllm, adapter, decoder = (_read_json(directory / name / "config.json") for name in MODEL_FOLDERS)
+    mllm, adapter, decoder = (read_json(directory / name / "config.json") for name in MODEL_FOLDERS)
     whole = {name: mllm[name] for name in _MODEL_FIELDS if name in mllm}
     whole["adapter_config"] = adapter and _without_private(adapter) | {"model_type": "omni_video_adapter"}
     whole["decoder_config"] = decoder and _without_private(decoder)
-    _write_json(directory / "config.json", whole, sort_keys=True)
+    write_json(directory / "config.json", whole, sort_keys=True)
     _write_generation_config(directory)
 
 
@@ -134,14 +133,14 @@ def _write_generation_config(directory: Path) -> None:
     diffusers downloads no `generation_config.json` of a component; transformers then takes them from `config.json`.
     """
     path, component = directory / "mllm" / GENERATION_CONFIG_NAME, directory / "mllm" / "config.json"
-    settings = _read_json(path)
+    settings = read_json(path)
     if settings is None:
         return
     write_text(directory / path.name, path.read_text(encoding="utf-8"))
     names = GenerationConfig().to_dict().keys() - {"transformers_version"}
-    config = {name: value for name, value in _read_json(component).items() if name not in names}
+    config = {name: value for name, value in read_json(component).items() if name not in names}
     settings = {name: value for name, value in settings.items() if name in names}
-    _write_json(component, config | settings, sort_keys=True)
+    write_json(component, config | settings, sort_keys=True)
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -210,7 +209,7 @@ def complete_repository(
         unneeded = ["*.py", "README.md", *(f"{name}/*" for name in kept)]
         source = Path(snapshot_download(str(base), revision=revision, token=token, ignore_patterns=unneeded))
     check_finished(source)
-    index = _read_json(source / PIPELINE_INDEX_NAME)
+    index = read_json(source / PIPELINE_INDEX_NAME)
     if index is None:
         raise ValueError(f"{base}: has no {PIPELINE_INDEX_NAME}, so it cannot complete {directory} to a pipeline.")
     components = [name for name, value in index.items() if isinstance(value, list) and name[0] != "_" and value[0]]
@@ -266,16 +265,16 @@ def _add_left_out_mllm(directory: Path, source: Path, new: Path, copy: Callable[
         weight_map |= dict.fromkeys(kept, shard)
         total_size += sum(header[key][2] for key in kept)
     content = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(target / INDEX_NAME, content)
-    config = _read_json(folder / "config.json") | {"enable_mllm": True}
-    _write_json(target / "config.json", config, sort_keys=True)
+    write_json(target / INDEX_NAME, content)
+    config = read_json(folder / "config.json") | {"enable_mllm": True}
+    write_json(target / "config.json", config, sort_keys=True)
     if (base / GENERATION_CONFIG_NAME).is_file():
         copy(base / GENERATION_CONFIG_NAME, target / GENERATION_CONFIG_NAME)
     return [f"mllm/{file.name}" for file in heads]
 
 
 def _lacks_mllm(folder: Path) -> bool:
-    return not (_read_json(folder / "config.json") or {}).get("enable_mllm", True)
+    return not (read_json(folder / "config.json") or {}).get("enable_mllm", True)
 
 
 def link_weights(source: str | Path, target: str | Path) -> None:
@@ -345,7 +344,7 @@ def missing_parts(directory: str | Path) -> list[str]:
     """What a folder lacks to be a repository that transformers and diffusers load; empty when it is one."""
     directory = Path(directory)
     missing = [name for name in (PIPELINE_INDEX_NAME, "config.json") if not (directory / name).is_file()]
-    index = _read_json(directory / PIPELINE_INDEX_NAME) or {}
+    index = read_json(directory / PIPELINE_INDEX_NAME) or {}
     components = [name for name, value in index.items() if isinstance(value, list) and name[0] != "_" and value[0]]
     missing += [name for name in components if not (directory / name).is_dir()]
     if not any(_is_processor_file(path) for path in directory.iterdir()):
@@ -356,14 +355,6 @@ def missing_parts(directory: str | Path) -> list[str]:
 def _is_processor_file(path: Path) -> bool:
     names = ("processor_config.json", "chat_template.jinja")
     return path.is_file() and (path.name in names or path.name.startswith("tokenizer"))
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _write_json(path: Path, content: dict, sort_keys: bool = False) -> None:
-    write_text(path, json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
 
 
 def _bits(dtype: str) -> int:

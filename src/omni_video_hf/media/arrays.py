@@ -6,7 +6,7 @@ import torch
 from .video_reader import MediaError, over_background
 
 
-def _to_uint8_rgb(values: np.ndarray | torch.Tensor, name: str, ndim: int) -> np.ndarray:
+def to_uint8_rgb(values: np.ndarray | torch.Tensor, name: str, ndim: int) -> np.ndarray:
     """uint8 RGB with channels last; `ndim` is the number of dimensions without channels."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()

@@ -14,7 +14,7 @@ DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer; the session's own default 
 
 
 @contextmanager
-def _local_file(source: str | Path) -> Iterator[Path]:
+def local_file(source: str | Path) -> Iterator[Path]:
     """The file itself, or a download of a URL that is gone afterwards."""
     if not str(source).startswith(("http://", "https://")):
         yield Path(source)

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
-from .arrays import _to_uint8_rgb
+from .arrays import to_uint8_rgb
 from .clip import VideoClip
-from .download import _local_file
-from .output_file import METADATA_KEY, _complete_or_absent, _metadata_text
+from .download import local_file
+from .output_file import METADATA_KEY, complete_output, metadata_text
 from .video_reader import (
     BACKGROUND,
     STRIP,
@@ -48,10 +48,10 @@ def load_image(source: Any) -> Image.Image:
     if isinstance(source, Image.Image):
         return _without_alpha(ImageOps.exif_transpose(source))
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        return Image.fromarray(_to_uint8_rgb(source, "image", 2))
+        return Image.fromarray(to_uint8_rgb(source, "image", 2))
     if not isinstance(source, (str, Path)):
         raise MediaError(f"An image must be a path, URL, PIL image, array or tensor, got {type(source).__name__}.")
-    with _local_file(source) as path:
+    with local_file(source) as path:
         check_file(path)
         found = picture_format(path)
         if found is None:
@@ -96,7 +96,7 @@ def save_image(
     picture, kind = load_image(image), IMAGE_FORMATS[path.suffix.lower()]
     options: dict[str, Any] = {"quality": 95}
     if metadata is not None:
-        text = _metadata_text(metadata)
+        text = metadata_text(metadata)
         if kind == "JPEG" and len(text) > MAX_EXIF_BYTES:
             raise MediaError(f"{path}: `metadata` has {len(text)} bytes, a JPEG takes {MAX_EXIF_BYTES}. Write a PNG.")
         if kind == "PNG":
@@ -105,14 +105,14 @@ def save_image(
         else:
             options["exif"] = Image.Exif()
             options["exif"][ExifTags.Base.ImageDescription] = text
-    with _complete_or_absent(path) as partial:
+    with complete_output(path) as partial:
         picture.save(partial, format=kind, **options)
 
 
 def _without_alpha(image: Image.Image) -> Image.Image:
     """RGB of an upright image of any mode."""
     if image.mode == "F":
-        return Image.fromarray(_to_uint8_rgb(np.asarray(image), "image", 2))
+        return Image.fromarray(to_uint8_rgb(np.asarray(image), "image", 2))
     if image.mode.startswith("I"):  # 16 bits and more: Pillow would clip instead of scaling
         values = np.asarray(image)
         top = 65535.0 if values.max() > 255 or image.mode.startswith("I;16") else 255.0
@@ -142,7 +142,7 @@ def contact_sheet(frames: Any, columns: int | None = None, max_frames: int = 8) 
         >>> contact_sheet(np.zeros((4, 64, 64, 3), np.uint8), columns=2).size
         (130, 130)
     """
-    pictures = _stack_frames(frames.frames if isinstance(frames, VideoClip) else frames)
+    pictures = stack_frames(frames.frames if isinstance(frames, VideoClip) else frames)
     chosen = pictures[np.linspace(0, len(pictures) - 1, min(max_frames, len(pictures))).round().astype(int)]
     columns = columns or len(chosen)
     rows = -(-len(chosen) // columns)
@@ -154,10 +154,10 @@ def contact_sheet(frames: Any, columns: int | None = None, max_frames: int = 8) 
     return sheet
 
 
-def _stack_frames(frames: Any) -> np.ndarray:
+def stack_frames(frames: Any) -> np.ndarray:
     """uint8 `[frames, height, width, 3]` of frames in any form."""
     if isinstance(frames, (np.ndarray, torch.Tensor)):
-        stacked = _to_uint8_rgb(frames, "video", 3)
+        stacked = to_uint8_rgb(frames, "video", 3)
     elif isinstance(frames, (list, tuple)):
         pictures = [np.asarray(load_image(frame)) for frame in frames]
         shapes = {picture.shape for picture in pictures}

@@ -13,7 +13,7 @@ from .video_reader import MediaError
 METADATA_KEY = "omni_video"  # under which files say how they were made, as JSON
 
 
-def _metadata_text(metadata: Mapping[str, Any]) -> str:
+def metadata_text(metadata: Mapping[str, Any]) -> str:
     """The metadata as one line of ASCII, which every format keeps."""
     try:
         return json.dumps({METADATA_KEY: dict(metadata)}, allow_nan=False)
@@ -22,7 +22,7 @@ def _metadata_text(metadata: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _complete_or_absent(path: Path) -> Iterator[Path]:
+def complete_output(path: Path) -> Iterator[Path]:
     """
     A name to write under; it becomes `path` when the block ends well, and is removed otherwise.
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import is_av_available
 
-from .output_file import _complete_or_absent, _metadata_text
+from .output_file import complete_output, metadata_text
 from .video_loading import load_video
 from .video_reader import MediaError, check_pyav
 
@@ -65,10 +65,10 @@ def save_video(
         raise MediaError("`fps` must be given for frames that carry no rate.")
     if not FPS_RANGE[0] <= rate <= FPS_RANGE[1]:
         raise MediaError(f"`fps` must be {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} frames per second, got {rate}.")
-    comment = None if metadata is None else _metadata_text(metadata)
+    comment = None if metadata is None else metadata_text(metadata)
     odd_rows, odd_columns = clip.frames.shape[1] % 2, clip.frames.shape[2] % 2
     options = {"movflags": "+faststart"}  # the index first: browsers play while they load
-    with _complete_or_absent(path) as partial, av.open(str(partial), "w", format="mp4", options=options) as container:
+    with complete_output(path) as partial, av.open(str(partial), "w", format="mp4", options=options) as container:
         if comment is not None:
             container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(100_000))

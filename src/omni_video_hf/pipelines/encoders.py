@@ -138,7 +138,7 @@ class OmniVideoEncodersMixin(Host):
         """
         if negative_prompt is None and negative_mllm_hidden_states is None:
             return self.mllm(output_vision_tokens=True).vision_tokens
-        negatives = None if negative_prompt is None else _per_prompt(negative_prompt, batch_size)
+        negatives = None if negative_prompt is None else per_prompt(negative_prompt, batch_size)
         return self.encode_instruction(
             task, negatives, source, negative_mllm_hidden_states, mllm_frames, allow_empty=True
         )
@@ -161,7 +161,7 @@ class OmniVideoEncodersMixin(Host):
         return mean, std
 
 
-def _per_prompt(value: str | list[str], batch_size: int) -> list[str]:
+def per_prompt(value: str | list[str], batch_size: int) -> list[str]:
     return [value] * batch_size if isinstance(value, str) else value
 
 

@@ -19,7 +19,7 @@ from ..processing.processing_omni_video import OmniVideoProcessor
 from ..tasks import find_task, get_task
 from ..utils.turns import OwnRandomNumbers, in_turn
 from .denoising import OmniVideoDenoisingMixin, callback_inputs, register_with_cache_dit, whole_call
-from .encoders import OmniVideoEncodersMixin, _per_prompt
+from .encoders import OmniVideoEncodersMixin, per_prompt
 from .guidance import Guidance
 from .lora.loader import OmniVideoLoraLoaderMixin, with_lora_scale, without_lora_scale
 from .output import OmniVideoPipelineOutput
@@ -30,7 +30,7 @@ from .presets import (
     keep_presets,
 )
 from .repository_mixin import OmniVideoRepositoryMixin
-from .request import OmniVideoRequestMixin, _rows
+from .request import OmniVideoRequestMixin, rows_of
 from .request_checks import check_numbers, check_result
 from .scheduling import prepare_scheduler, preset_shift
 
@@ -330,7 +330,7 @@ class OmniVideoPipeline(
                 self.encode_prompt(prompts, max_sequence_length, context_overflow), "The text encoder"
             )
         if self.do_classifier_free_guidance and negative_prompt is not None:
-            negatives = _per_prompt(negative_prompt, batch_size)
+            negatives = per_prompt(negative_prompt, batch_size)
             negative_prompt_embeds = self.encode_prompt(negatives, max_sequence_length, context_overflow)
         if source.kind is not None:
             encoded = check_result(self.encode_source(source, settings), "The VAE's encoder")
@@ -342,7 +342,7 @@ class OmniVideoPipeline(
             condition = source_latents if source_latents is not None else reference_latents
             notes += self._notes_of_overflow(
                 prompts, negative_prompt if self.do_classifier_free_guidance else None,
-                [*prompt_embeds, *_rows(negative_prompt_embeds)],
+                [*prompt_embeds, *rows_of(negative_prompt_embeds)],
                 0 if condition is None else self.grid.tokens_of_latents(condition.shape[2:]),
                 max_sequence_length, max_context_length, output_kind,
             )  # fmt: skip

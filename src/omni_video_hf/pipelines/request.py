@@ -266,7 +266,7 @@ class OmniVideoRequestMixin(Host):
         scale = self._preset(task)["guidance_scale"] if guidance_scale is None else guidance_scale
         lengths = self._text_lengths(prompts) if prompt_embeds is None else [len(row) for row in prompt_embeds]
         if scale > 1:
-            lengths += [len(row) for row in _rows(negative_prompt_embeds)]
+            lengths += [len(row) for row in rows_of(negative_prompt_embeds)]
             lengths += [*self._text_lengths(negative_prompt), self.adapter.config.null_prompt_length]
         text = torch.empty(1, min(max(lengths, default=0), max_sequence_length), 0)
         limit = max_context_length or self.adapter.config.max_context_length
@@ -321,7 +321,7 @@ class OmniVideoRequestMixin(Host):
         return vision_tokens * config.num_query_tokens + text + (6 if config.use_markers else 0)
 
 
-def _rows(embeds: torch.Tensor | Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor]:
+def rows_of(embeds: torch.Tensor | Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor]:
     """Embeddings prompt by prompt; none of `None`."""
     return () if embeds is None else list(embeds)
 

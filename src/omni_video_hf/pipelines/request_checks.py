@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..utils.modules import dtype_name
+
 # Numbers of a generation: whether they are whole, the least value, and whether that value itself is allowed.
 NUMBERS: dict[str, tuple[bool, float, bool]] = {
     "height": (True, 1, True),
@@ -91,7 +93,7 @@ def check_result(result: Result, part: str) -> Result:
     tensors = [result] if isinstance(result, torch.Tensor) else list(result)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         bad, total = sum(map(_not_finite, tensors)), sum(tensor.numel() for tensor in tensors)
-        formats = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+        formats = ", ".join(sorted({dtype_name(tensor.dtype) for tensor in tensors}))
         raise NotFiniteError(
             f"{part} computed {bad} values of {total} that are NaN or infinite ({formats}), from finite ones: every "
             "frame would be black. Values overflow easily in float16: load the part in bfloat16 or float32. Otherwise "

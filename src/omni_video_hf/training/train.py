@@ -14,6 +14,8 @@ from ..hub.staging import check_finished
 from ..models.configuration_omni_video import OmniVideoConfig
 from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
 from ..processing.processing_omni_video import OmniVideoProcessor
+from ..utils.modules import dtype_of
+from ..utils.names import is_repository_name
 from .arguments import OmniVideoTrainingArguments
 from .checkpointing import checkpoints
 from .checkpointing.result import lora_deltas, tied_names, write_pipeline
@@ -51,7 +53,7 @@ def train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console 
 def _train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console) -> Path:
     checkpoint = _checkpoint_to_resume(run, args)
     origin = run.model or ""  # which `RunArguments` refuses
-    if not Path(origin).is_dir() and origin.count("/") != 1:
+    if not Path(origin).is_dir() and not is_repository_name(origin):
         raise ValueError(f"`model` {origin} is neither a folder nor a Hub repository (`owner/name`).")
     check_previews(args.previews or [])
     _check_reporters(args)
@@ -142,7 +144,7 @@ def save_result(trainer: OmniVideoTrainer, base: Path) -> Path:
     with only_training(args), trainer.averaged_weights():
         weights = trainer.gather_trained()
         if trainer.is_world_process_zero():
-            model, dtype = trainer.accelerator.unwrap_model(trainer.model), getattr(torch, args.result_dtype)
+            model, dtype = trainer.accelerator.unwrap_model(trainer.model), dtype_of(args.result_dtype)
             if args.training_stage.lora:
                 save_lora(model, folder.with_name(LORA_FOLDER))
                 write_pipeline(base, folder, {}, dtype, deltas=lora_deltas(model, ADAPTER_NAME))

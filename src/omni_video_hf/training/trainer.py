@@ -26,6 +26,7 @@ from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
 from ..models.outputs import OmniVideoOutput
 from ..pipelines.pipeline_omni_video import OmniVideoPipeline
 from ..tasks import TASKS
+from ..utils.modules import dtype_of
 from ..utils.names import check_known
 from .arguments import OmniVideoTrainingArguments
 from .checkpointing import checkpoints
@@ -141,7 +142,7 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
         args = self._stage_args
         self.trained_names = freeze_all_but(model, args.training_stage, args.loss_config)
         if args.frozen_dtype != "float32":
-            cast_frozen(model, getattr(torch, args.frozen_dtype))
+            cast_frozen(model, dtype_of(args.frozen_dtype))
         if args.preview_steps > 0 and self.preview_pipeline is not None:
             bind_pipeline(self.preview_pipeline, model)
 

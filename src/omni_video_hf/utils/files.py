@@ -59,9 +59,14 @@ def write_text(path: str | Path, text: str) -> None:
         partial.write_bytes(text.encode())
 
 
-def write_json(path: str | Path, content: Any) -> None:
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file; `None` where there is no such file."""
+    return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else None
+
+
+def write_json(path: str | Path, content: Any, sort_keys: bool = False) -> None:
     """Write a JSON file, complete or not at all."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
 
 
 def is_plain_name(name: str) -> bool:
@@ -241,6 +246,7 @@ __all__ = [
     "empty",
     "is_plain_name",
     "only_writer",
+    "read_json",
     "read_mark",
     "remove_abandoned",
     "remove_empty",

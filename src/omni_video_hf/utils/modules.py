@@ -15,6 +15,16 @@ def has_lora(module: nn.Module) -> bool:
     return any(hasattr(child, "base_layer") and hasattr(child, "lora_A") for child in module.modules())
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """torch's dtype of a name such as `"bfloat16"`."""
+    return getattr(torch, name)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype, such as `"bfloat16"`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
     """
     Set `dtype` on a configuration and on all configurations nested in it.
@@ -28,4 +38,4 @@ def set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
             set_dtype(getattr(config, name), dtype)
 
 
-__all__ = ["Host", "has_lora", "set_dtype"]
+__all__ = ["Host", "dtype_name", "dtype_of", "has_lora", "set_dtype"]

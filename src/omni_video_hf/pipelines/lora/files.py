@@ -23,8 +23,8 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .layers import PEFT_PREFIX, LoraFile, LoraPart, _Layer
-from .matrices import _alpha, _matrices
+from .layers import PEFT_PREFIX, FileLayer, LoraFile, LoraPart
+from .matrices import layer_alpha, layer_matrices
 
 logger = logging.get_logger(__name__)
 
@@ -267,10 +267,10 @@ def split_lora(file: LoraFile, components: Mapping[str, nn.Module | None]) -> di
     scales: dict[str, dict[str, tuple[int, float]]] = defaultdict(dict)
     matrices: dict[str, dict[str, dict[str, torch.Tensor]]] = defaultdict(dict)
     for layer in layers:
-        found = _matrices(layer, file)
+        found = layer_matrices(layer, file)
         if found:
             rank = found["A"].shape[0]
-            alpha = _alpha(layer, rank, file)
+            alpha = layer_alpha(layer, rank, file)
             if layer.name in scales[layer.component]:
                 raise ValueError(
                     f"{file.source}: holds the layer {layer.component}.{layer.name} twice, also as {layer.key}."
@@ -309,9 +309,9 @@ def lora_settings(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     }
 
 
-def _layers(file: LoraFile) -> list[_Layer]:
+def _layers(file: LoraFile) -> list[FileLayer]:
     """The weights of a file, layer by layer, under the file's own names."""
-    layers: dict[str, _Layer] = {}
+    layers: dict[str, FileLayer] = {}
     adapters, unknown = set(), []
     for key, tensor in file.tensors.items():
         layer, kind, adapter = _parse(key)
@@ -319,7 +319,7 @@ def _layers(file: LoraFile) -> list[_Layer]:
             unknown.append(key)
             continue
         adapters.add(adapter)
-        entry = layers.setdefault(layer, _Layer(layer))
+        entry = layers.setdefault(layer, FileLayer(layer))
         entry.weights.append(key)
         if kind in entry.tensors:
             raise ValueError(
@@ -382,7 +382,7 @@ def _naming(key: str) -> str:
     return "those of a decoder alone" if first in DECODER_CHILDREN else f"of an unknown kind ({first!r})"
 
 
-def _find_modules(layers: list[_Layer], components: Mapping[str, nn.Module | None], file: LoraFile) -> None:
+def _find_modules(layers: list[FileLayer], components: Mapping[str, nn.Module | None], file: LoraFile) -> None:
     """Fill in the module of every layer; all names must be of one kind."""
     qualified, decoder, flat = _names(components)
     kinds = Counter("of a decoder" if _is_bare(layer.key) else _naming(layer.key) for layer in layers)

@@ -28,7 +28,7 @@ class LoraPart:
 
 
 @dataclass
-class _Layer:
+class FileLayer:
     """What a file holds for one layer."""
 
     key: str  # as the file names the layer
@@ -39,4 +39,4 @@ class _Layer:
     module: Any = None  # the layer itself, once it is found
 
 
-__all__ = ["LoraFile", "LoraPart"]
+__all__ = ["FileLayer", "LoraFile", "LoraPart"]

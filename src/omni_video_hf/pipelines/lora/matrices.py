@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .layers import PEFT_PREFIX, LoraFile, _Layer
+from .layers import PEFT_PREFIX, FileLayer, LoraFile
 
 # Values of `init_lora_weights` that also change the weights of the model, so that the LoRA alone is not enough.
 CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -17,7 +17,7 @@ CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 MAX_PATTERNS, MAX_PATTERN_LENGTH = 16, 200  # of patterns that are not plain names
 
 
-def _matrices(layer: _Layer, file: LoraFile) -> dict[str, torch.Tensor]:
+def layer_matrices(layer: FileLayer, file: LoraFile) -> dict[str, torch.Tensor]:
     """Both matrices of a layer, and its bias; a difference of weights becomes matrices. Empty if nothing changes."""
     for kind, tensor in layer.tensors.items():
         if not tensor.is_floating_point():
@@ -54,7 +54,7 @@ def _matrices(layer: _Layer, file: LoraFile) -> dict[str, torch.Tensor]:
     return found
 
 
-def _of_differences(layer: _Layer, base: Any) -> dict[str, torch.Tensor]:
+def _of_differences(layer: FileLayer, base: Any) -> dict[str, torch.Tensor]:
     """A difference of whole weights as two matrices whose product it is; for a bias alone the product is zero."""
     if "diff" not in layer.tensors:
         bias = layer.tensors["diff_b"]
@@ -66,7 +66,7 @@ def _of_differences(layer: _Layer, base: Any) -> dict[str, torch.Tensor]:
     return {"A": identity, "B": difference}
 
 
-def _check_shapes(layer: _Layer, found: Mapping[str, torch.Tensor], base: Any, file: LoraFile) -> None:
+def _check_shapes(layer: FileLayer, found: Mapping[str, torch.Tensor], base: Any, file: LoraFile) -> None:
     """Refuse matrices that are not those of this layer."""
     rank = found["A"].shape[0] if found["A"].ndim else 0
     if hasattr(base, "in_features"):
@@ -85,7 +85,7 @@ def _check_shapes(layer: _Layer, found: Mapping[str, torch.Tensor], base: Any, f
             )
 
 
-def _alpha(layer: _Layer, rank: int, file: LoraFile) -> float:
+def layer_alpha(layer: FileLayer, rank: int, file: LoraFile) -> float:
     """The alpha with which `alpha / rank` is the scale of a layer; without any, the rank, as diffusers has it."""
     settings = file.peft_config
     if file.settings is not None:

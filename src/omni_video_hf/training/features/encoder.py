@@ -22,6 +22,7 @@ from ...models.connectors import OmniVideoAdapter
 from ...pipelines.pipeline_omni_video import OmniVideoPipeline
 from ...pipelines.presets import GenerationSettings
 from ...tasks import get_task
+from ...utils.modules import dtype_name
 from ...utils.names import check_known
 from ..data.collator import encode_conversation
 from ..data.framing import Framing, FramingRules
@@ -257,7 +258,7 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def _dtype(module: nn.Module) -> str:
-    return str(next(module.parameters()).dtype).removeprefix("torch.")
+    return dtype_name(next(module.parameters()).dtype)
 
 
 def _from_main_process(compute: Callable[[], Any]) -> Any:

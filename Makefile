@@ -31,9 +31,10 @@ style: $(INSTALLED) ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-quality: $(INSTALLED) ## what CI checks besides tests
+quality: $(INSTALLED) ## what CI checks besides tests: style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Omni-Video Shapes from nothing: every file below is written last by what makes it, so that `make shapes` goes on where
 # it was stopped, and `make -j2 shapes` trains VAE and MLLM side by side. Every seed is a default of its script or recipe.

@@ -6,18 +6,35 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import typer
 
 from ..shapes import CHECKPOINT, CHECKPOINT_NAME
 from ..utils.masking import clean_token
+from ..utils.names import is_repository_name
 from .console import UsageProblem
 
 SHAPES = str(CHECKPOINT)  # default model of the commands
 FPS_RANGE = (0.01, 1000.0)  # as in `media.video_writer`
 MAX_SEED = 2**64 - 1
 MAX_SIDE = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".mp4": 16384}  # limits of formats and encoders, in pixels
+
+
+def width_and_height(size: str) -> tuple[int, int]:
+    """
+    Parse a `--size`.
+
+    Returns:
+        Width and height in pixels.
+
+    Raises:
+        UsageProblem: if `size` is not WIDTHxHEIGHT, in integers of at least 1.
+    """
+    width, _, height = size.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise UsageProblem(f"`--size {size}` must be WIDTHxHEIGHT in pixels, such as 832x480.")
+    return int(width), int(height)
 
 
 @dataclass(frozen=True)
@@ -115,10 +132,8 @@ class GenerationOptions:
         """Height and width in pixels from `--size`; `None` and `None` without it."""
         if self.size is None:
             return None, None
-        width, _, height = self.size.lower().partition("x")
-        if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-            raise UsageProblem(f"`--size {self.size}` must be WIDTHxHEIGHT in pixels, such as 832x480.")
-        return int(height), int(width)
+        width, height = width_and_height(self.size)
+        return height, width
 
     def settings(self) -> dict[str, Any]:
         """The options as arguments of the pipeline's call, without the seed."""
@@ -138,7 +153,7 @@ class GenerationOptions:
         """Refuse a size that is too large for the file format of `path`."""
         side = max(filter(None, self.height_and_width()), default=0)
         limit = math.inf if path is None else MAX_SIDE.get(path.suffix.lower(), math.inf)
-        if side > limit:
+        if path is not None and side > limit:
             raise UsageProblem(
                 f"`--size {self.size}`: a {path.suffix} file has up to {limit} pixels per side. Choose a smaller size."
             )
@@ -165,7 +180,7 @@ def check_repository(name: str, flag: str = "") -> None:
         return
     if place.is_file():
         raise UsageProblem(f"`{flag}{name}` is a file: pass the folder of a repository, or `owner/name` on the Hub.")
-    if name.count("/") != 1 or name.startswith(("/", ".", "~")) or name.endswith("/"):
+    if not is_repository_name(name):
         missing = "; there is no such folder" if "/" in name else ""
         raise UsageProblem(f"{flag}{name}: is neither a folder nor a Hub repository (`owner/name`){missing}.")
     if place.parent.is_dir():
@@ -178,7 +193,7 @@ def check_repository(name: str, flag: str = "") -> None:
 def checked_token(token: str | None) -> str | None:
     """Callback of `--token`: strip white space; refuse a malformed token without printing it."""
     try:
-        return clean_token(token)
+        return cast("str | None", clean_token(token))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -21,6 +22,8 @@ from ..training.features.cache_files import check_output
 from ..training.features.encoder import FeatureEncoder, PrecomputeSettings, load_encoders
 from ..training.features.import_features import import_features
 from ..training.features.precompute import precompute
+from ..utils.modules import dtype_of
+from .checks import width_and_height
 
 console = Console(stderr=True)
 
@@ -42,7 +45,7 @@ def compute(
 ) -> Path:
     """Load the encoders, update the cache and print a report; see [`precompute`] for the arguments."""
     start_processes()
-    weights = None if dtype is None else getattr(torch, dtype)
+    weights = None if dtype is None else dtype_of(dtype)
     pipeline = load_encoders(model, weights, revision=revision, token=token)
     encoder = FeatureEncoder(pipeline, settings, target_encoder)
     return _reported(
@@ -59,8 +62,9 @@ def read_settings(
     sizes: Sequence[str], frames: Sequence[int], fps: str | None, instruction: str, mllm_frames: str | None
 ) -> PrecomputeSettings:
     """Parse the flags of `precompute` into its settings."""
-    rules = FramingRules([_size(text) for text in sizes], tuple(frames), _fps(fps))
-    return PrecomputeSettings(rules, instruction, mllm_frames)
+    rules = FramingRules([width_and_height(text) for text in sizes], tuple(frames), _fps(fps))
+    words: dict[str, Any] = {"instruction": instruction, "mllm_frames": mllm_frames}  # checked by the settings
+    return PrecomputeSettings(rules, **words)
 
 
 def check_cache(output: Path) -> None:
@@ -127,16 +131,11 @@ def _show(report: BuildReport, output: Path) -> None:
     )
 
 
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit()):
-        raise ValueError(f"`--size {text}` must be WIDTHxHEIGHT in pixels, such as 832x480.")
-    return int(width), int(height)
-
-
-def _fps(text: str | None) -> float | str | None:
-    if text in (None, "source"):
-        return text
+def _fps(text: str | None) -> float | Literal["source"] | None:
+    if text is None:
+        return None
+    if text == "source":
+        return "source"
     try:
         return float(text)
     except ValueError:

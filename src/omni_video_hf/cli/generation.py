@@ -21,6 +21,7 @@ from ..pipelines.pipeline_omni_video import OmniVideoPipeline
 from ..shapes import CHECKPOINT_NAME
 from ..tasks import find_task
 from ..utils.masking import mask_tokens
+from ..utils.modules import dtype_of
 from .checks import SHAPES, GenerationOptions, Loading
 from .console import UsageProblem, as_usage, console, note, result
 from .output import OutputFile
@@ -121,7 +122,7 @@ def load(loading: Loading, printing: Printing | None = None) -> OmniVideoPipelin
         )
     device = loading.device or _best_device()
     check_device(loading)
-    arguments: dict[str, Any] = {} if loading.dtype is None else {"dtype": getattr(torch, loading.dtype)}
+    arguments: dict[str, Any] = {} if loading.dtype is None else {"dtype": dtype_of(loading.dtype)}
     if loading.memory is not None:
         arguments |= {"memory": loading.memory, "memory_device": device}
     pipe = OmniVideoPipeline.from_pretrained(

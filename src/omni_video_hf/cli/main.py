@@ -14,6 +14,7 @@ from ..hub.remote_code import __version__
 from ..shapes import CHECKPOINT_NAME
 from ..tasks import find_task
 from ..utils.masking import MaskedStream, mask_tokens
+from ..utils.names import is_repository_name
 from . import data as data_cli
 from . import evaluate as shapes_cli
 from . import train as training_cli
@@ -51,7 +52,7 @@ class CpuOffload(StrEnum):
 
 
 # The names of `PROFILES` in `pipelines.memory.profiles`, which needs torch.
-Memory = StrEnum("Memory", {name: name for name in ("24GB", "16GB", "12GB", "8GB")})
+Memory = StrEnum("Memory", {"24GB": "24GB", "16GB": "16GB", "12GB": "12GB", "8GB": "8GB"})
 Model = Annotated[
     str,
     typer.Option(
@@ -83,7 +84,7 @@ SourceGuidanceScale = Annotated[
     typer.Option(help="Above 1, the result stays closer to the source; for models trained with source dropout."),
 ]
 FlowShift = Annotated[float | None, typer.Option(help="Shift of the sigmas; above 1, more steps are at high noise.")]
-SourceConditioning = StrEnum("SourceConditioning", {name: name for name in ("both", "channels")})
+SourceConditioning = StrEnum("SourceConditioning", {"both": "both", "channels": "channels"})
 Size = Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Size in pixels, e.g. 832x480.")]
 Frames = Annotated[int | None, typer.Option(min=1, help="Number of frames, 4n+1.")]
 Fps = Annotated[float | None, typer.Option(help="Frames per second of the output; a source video is resampled to it.")]
@@ -336,7 +337,7 @@ def push(
     After an interruption run the same command again: files that were uploaded already are not sent again.
     """
     with one_line_errors(verbose, light=True):
-        if target.count("/") != 1:
+        if not is_repository_name(target):
             raise UsageProblem(f"`TARGET` must be a Hub repository, `owner/name`, got {target}.")
         check_repository(source)
         start_libraries(verbose)

@@ -85,9 +85,14 @@ class OutputFile:
 
     def open(self) -> "OutputFile":
         """Create the workspace, to check that the folder can be written to. A second call does nothing."""
+        self._opened()
+        return self
+
+    def _opened(self) -> Path:
+        """The workspace, which is created if there is none, see [`open`]."""
         if self._workspace is None:
             self._workspace = self._open_workspace(Path() if self.path is None else self.path.parent)
-        return self
+        return self._workspace
 
     def __enter__(self) -> "OutputFile":
         return self.open()
@@ -142,7 +147,7 @@ class OutputFile:
         """
         suffix = {"image": ".png", "video": ".mp4"}[kind] if self.path is None else self.path.suffix
         wanted = self.path or Path(f"{DEFAULT_STEM}{suffix}")
-        filled = self.open()._workspace / f"result{suffix}"
+        filled = self._opened() / f"result{suffix}"
         try:
             write(filled)
             return self._give_name(filled, wanted)

@@ -62,16 +62,17 @@ class Outline:
         index = read_json(index_file)
         parts = {name: _read_config(cls_, place / name) for name, cls_ in _MODELS.items()}
         mllm = _without_layers(OmniVideoConfig.from_pretrained(place / "mllm"))
+        left_out: Any = None  # nothing is tokenized for the MLLM, and nothing is denoised
         with torch.device("meta"):
             pipe = OmniVideoPipeline(
-                processor=None,
+                processor=left_out,
                 mllm=OmniVideoForConditionalGeneration(mllm),
                 adapter=OmniVideoAdapter.from_config(parts["adapter"], num_encoder_layers=0, num_decoder_layers=0),
                 transformer=WanTransformer3DModel.from_config(parts["transformer"], num_layers=0),
                 text_encoder=None,
                 tokenizer=AutoTokenizer.from_pretrained(place / "tokenizer"),
                 vae=AutoencoderKLWan.from_config(parts["vae"]),
-                scheduler=None,
+                scheduler=left_out,
                 presets=index.get("presets"),
             )
         return cls(pipe, revision)
@@ -129,14 +130,14 @@ class Outline:
         if source.videos is None:
             self.pipe.prepare_settings(task, source, **values, room=room, max_context_length=limit)
             return
-        numbers = [values[name] for name in ("height", "width", "num_frames", "fps")]
-        self.pipe.check_videos_fit(source, *numbers, "error", limit, room)
+        numbers = {name: values[name] for name in ("height", "width", "num_frames", "fps")}
+        self.pipe.check_videos_fit(source, **numbers, max_context_length=limit, room=room)
 
 
 _MODELS = {"adapter": OmniVideoAdapter, "transformer": WanTransformer3DModel, "vae": AutoencoderKLWan}
 
 
-def _read_config(cls: type, folder: Path) -> dict[str, Any]:
+def _read_config(cls: Any, folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder}: has no config.json, so the repository is not a complete pipeline. Download or save it again."

@@ -31,7 +31,7 @@ EXPORT = "--export"
 class TrainCommand(TyperCommand):
     """A command whose help also lists every setting of recipes and command line."""
 
-    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the options, then the settings, which are parsed from source files without importing torch."""
         super().format_help(ctx, formatter)
         typer.echo(

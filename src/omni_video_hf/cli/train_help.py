@@ -70,12 +70,12 @@ def _default(value: ast.expr | None) -> tuple[str, str, bool]:
     if not (isinstance(value, ast.Call) and ast.unparse(value.func).endswith("field")):
         return ast.unparse(value), "", True
     given = {keyword.arg: keyword.value for keyword in value.keywords}
-    text = ""
-    if isinstance(given.get("metadata"), ast.Dict):
-        for key, entry in zip(given["metadata"].keys, given["metadata"].values, strict=True):
+    text, metadata, init = "", given.get("metadata"), given.get("init")
+    if isinstance(metadata, ast.Dict):
+        for key, entry in zip(metadata.keys, metadata.values, strict=True):
             if isinstance(key, ast.Constant) and key.value == "help":
                 text = _text(entry)
-    is_setting = not (isinstance(given.get("init"), ast.Constant) and given["init"].value is False)
+    is_setting = not (isinstance(init, ast.Constant) and init.value is False)
     default = given.get("default", given.get("default_factory"))
     return ("required" if default is None else ast.unparse(default)), text, is_setting
 

@@ -47,6 +47,11 @@ class OmniVideoLossConfig:
 
     Raises:
         ValueError: for an unknown name, or a number out of range.
+
+    Example:
+        >>> from omni_video_hf import OmniVideoLossConfig
+        >>> OmniVideoLossConfig(answer_weight=0.5).answer_weight
+        0.5
     """
 
     answer_weight: float = 1.0
@@ -82,7 +87,14 @@ class OmniVideoLossConfig:
                 raise ValueError(f"`{name}` must be more than 0, got {getattr(self, name)}.")
 
     def weight(self, name: str) -> float:
-        """The weight of a loss; `name` is one of `LOSS_NAMES`."""
+        """
+        The weight of a loss; `name` is one of `LOSS_NAMES`.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoLossConfig
+            >>> OmniVideoLossConfig(alignment_weight=0.25).weight("alignment")
+            0.25
+        """
         return getattr(self, f"{name}_weight")
 
 

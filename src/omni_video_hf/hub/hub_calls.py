@@ -4,17 +4,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..utils.modules import Host
 from ..utils.tokens import hub_call
 from .repository import check_finished, check_hub_indices, check_indices
 
 
-class HubCallsMixin:
+class HubCallsMixin(Host):
     """What every class of this project that loads and pushes does first, see [`hub_call`]; else as in its library."""
 
     @classmethod
     @hub_call
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """As in the class's library; `token` is cleaned."""
+        """
+        As in the class's library; `token` is cleaned.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoConfig
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> OmniVideoConfig.from_pretrained(CHECKPOINT).model_type
+            'omni_video'
+        """
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -32,7 +41,15 @@ class WeightsFromHubMixin(HubCallsMixin):
     @classmethod
     @hub_call
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:
-        """As in the class's library; a `ValueError` for an index that names files outside of its repository."""
+        """
+        As in the class's library; a `ValueError` for an index that names files outside of its repository.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoAdapter
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> OmniVideoAdapter.from_pretrained(CHECKPOINT, subfolder="adapter").config.hidden_size
+            128
+        """
         check_place(pretrained_model_name_or_path, kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 

@@ -97,7 +97,7 @@ def repository_table(parts: list[RepositoryPart], title: str) -> Table:
     for column in ("parameters", "dtype", "bytes", "files"):
         table.add_column(column, justify="right")
     for part in parts:
-        dtypes = ", ".join(sorted(part.dtypes, key=part.dtypes.get, reverse=True))
+        dtypes = ", ".join(sorted(part.dtypes, key=lambda name: part.dtypes[name], reverse=True))
         table.add_row(escape(part.name), f"{part.parameters:,}", dtypes, f"{part.num_bytes:,}", str(part.num_files))
     table.add_section()
     total = sum(part.parameters for part in parts), sum(part.num_bytes for part in parts)
@@ -148,7 +148,7 @@ def _hub_headers(repository: str, revision: str | None, token: str | None) -> di
     api = import_module("huggingface_hub").HfApi(token=token)
     SafetensorsParsingError = import_module("huggingface_hub.errors").SafetensorsParsingError  # noqa: N806
     files = [file for file in api.list_repo_files(repository, revision=revision) if file.endswith(".safetensors")]
-    headers = {}
+    headers: dict[str, Header] = {}
     for file in files:
         try:
             metadata = api.parse_safetensors_file_metadata(repository, file, revision=revision)

@@ -151,7 +151,7 @@ def render_model_card(directory: Path, repo_id: str, base_model: str | Path | No
         text = f"---\n{data.to_yaml()}\n---\n\n{_PLAIN_TEXT.format(repo_id=plain(repo_id), from_base=from_base)}"
     else:
         sizes = _sizes(directory)
-        facts = {
+        facts: dict[str, Any] = {
             "repo_id": plain(repo_id),
             "name": json.dumps(repo_id, ensure_ascii=False),  # also valid as a string of Python
             "base": base,

@@ -79,7 +79,7 @@ def push_repository(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    head = api.repo_info(repo_id, revision=revision)
+    head: Any = api.repo_info(repo_id, revision=revision)
     operations: list[Any] = [CommitOperationAdd(name, file) for name, file in files.items()]
     existing = (sibling.rfilename for sibling in head.siblings or [])
     folders = {

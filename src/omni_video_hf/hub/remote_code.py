@@ -119,7 +119,7 @@ def write_remote_code(directory: Path) -> None:
         directory: repository with all its components.
     """
     files = code_files()
-    suffix = re.fullmatch(rf"{ENTRY}({SUFFIX})\.py", list(files)[-1]).group(1)
+    suffix = re.sub(rf"{ENTRY}({SUFFIX})\.py", r"\1", list(files)[-1])
     component = {f"{COMPONENT_ENTRY}{suffix}.py": _component_text(suffix)}
     folders = [directory / name for name in COMPONENT_CLASSES if (directory / name).is_dir()]
     outdated: list[Path] = []
@@ -243,11 +243,11 @@ def _flattened(module: _Module, suffix: str) -> str:
             continue
         renamed = [f"{indent}{alias.asname} = {alias.name}\n" for alias in node.names if alias.asname]
         lines[node.lineno - 1] = "".join(renamed) or f"{indent}pass  # defined above: {target}\n"
-        for number in range(node.lineno, node.end_lineno):
+        for number in range(node.lineno, node.end_lineno or node.lineno):
             lines[number] = ""
-    for node in module.tree.body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__":
-            for number in range(node.lineno - 1, node.end_lineno):
+    for statement in module.tree.body:
+        if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", None) == "__all__":
+            for number in range(statement.lineno - 1, statement.end_lineno or statement.lineno):
                 lines[number] = ""
     return "".join(lines).rstrip() + "\n\n"
 
@@ -309,7 +309,7 @@ def _check_names(modules: list[_Module]) -> None:
 def _top_level_names(module: _Module) -> Iterator[tuple[str, str]]:
     """Names that a module defines or imports from other packages, each with a text that identifies its meaning."""
     targets = {(node.lineno, node.col_offset): target for node, target in module.imports}
-    todo = list(module.tree.body)
+    todo: list[ast.AST] = list(module.tree.body)
     for node in todo:
         if isinstance(node, (ast.If, ast.Try)):
             todo += ast.iter_child_nodes(node)
@@ -325,8 +325,9 @@ def _top_level_names(module: _Module) -> Iterator[tuple[str, str]]:
             yield node.name, f"{module.name}:{node.name}"
         elif isinstance(node, ast.Assign):
             for target in node.targets:
-                is_pair = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
-                pairs = zip(target.elts, node.value.elts, strict=True) if is_pair else [(target, node.value)]
+                pairs = [(target, node.value)]
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    pairs = list(zip(target.elts, node.value.elts, strict=True))
                 yield from (
                     (part.id, ast.dump(value))
                     for part, value in pairs

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
-from ..utils.files import is_plain_name, read_json, visible_files, write_text
+from ..utils.files import is_plain_name, read_json, visible_files, write_json, write_text
 from ..utils.tokens import hub_call
 from .headers import read_header
 from .remote_code import write_remote_code
@@ -78,7 +78,7 @@ def finalize_repository(directory: str | Path, variant: str | None = None) -> No
         content = _read_json(path)
         if content.keys() & _LOCAL_ENTRIES:
             kept = {name: value for name, value in content.items() if name not in _LOCAL_ENTRIES}
-            _write_json(path, kept, sort_keys=True)
+            write_json(path, kept, sort_keys=True)
     if (directory / "mllm" / "config.json").is_file():
         write_root_index(directory, variant)
     _keep_presets(directory)
@@ -91,7 +91,7 @@ def _keep_presets(directory: Path) -> None:
     adapter = _read_json(path)
     if index and adapter and index.get("presets") and "_presets" not in adapter:
         kept = {"presets": index["presets"], "scheduler_shift": index.get("scheduler_shift")}
-        _write_json(path, adapter | {"_presets": kept}, sort_keys=True)
+        write_json(path, adapter | {"_presets": kept}, sort_keys=True)
 
 
 def write_root_index(directory: str | Path, variant: str | None = None) -> None:
@@ -122,13 +122,13 @@ def write_root_index(directory: str | Path, variant: str | None = None) -> None:
                 total_size += num_bytes
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     index_name = INDEX_NAME if variant is None else INDEX_NAME.replace(".json", f".{variant}.json")
-    _write_json(directory / index_name, index)
+    write_json(directory / index_name, index)
 
     mllm, adapter, decoder = (_read_json(directory / name / "config.json") for name in MODEL_FOLDERS)
     whole = {name: mllm[name] for name in _MODEL_FIELDS if name in mllm}
     whole["adapter_config"] = adapter and _without_private(adapter) | {"model_type": "omni_video_adapter"}
     whole["decoder_config"] = decoder and _without_private(decoder)
-    _write_json(directory / "config.json", whole, sort_keys=True)
+    write_json(directory / "config.json", whole, sort_keys=True)
     _write_generation_config(directory)
 
 
@@ -151,7 +151,7 @@ def _write_generation_config(directory: Path) -> None:
     names = GenerationConfig().to_dict().keys() - {"transformers_version"}
     config = {name: value for name, value in _read_json(component).items() if name not in names}
     settings = {name: value for name, value in settings.items() if name in names}
-    _write_json(component, config | settings, sort_keys=True)
+    write_json(component, config | settings, sort_keys=True)
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -246,7 +246,8 @@ def _add_left_out_mllm(directory: Path, source: Path, new: Path, copy: Callable[
     heads = weight_files(folder)
     sources = [(file, "mllm.") for file in weight_files(base)] + [(file, "vision_head.") for file in heads]
     sources = [(file, prefix) for file, prefix in sources if any(key.startswith(prefix) for key in read_header(file))]
-    target, weight_map, total_size = new / "mllm", {}, 0
+    target, total_size = new / "mllm", 0
+    weight_map: dict[str, str] = {}
     target.mkdir()
     for number, (file, prefix) in enumerate(sources, 1):
         header = read_header(file)
@@ -263,9 +264,9 @@ def _add_left_out_mllm(directory: Path, source: Path, new: Path, copy: Callable[
         weight_map |= dict.fromkeys(kept, shard)
         total_size += sum(header[key][2] for key in kept)
     content = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(target / INDEX_NAME, content)
+    write_json(target / INDEX_NAME, content)
     config = _read_json(folder / "config.json") | {"enable_mllm": True}
-    _write_json(target / "config.json", config, sort_keys=True)
+    write_json(target / "config.json", config, sort_keys=True)
     if (base / GENERATION_CONFIG_NAME).is_file():
         copy(base / GENERATION_CONFIG_NAME, target / GENERATION_CONFIG_NAME)
     return [f"mllm/{file.name}" for file in heads]
@@ -390,12 +391,9 @@ def _is_processor_file(path: Path) -> bool:
     return path.is_file() and (path.name in names or path.name.startswith("tokenizer"))
 
 
-def _read_json(path: Path) -> dict | None:
+def _read_json(path: Path) -> Any:
+    """The content of a JSON file; `None` if there is no such file."""
     return read_json(path) if path.is_file() else None
-
-
-def _write_json(path: Path, content: dict, sort_keys: bool = False) -> None:
-    write_text(path, json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
 
 
 finalize_with(finalize_repository)

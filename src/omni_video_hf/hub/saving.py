@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from ..utils.files import temporary_folder
-from ..utils.modules import has_lora, set_dtype
+from ..utils.modules import Host, has_lora, set_dtype
 from ..utils.tokens import hub_call
 from ..utils.turns import turn
 from .hub_calls import check_place
@@ -20,7 +20,7 @@ from .remote_code import import_from_package
 from .repository import MODEL_FOLDERS, PUSHES, finalize_repository, staged
 
 
-class OmniVideoSavingMixin:
+class OmniVideoSavingMixin(Host):
     """Loading, saving and pushing of [`OmniVideoForConditionalGeneration`] as a repository of components."""
 
     @classmethod
@@ -157,7 +157,7 @@ def _weights_of(component: str, state_dict: Mapping[str, torch.Tensor]) -> dict[
 
 
 def _save_part(
-    part: nn.Module,
+    part: Any,
     folder: Path,
     state_dict: dict[str, torch.Tensor] | None,
     max_shard_size: int | str,

@@ -185,7 +185,7 @@ def check_finished(directory: str | Path) -> None:
 
 def _apply(work: Path, directory: Path) -> None:
     """Make the changes that a workspace lists. After a kill at any point, a second call completes them."""
-    mark = read_mark(work)
+    mark: Any = read_mark(work)
     new, kept, files = work / _NEW, work / _KEPT, mark["files"]
     folders = {PurePosixPath(name).parent.as_posix() for name in files}
     for folder in sorted(folders):
@@ -269,8 +269,8 @@ def is_repository(directory: Path) -> bool:
 def _outdated(directory: Path, files: Iterable[str], variant: str | None) -> list[str]:
     """Names of weights of one variant and of code that an earlier save wrote and that `files` replace."""
     groups: dict[str, set[str]] = {}
-    for name in map(PurePosixPath, files):
-        groups.setdefault(name.parent.as_posix(), set()).add(name.name)
+    for file in map(PurePosixPath, files):
+        groups.setdefault(file.parent.as_posix(), set()).add(file.name)
     ours, named = is_repository(directory), _named_by_index(directory)
     outdated = []
     for folder, new in groups.items():

@@ -6,7 +6,7 @@ import torch
 from .video_reader import MediaError, over_background
 
 
-def _to_uint8_rgb(values: np.ndarray | torch.Tensor, name: str, ndim: int) -> np.ndarray:
+def to_uint8_rgb(values: np.ndarray | torch.Tensor, name: str, ndim: int) -> np.ndarray:
     """
     Convert an array or tensor to uint8 RGB with channels last.
 

@@ -14,6 +14,12 @@ class VideoClip:
         frames: uint8 `[frames, height, width, 3]`, RGB.
         fps: frames per second; `None` if the rate is unknown.
         notes: one sentence for each decision that the reader made, such as a resampling.
+
+    Example:
+        >>> import numpy as np
+        >>> from omni_video_hf.media import VideoClip
+        >>> VideoClip(np.zeros((9, 64, 64, 3), np.uint8), fps=8).frames.shape
+        (9, 64, 64, 3)
     """
 
     frames: np.ndarray

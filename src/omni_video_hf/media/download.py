@@ -14,7 +14,7 @@ DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer; by default, the session wa
 
 
 @contextmanager
-def _local_file(source: str | Path) -> Iterator[Path]:
+def local_file(source: str | Path) -> Iterator[Path]:
     """Yield the path of a local file, or of a download that is removed after the block."""
     if not str(source).startswith(("http://", "https://")):
         yield Path(source)

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
-from .arrays import _to_uint8_rgb
+from .arrays import to_uint8_rgb
 from .clip import VideoClip
-from .download import _local_file
-from .output_file import METADATA_KEY, _metadata_text, output_file
+from .download import local_file
+from .output_file import METADATA_KEY, metadata_text, output_file
 from .video_reader import (
     BACKGROUND,
     STRIP,
@@ -38,14 +38,20 @@ def load_image(source: Any) -> Image.Image:
 
     Raises:
         MediaError: if the source cannot be read as one image.
+
+    Example:
+        >>> import numpy as np
+        >>> from omni_video_hf.media import load_image
+        >>> load_image(np.zeros((48, 64, 3), np.uint8)).size
+        (64, 48)
     """
     if isinstance(source, Image.Image):
         return _without_alpha(ImageOps.exif_transpose(source))
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        return Image.fromarray(_to_uint8_rgb(source, "image", 2))
+        return Image.fromarray(to_uint8_rgb(source, "image", 2))
     if not isinstance(source, (str, Path)):
         raise MediaError(f"An image must be a path, URL, PIL image, array or tensor, got {type(source).__name__}.")
-    with _local_file(source) as path:
+    with local_file(source) as path:
         check_file(path)
         found = picture_format(path)
         if found is None:
@@ -76,6 +82,15 @@ def save_image(
 
     Raises:
         MediaError: for another suffix, values that are not an image, or metadata that are too long or not JSON.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from omni_video_hf.media import load_image, save_image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_image(Image.new("RGB", (64, 48)), f"{folder}/image.png")
+        ...     load_image(f"{folder}/image.png").size
+        (64, 48)
     """
     path = Path(path)
     if path.suffix.lower() not in IMAGE_FORMATS:
@@ -83,7 +98,7 @@ def save_image(
     picture, kind = load_image(image), IMAGE_FORMATS[path.suffix.lower()]
     options: dict[str, Any] = {"quality": 95}
     if metadata is not None:
-        text = _metadata_text(metadata)
+        text = metadata_text(metadata)
         if kind == "JPEG" and len(text) > MAX_EXIF_BYTES:
             raise MediaError(
                 f"{path}: `metadata` has {len(text)} bytes, but a JPEG stores up to {MAX_EXIF_BYTES}. Write a PNG."
@@ -101,7 +116,7 @@ def save_image(
 def _without_alpha(image: Image.Image) -> Image.Image:
     """Convert an upright image of any mode to RGB."""
     if image.mode == "F":
-        return Image.fromarray(_to_uint8_rgb(np.asarray(image), "image", 2))
+        return Image.fromarray(to_uint8_rgb(np.asarray(image), "image", 2))
     if image.mode.startswith("I"):  # 16 bits and more: Pillow would clip instead of scaling
         values = np.asarray(image)
         top = 65535.0 if values.max() > 255 or image.mode.startswith("I;16") else 255.0
@@ -114,9 +129,9 @@ def _without_alpha(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         shown = Image.new("RGB", image.size)
         rows = max(1, STRIP // image.width)
-        for top in range(0, image.height, rows):
-            strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
-            shown.paste(Image.fromarray(over_background(np.asarray(strip))), (0, top))
+        for upper in range(0, image.height, rows):
+            part = image.crop((0, upper, image.width, min(upper + rows, image.height))).convert("RGBA")
+            shown.paste(Image.fromarray(over_background(np.asarray(part))), (0, upper))
         return shown
     return image.convert("RGB")
 
@@ -129,8 +144,14 @@ def contact_sheet(frames: Any, columns: int | None = None, max_frames: int = 8) 
         frames: a [`VideoClip`], or frames as in [`load_video`].
         columns: number of columns; by default all frames are in one row.
         max_frames: maximum number of frames, selected at equal distances.
+
+    Example:
+        >>> import numpy as np
+        >>> from omni_video_hf.media import contact_sheet
+        >>> contact_sheet(np.zeros((4, 64, 64, 3), np.uint8), columns=2).size
+        (130, 130)
     """
-    pictures = _stack_frames(frames.frames if isinstance(frames, VideoClip) else frames)
+    pictures = stack_frames(frames.frames if isinstance(frames, VideoClip) else frames)
     chosen = pictures[np.linspace(0, len(pictures) - 1, min(max_frames, len(pictures))).round().astype(int)]
     columns = columns or len(chosen)
     rows = -(-len(chosen) // columns)
@@ -142,10 +163,10 @@ def contact_sheet(frames: Any, columns: int | None = None, max_frames: int = 8) 
     return sheet
 
 
-def _stack_frames(frames: Any) -> np.ndarray:
+def stack_frames(frames: Any) -> np.ndarray:
     """Convert frames of any form to uint8 `[frames, height, width, 3]`."""
     if isinstance(frames, (np.ndarray, torch.Tensor)):
-        stacked = _to_uint8_rgb(frames, "video", 3)
+        stacked = to_uint8_rgb(frames, "video", 3)
     elif isinstance(frames, (list, tuple)):
         pictures = [np.asarray(load_image(frame)) for frame in frames]
         shapes = {picture.shape for picture in pictures}

@@ -12,7 +12,7 @@ from .video_reader import MediaError
 METADATA_KEY = "omni_video"  # key of the JSON record that says how a file was generated
 
 
-def _metadata_text(metadata: Mapping[str, Any]) -> str:
+def metadata_text(metadata: Mapping[str, Any]) -> str:
     """Encode metadata as one line of ASCII, which every format preserves."""
     try:
         return json.dumps({METADATA_KEY: dict(metadata)}, allow_nan=False)

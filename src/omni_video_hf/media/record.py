@@ -20,6 +20,15 @@ def read_media_record(path: str | Path) -> dict[str, Any]:
 
     Raises:
         ValueError: for a file without such a record, or that cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from omni_video_hf.media import read_media_record, save_image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_image(Image.new("RGB", (64, 48)), f"{folder}/image.png", {"seed": 7})
+        ...     read_media_record(f"{folder}/image.png")["seed"]
+        7
     """
     path = Path(path)
     try:

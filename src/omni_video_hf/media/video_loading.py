@@ -8,9 +8,9 @@ import numpy as np
 
 from ..utils.read_budget import current_budget, how_to_raise
 from .clip import VideoClip
-from .download import _local_file
+from .download import local_file
 from .frame_sampling import sample_frames, sample_indices
-from .images import _stack_frames, load_image
+from .images import load_image, stack_frames
 from .video_reader import (
     MediaError,
     VideoIndex,
@@ -49,15 +49,24 @@ def load_video(
 
     Raises:
         MediaError: for a file that is unreadable, damaged, cut short or not a video, or a video that is too short.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from omni_video_hf.media import load_video, save_video
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_video(np.zeros((9, 64, 64, 3), np.uint8), f"{folder}/video.mp4", fps=8)
+        ...     len(load_video(f"{folder}/video.mp4", num_frames=5).frames)
+        5
     """
     wishes = {"fps": fps, "num_frames": num_frames, "max_frames": max_frames, "source_fps": source_fps}
     for name, value in wishes.items():
         if value is not None and not 0 < value < np.inf:
             raise MediaError(f"`{name}` must be positive, got {value}.")
     if isinstance(source, (str, Path)):
-        with _local_file(source) as path:
+        with local_file(source) as path:
             return _load_file(path, fps, num_frames, max_frames)
-    clip = source if isinstance(source, VideoClip) else VideoClip(_stack_frames(source), source_fps)
+    clip = source if isinstance(source, VideoClip) else VideoClip(stack_frames(source), source_fps)
     total, rate = len(clip.frames), clip.fps
     if fps is not None and rate is None:
         raise MediaError(
@@ -124,7 +133,7 @@ def load_sampled_video(source: Any, strategy: str, num_frames: int) -> np.ndarra
     """
     if not isinstance(source, (str, Path)):
         return sample_frames(load_video(source).frames, strategy, num_frames)
-    with _local_file(source) as path:
+    with local_file(source) as path:
         index = read_index(path)
         return _decoded_frames(index, sample_indices(strategy, index.info.num_frames, num_frames))
 
@@ -199,8 +208,17 @@ def open_media(source: str | Path) -> tuple[Literal["image", "video"], Any]:
 
     Raises:
         MediaError: if the file is neither of the two.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from omni_video_hf.media import open_media, save_video
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_video(np.zeros((9, 64, 64, 3), np.uint8), f"{folder}/video.mp4", fps=8)
+        ...     open_media(f"{folder}/video.mp4")[0]
+        'video'
     """
-    with _local_file(source) as path:
+    with local_file(source) as path:
         check_file(path)
         found = picture_format(path)
         if found is not None and found[1] == 1:

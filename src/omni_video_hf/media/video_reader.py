@@ -106,6 +106,15 @@ def probe_video(path: str | Path) -> VideoInfo:
 
     Raises:
         MediaError: for a file that is missing, empty, a folder, cut short, damaged, an image, or has no video stream.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from omni_video_hf.media import probe_video, save_video
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_video(np.zeros((9, 64, 64, 3), np.uint8), f"{folder}/video.mp4", fps=8)
+        ...     probe_video(f"{folder}/video.mp4").num_frames
+        9
     """
     return read_index(path).info
 
@@ -122,7 +131,7 @@ def read_index(path: str | Path) -> VideoIndex:
     if not has_stamps:  # bare streams have no time stamps: one tick per frame
         tick = float(1 / (average or 25))
         packets = [(number, 1, is_key) for number, (_, _, is_key) in enumerate(packets)]
-    packets.sort(key=lambda packet: packet[0])
+    packets.sort(key=lambda packet: packet[0] or 0)
     stamps = np.array([packet[0] for packet in packets], np.int64)
     timing = _timing(stamps, packets[-1][1], tick, float(average or 0))
     times, slack = _times(stamps, tick, timing)

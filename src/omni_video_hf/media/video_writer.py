@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import is_av_available
 
-from .output_file import _metadata_text, output_file
+from .output_file import metadata_text, output_file
 from .video_loading import load_video
 from .video_reader import MediaError, check_pyav
 
@@ -45,6 +45,15 @@ def save_video(
 
     Raises:
         MediaError: for another suffix, no frames, no frame rate, or values that are not images.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from omni_video_hf.media import probe_video, save_video
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_video(np.zeros((9, 64, 64, 3), np.uint8), f"{folder}/video.mp4", fps=8)
+        ...     probe_video(f"{folder}/video.mp4").fps
+        8.0
     """
     check_pyav()
     path = Path(path)
@@ -56,7 +65,7 @@ def save_video(
         raise MediaError("`fps` is missing: frames without a frame rate need it.")
     if not FPS_RANGE[0] <= rate <= FPS_RANGE[1]:
         raise MediaError(f"`fps` must be {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} frames per second, got {rate}.")
-    comment = None if metadata is None else _metadata_text(metadata)
+    comment = None if metadata is None else metadata_text(metadata)
     odd_rows, odd_columns = clip.frames.shape[1] % 2, clip.frames.shape[2] % 2
     options = {"movflags": "+faststart"}  # index at the start of the file, so that browsers play during the download
     with output_file(path) as partial, av.open(str(partial), "w", format="mp4", options=options) as container:

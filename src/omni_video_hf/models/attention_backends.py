@@ -30,7 +30,7 @@ def missing_package(error: ImportError, attn_implementation: str | None) -> Impo
         error: what transformers raised.
         attn_implementation: the implementation that was asked for.
     """
-    package = ATTENTION_PACKAGES.get(attn_implementation, "kernels")
+    package = ATTENTION_PACKAGES.get(str(attn_implementation), "kernels")
     return ImportError(
         f"`attn_implementation={attn_implementation!r}` needs the package `{package}` (`pip install {package}`), or "
         f"use 'sdpa'. {error}"

@@ -1,6 +1,7 @@
 """Configurations of Omni-Video: MLLM, vision head, adapter and decoder, with a check that their widths fit."""
 
 from dataclasses import field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -87,6 +88,11 @@ class OmniVideoVisionHeadConfig(HubCallsMixin, PreTrainedConfig):
         null_length (`int`, defaults to 164): Length of the stored MLLM hidden states of the empty instruction.
         hidden_act (`str`, defaults to `"relu"`): Activation of the feed-forward layers.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every LayerNorm.
+
+    Example:
+        >>> from omni_video_hf import OmniVideoVisionHeadConfig
+        >>> OmniVideoVisionHeadConfig(num_query_tokens=8).num_query_tokens
+        8
     """
 
     model_type = "omni_video_vision_head"
@@ -139,6 +145,11 @@ class OmniVideoAdapterConfig(HubCallsMixin, PreTrainedConfig):
 
     Raises:
         ValueError: for an unknown `source_conditioning`, or widths that do not divide into heads.
+
+    Example:
+        >>> from omni_video_hf import OmniVideoAdapterConfig
+        >>> OmniVideoAdapterConfig(num_query_tokens=64).num_query_tokens
+        64
     """
 
     model_type = "omni_video_adapter"
@@ -174,7 +185,14 @@ class OmniVideoAdapterConfig(HubCallsMixin, PreTrainedConfig):
             )
 
     def adapter_kwargs(self) -> dict[str, object]:
-        """Constructor arguments of [`OmniVideoAdapter`], which is a diffusers model and keeps them as its config."""
+        """
+        Constructor arguments of [`OmniVideoAdapter`], which is a diffusers model and keeps them as its config.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoAdapterConfig
+            >>> OmniVideoAdapterConfig().adapter_kwargs()["hidden_size"]
+            4096
+        """
         return {name: getattr(self, name) for name in OmniVideoAdapterConfig.__annotations__}
 
 
@@ -202,6 +220,11 @@ class OmniVideoConfig(HubCallsMixin, PreTrainedConfig):
 
     Raises:
         ValueError: if the widths of connected components differ.
+
+    Example:
+        >>> from omni_video_hf import OmniVideoConfig
+        >>> OmniVideoConfig(decoder_config=None).adapter_config.hidden_size
+        4096
     """
 
     model_type = "omni_video"
@@ -217,15 +240,20 @@ class OmniVideoConfig(HubCallsMixin, PreTrainedConfig):
         "vision_tokens",
         "velocity",
     ]
-    sub_configs_defaults = {  # noqa: RUF012 - read by transformers on the class
+    sub_configs_defaults: ClassVar[Any] = {
         "mllm_config": _MllmSpec(config_class=AutoConfig, model_type=VilaConfig.model_type),
         "vision_head_config": OmniVideoVisionHeadConfig,
         "adapter_config": SubConfigSpec(config_class=OmniVideoAdapterConfig, optional=True),
     }
 
-    mllm_config: dict | PreTrainedConfig | None = None
-    vision_head_config: dict | PreTrainedConfig | None = None
-    adapter_config: dict | PreTrainedConfig | None = field(default_factory=dict)
+    if TYPE_CHECKING:  # given as a dictionary or not, a part is a configuration once this one is made
+        mllm_config: Any = None
+        vision_head_config: Any = None
+        adapter_config: Any = field(default_factory=dict)
+    else:
+        mllm_config: dict | PreTrainedConfig | None = None
+        vision_head_config: dict | PreTrainedConfig | None = None
+        adapter_config: dict | PreTrainedConfig | None = field(default_factory=dict)
     decoder_config: dict | None = field(default_factory=lambda: dict(WAN_2_1_T2V_1_3B))
     enable_mllm: bool = True
     image_generation_token_id: int = 128002

@@ -1,5 +1,7 @@
 """Configuration of VILA, the multimodal LLM of the released Omni-Video weights."""
 
+from typing import TYPE_CHECKING, Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -53,6 +55,11 @@ class VilaConfig(HubCallsMixin, PreTrainedConfig):
 
     Raises:
         ValueError: if `vision_feature_layer` is not the index of a hidden state of the tower.
+
+    Example:
+        >>> from omni_video_hf import VilaConfig
+        >>> VilaConfig(vision_feature_layer=-2).image_seq_length
+        196
     """
 
     model_type = "vila"
@@ -63,8 +70,12 @@ class VilaConfig(HubCallsMixin, PreTrainedConfig):
         ),
     }
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:  # given as a dictionary or not, a part is a configuration once this one is made
+        text_config: Any = None
+        vision_config: Any = None
+    else:
+        text_config: dict | PreTrainedConfig | None = None
+        vision_config: dict | PreTrainedConfig | None = None
     vision_feature_layer: int = -2
     projector_layer_norm_eps: float = 1e-5
     image_token_id: int = 128257

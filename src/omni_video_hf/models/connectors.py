@@ -4,7 +4,7 @@ states, the adapter projects them, the source and the prompt into the decoder's 
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -89,6 +89,8 @@ class OmniVideoStoredEmbeddings(nn.Module):
     They are a separate module, so that device maps and offloading handle them like other modules.
     """
 
+    weight: torch.Tensor
+
     def __init__(self, length: int, width: int) -> None:
         super().__init__()
         self.register_buffer("weight", torch.zeros(length, width))
@@ -132,7 +134,7 @@ class OmniVideoAttention(nn.Module):
         )
         return self.out_proj(output.flatten(2))
 
-    def _attention_function(self) -> object:
+    def _attention_function(self) -> Any:
         name = self.config._attn_implementation
         if "flash" in name and self.head_dim > FLASH_ATTENTION_MAX_HEAD_DIM:
             # The released adapter has heads of width 512, which no flash attention kernel supports.
@@ -237,7 +239,16 @@ class OmniVideoQueryTransformer(nn.Module):
 
 
 class OmniVideoVisionHead(nn.Module):
-    """Computes a few visual tokens from all last-layer hidden states of the MLLM, of prompt and answer."""
+    """
+    Computes a few visual tokens from all last-layer hidden states of the MLLM, of prompt and answer.
+
+    Example:
+        >>> from omni_video_hf import OmniVideoVisionHead, OmniVideoVisionHeadConfig
+        >>> config = OmniVideoVisionHeadConfig(mllm_hidden_size=32, hidden_size=16, null_length=3)
+        >>> config._attn_implementation = "sdpa"
+        >>> OmniVideoVisionHead(config).null_hidden_states().shape
+        torch.Size([3, 32])
+    """
 
     def __init__(self, config: OmniVideoVisionHeadConfig) -> None:
         super().__init__()
@@ -259,6 +270,14 @@ class OmniVideoVisionHead(nn.Module):
 
         Returns:
             `[batch, num_query_tokens, hidden_size]`
+
+        Example:
+            >>> import torch
+            >>> from omni_video_hf import OmniVideoVisionHead, OmniVideoVisionHeadConfig
+            >>> config = OmniVideoVisionHeadConfig(mllm_hidden_size=32, hidden_size=16, intermediate_size=16)
+            >>> config._attn_implementation = "sdpa"
+            >>> OmniVideoVisionHead(config)(torch.zeros(1, 7, 32)).shape
+            torch.Size([1, 4, 16])
         """
         if mllm_hidden_states is None:
             mllm_hidden_states = self.null_hidden_states()[None]
@@ -272,7 +291,8 @@ class OmniVideoVisualContextAdapter(nn.Module):
 
     def __init__(self, config: OmniVideoAdapterConfig) -> None:
         super().__init__()
-        self.patch_size = tuple(config.visual_context_patch_size)
+        frames, rows, columns = config.visual_context_patch_size
+        self.patch_size = frames, rows, columns
         width = config.visual_context_size
         self.patch_embedding = nn.Conv3d(
             config.latent_channels, width, kernel_size=self.patch_size, stride=self.patch_size
@@ -306,6 +326,14 @@ class OmniVideoAdapter(WeightsFromHubMixin, ModelMixin, ConfigMixin, PeftAdapter
     Builds the decoder's context: source, reference, visual tokens and prompt, between boundary embeddings.
 
     Arguments are the fields of [`OmniVideoAdapterConfig`].
+
+    Example:
+        >>> import torch
+        >>> from omni_video_hf import OmniVideoAdapter
+        >>> from omni_video_hf.shapes import CHECKPOINT
+        >>> adapter = OmniVideoAdapter.from_pretrained(CHECKPOINT, subfolder="adapter")
+        >>> adapter.config.hidden_size
+        128
     """
 
     _supports_gradient_checkpointing = True
@@ -399,6 +427,16 @@ class OmniVideoAdapter(WeightsFromHubMixin, ModelMixin, ConfigMixin, PeftAdapter
         Raises:
             ValueError: for an unknown `output_kind` or `context_overflow`, a context that does not fit, or both or
                 neither of `vision_tokens` and `vision_embeds`.
+
+        Example:
+            >>> import torch
+            >>> from omni_video_hf import OmniVideoAdapter
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> adapter = OmniVideoAdapter.from_pretrained(CHECKPOINT, subfolder="adapter")
+            >>> tokens = torch.zeros(1, 1, adapter.config.vision_hidden_size)
+            >>> context = adapter(tokens, torch.zeros(1, 5, 128), output_kind="image")
+            >>> context.shape[-1]
+            128
         """
         if (vision_tokens is None) == (vision_embeds is None):
             raise ValueError("Pass exactly one of the two: `vision_tokens` or `vision_embeds`.")
@@ -414,11 +452,11 @@ class OmniVideoAdapter(WeightsFromHubMixin, ModelMixin, ConfigMixin, PeftAdapter
         else:
             prompts = [row[mask.bool()] for row, mask in zip(prompt_embeds, prompt_embeds_mask, strict=True)]
 
-        if vision_embeds is None:
+        if vision_tokens is not None:
             visual = self.adapt_vision_tokens(vision_tokens, output_kind)  # [batch, 256 or 1024, hidden_size]
         else:
-            visual = vision_embeds.to(self.dtype)
-        sources = [
+            visual = cast("torch.Tensor", vision_embeds).to(self.dtype)
+        sources: list[Any] = [
             self._between_markers(_SOURCE, self.visual_context_adapter(latents), like=visual)
             for latents in (source_latents, reference_latents)
             if latents is not None and self.takes_source_in_context
@@ -452,6 +490,14 @@ class OmniVideoAdapter(WeightsFromHubMixin, ModelMixin, ConfigMixin, PeftAdapter
 
         `[batch, tokens, vision_hidden_size]` -> `[batch, tokens * num_query_tokens, hidden_size]`, token-major; for an
         image only the first `num_image_vision_tokens` tokens.
+
+        Example:
+            >>> import torch
+            >>> from omni_video_hf import OmniVideoAdapter
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> adapter = OmniVideoAdapter.from_pretrained(CHECKPOINT, subfolder="adapter")
+            >>> adapter.adapt_vision_tokens(torch.zeros(1, 2, adapter.config.vision_hidden_size)).shape
+            torch.Size([1, 32, 128])
         """
         if output_kind == "image":
             vision_tokens = vision_tokens[:, : self.config.num_image_vision_tokens]
@@ -464,6 +510,14 @@ class OmniVideoAdapter(WeightsFromHubMixin, ModelMixin, ConfigMixin, PeftAdapter
         """
         Zero-pad `[batch, length, hidden_size]` to `max_context_length`, as the decoder was trained: the zeros pass its
         text projection and are attended to without a mask. A longer context stays as it is.
+
+        Example:
+            >>> import torch
+            >>> from omni_video_hf import OmniVideoAdapter
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> adapter = OmniVideoAdapter.from_pretrained(CHECKPOINT, subfolder="adapter")
+            >>> adapter.pad_context(torch.zeros(1, 20, 128)).shape
+            torch.Size([1, 192, 128])
         """
         return nn.functional.pad(context, (0, 0, 0, max(0, self.config.max_context_length - context.shape[1])))
 

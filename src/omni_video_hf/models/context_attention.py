@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -99,7 +100,7 @@ class ConstantContextAttnProcessor:
 
     def __call__(
         self,
-        attn: torch.nn.Module,
+        attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -213,8 +214,9 @@ class ConstantContext:
         try:
             with _uncompiled() if is_first and self.compiled else nullcontext():
                 yield self.contexts[branch] if is_first else self.contexts[branch][:, :1]
-            if is_first and all(processor.projected is not None for processor in self.processors):
-                self.projected[branch] = [processor.projected for processor in self.processors]
+            made = [processor.projected for processor in self.processors if processor.projected is not None]
+            if is_first and len(made) == len(self.processors):
+                self.projected[branch] = made
                 if self.compiled:
                     self._let_lengths_vary(branch)
         finally:
@@ -237,7 +239,7 @@ def _uncompiled() -> Iterator[None]:
         yield
 
 
-def _project(attn: torch.nn.Module, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _project(attn: Any, states: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values `[batch, tokens, heads, width]` of the context."""
     if getattr(attn, "fused_projections", False):
         key, value = attn.to_kv(states).chunk(2, dim=-1)
@@ -285,7 +287,7 @@ def _replaced_processors(
     check_not_denoising(transformer)
     own = {block.attn2: block.attn2.processor for block in transformer.blocks}
     can_fold = _backends(transformer) <= BACKENDS_WITH_BIAS
-    replacements = {attn: ConstantContextAttnProcessor() for attn in own}
+    replacements: dict[Any, Any] = {attn: ConstantContextAttnProcessor() for attn in own}
     for attn, replacement in replacements.items():
         replacement._attention_backend = getattr(own[attn], "_attention_backend", None)
     constant = ConstantContext(list(replacements.values()), None, length, can_fold, is_compiled(transformer))
@@ -339,7 +341,7 @@ def _checkpointed_with_bias(transformer: WanTransformer3DModel, bias: torch.Tens
     """Let checkpointed blocks add `bias` to the logits of the context, in this pass and when they run again for it."""
     own = transformer._gradient_checkpointing_func
 
-    def run(block: torch.nn.Module, *args: torch.Tensor) -> torch.Tensor:
+    def run(block: Any, *args: torch.Tensor) -> torch.Tensor:
         processor = block.attn2.processor
         replacement = ConstantContextAttnProcessor()
         replacement._attention_backend, replacement.bias = getattr(processor, "_attention_backend", None), bias

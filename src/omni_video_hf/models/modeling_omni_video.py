@@ -18,7 +18,6 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.utils.torch_utils import randn_tensor
-from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
     GenerationMixin,
@@ -109,7 +108,7 @@ class OmniVideoPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)
         std = self.config.vision_head_config.initializer_range
         name = type(module).__name__
@@ -151,6 +150,10 @@ class OmniVideoForConditionalGeneration(
     questions and encodes instructions as visual tokens.
     """
 
+    mllm: Any  # of any image-text-to-text class; one of the three that the configuration leaves out is `None`
+    adapter: Any
+    decoder: Any
+
     def __init__(self, config: OmniVideoConfig) -> None:
         try:
             super().__init__(config)
@@ -170,8 +173,9 @@ class OmniVideoForConditionalGeneration(
                 bridge._attn_implementation = config._attn_implementation
         self.vision_head = OmniVideoVisionHead(config.vision_head_config)
         has_adapter, has_decoder = config.adapter_config is not None, config.decoder_config is not None
+        decoder: Any = config.decoder_config
         self.adapter = OmniVideoAdapter(**config.adapter_config.adapter_kwargs()) if has_adapter else None
-        self.decoder = WanTransformer3DModel(**config.decoder_config) if has_decoder else None
+        self.decoder = WanTransformer3DModel(**decoder) if has_decoder else None
         self._pass_on_attn_implementation()
         self.post_init()
         # Weights of components that the configuration leaves out cause no warning.
@@ -395,9 +399,9 @@ class OmniVideoForConditionalGeneration(
         if needs_vision_tokens:
             vision_tokens = self.vision_head(mllm_hidden_states, mllm_attention_mask)
 
-        losses = {"answer": mllm_outputs.get("loss")}
+        losses: dict[str, Any] = {"answer": mllm_outputs.get("loss")}
         if aligns:
-            losses["alignment"] = alignment_loss(mean_token(vision_tokens), target_features, config.alignment)
+            losses["alignment"] = alignment_loss(mean_token(vision_tokens), target_features, config.alignment)  # type: ignore[arg-type]  # both are there
         if aligns_text:
             self._require("adapter")
             adapted = self.adapter.adapt_vision_tokens(vision_tokens, output_kind)
@@ -456,7 +460,7 @@ class OmniVideoForConditionalGeneration(
             # the same modules.
             null = self.vision_head()
             if vision_embeds is None:
-                vision_tokens = _where(drop_instruction, null, vision_tokens)
+                vision_tokens = _where(drop_instruction, null, vision_tokens)  # type: ignore[arg-type]  # the other is there
             else:
                 vision_embeds = _where(
                     drop_instruction, self.adapter.adapt_vision_tokens(null, output_kind), vision_embeds
@@ -480,7 +484,7 @@ class OmniVideoForConditionalGeneration(
 
     def _flow_matching(
         self,
-        latents: torch.Tensor,
+        latents: Any,
         context: torch.Tensor,
         noise: torch.Tensor | None,
         timesteps: torch.Tensor | None,
@@ -510,7 +514,7 @@ class OmniVideoForConditionalGeneration(
         Raises:
             ImportError: when a package is missing; the message names it.
         """
-        wanted = attn_implementation
+        wanted: Any = attn_implementation
         if isinstance(attn_implementation, dict):
             wanted = attn_implementation.get("mllm_config", self.config.mllm_config._attn_implementation)
         if self.mllm is not None:
@@ -557,7 +561,7 @@ class OmniVideoForConditionalGeneration(
 
 def _text_alignment(
     adapted: torch.Tensor,
-    target_prompt_embeds: Embeddings,
+    target_prompt_embeds: Any,
     target_prompt_embeds_mask: torch.Tensor | None,
     target_prompt_unsaid: torch.Tensor | None,
     config: OmniVideoLossConfig,

@@ -1,7 +1,7 @@
 """VILA, the MLLM of the released Omni-Video weights, built from SigLIP and a causal language model of transformers."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.import_utils import is_tracing, torch_compilable_check
 
 from ..hub.hub_calls import WeightsFromHubMixin
+from ..utils.modules import Host
 from .configuration_vila import VilaConfig
 
 
@@ -39,7 +40,7 @@ class VilaCausalLMOutputWithPast(ModelOutput):
 IGNORED_LABEL = -100
 
 
-class PlaceholderLabelsMixin:
+class PlaceholderLabelsMixin(Host):
     """
     Replaces image placeholders in `labels` by -100.
 
@@ -247,20 +248,20 @@ class VilaModel(VilaPreTrainedModel):
                 "insert the features (`get_image_features(pixel_values).pooler_output`) yourself and pass no images."
             )
 
-        if inputs_embeds is None:
+        if input_ids is not None:
             # The placeholder has no row in the embedding table.
-            is_image = input_ids == self.config.image_token_id
+            is_image = torch.eq(input_ids, self.config.image_token_id)
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
 
         image_features = None
         if pixel_values is not None:
             encoded = self.get_image_features(pixel_values, return_dict=True)
-        if encoded is not None:
+        if encoded is not None and input_ids is not None and inputs_embeds is not None:
             image_features = encoded.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, image_features)[..., None].to(inputs_embeds.device)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
             if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+                position_ids = cast("torch.LongTensor", (attention_mask.long().cumsum(-1) - 1).clamp(min=0))
         elif input_ids is not None and input_ids.shape[1] > 1 and _is_prefill(past_key_values):
             torch_compilable_check(
                 ~is_image.any(),
@@ -352,8 +353,8 @@ class VilaForConditionalGeneration(PlaceholderLabelsMixin, VilaPreTrainedModel, 
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            labels, vocab_size = self.without_placeholders(labels), self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+            answers, vocab_size = self.without_placeholders(labels), self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=answers, vocab_size=vocab_size, **kwargs)
         return VilaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

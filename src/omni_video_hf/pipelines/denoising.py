@@ -13,6 +13,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from ..diffusion.flow_matching import UncheckedSolve
 from ..models.configuration_omni_video import check_source_channels
 from ..models.context_attention import ConstantContext, check_not_denoising, constant_context
+from ..utils.modules import Host
 from ..utils.turns import has_turn, in_turn, turn
 from .guidance import NO_SOURCE, Guidance
 from .request_checks import FiniteSteps
@@ -38,7 +39,7 @@ def whole_call(method: Callable) -> Callable:
     return call
 
 
-class OmniVideoDenoisingMixin:
+class OmniVideoDenoisingMixin(Host):
     """The sampling loop of [`OmniVideoPipeline`], and the state of the running call."""
 
     # The last two are the names that diffusers' own callbacks know the two before by.
@@ -125,7 +126,7 @@ class OmniVideoDenoisingMixin:
         self._guidance_scale = guidance_scale or 0.0
         has_null_branch = null_context is not None and self.do_classifier_free_guidance
         guidance = (guidance or Guidance()).with_caches(self.transformer, has_null_branch)
-        tensors = {"latents": latents, "context": context, "null_context": null_context}
+        tensors: dict[str, Any] = {"latents": latents, "context": context, "null_context": null_context}
         tensors["no_source_context"] = no_source_context
         config = self.transformer.config
         check_source_channels(self.adapter.config.source_conditioning, config.in_channels, config.out_channels)
@@ -136,7 +137,7 @@ class OmniVideoDenoisingMixin:
         scheduler.sigmas = scheduler.sigmas.to(latents.device)  # otherwise UniPC copies three of them in every step
         timesteps, finite = scheduler.timesteps, FiniteSteps()
         self._num_timesteps = len(timesteps)
-        step_kwargs = {"return_dict": False}
+        step_kwargs: dict[str, Any] = {"return_dict": False}
         if "generator" in inspect.signature(scheduler.step).parameters:
             step_kwargs["generator"] = generator
         length = self.adapter.config.max_context_length
@@ -173,7 +174,7 @@ class OmniVideoDenoisingMixin:
         finite.check(len(timesteps))
         return tensors["latents"]
 
-    def _branch_contexts(self, tensors: dict[str, torch.Tensor | None], guidance: Guidance) -> dict[str, torch.Tensor]:
+    def _branch_contexts(self, tensors: dict[str, Any], guidance: Guidance) -> dict[str, torch.Tensor]:
         """Contexts of the branches in the decoder's format."""
         contexts = guidance.contexts(tensors["context"], tensors["null_context"], tensors["no_source_context"])
         return {branch: states.to(self.transformer.dtype) for branch, states in contexts.items()}
@@ -230,9 +231,7 @@ class OmniVideoDenoisingMixin:
 _ALIASES = {"prompt_embeds": "context", "negative_prompt_embeds": "null_context"}
 
 
-def _changes(
-    returned: Any, given: dict[str, torch.Tensor | None], tensors: dict[str, torch.Tensor | None]
-) -> dict[str, torch.Tensor]:
+def _changes(returned: Any, given: dict[str, torch.Tensor | None], tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The tensors that a callback changed, by their names in the denoising loop."""
     if not isinstance(returned, dict):
         raise TypeError(f"`callback_on_step_end` must return a dictionary of what it changes, got {returned!r}.")
@@ -261,7 +260,7 @@ def callback_inputs(
 
 def register_with_cache_dit(pipeline: type) -> None:
     """Let `cache_dit.enable_cache(pipe)` know a pipeline's class, where that library is imported already."""
-    cache_dit = sys.modules.get("cache_dit")
+    cache_dit: Any = sys.modules.get("cache_dit")
     register = getattr(cache_dit, "BlockAdapterRegister", None)
     if register is None or pipeline.__name__ in register._adapters:
         return

@@ -9,6 +9,7 @@ from PIL import Image
 
 from ..media.sources import Source
 from ..models.connectors import ContextOverflow
+from ..utils.modules import Host
 from ..utils.turns import in_turn
 from .presets import (
     GenerationSettings,
@@ -16,7 +17,7 @@ from .presets import (
 from .request_checks import check_result, check_tensors
 
 
-class OmniVideoEncodersMixin:
+class OmniVideoEncodersMixin(Host):
     """Public steps of [`OmniVideoPipeline`] between inputs and latents."""
 
     @in_turn("text_encoder", "tokenizer")
@@ -31,6 +32,14 @@ class OmniVideoEncodersMixin:
 
         Raises:
             ValueError: for a prompt longer than `max_sequence_length` tokens, unless `context_overflow="truncate"`.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+            >>> embeds = pipe.encode_prompt(["a red circle", "a blue square"])
+            >>> len(embeds), embeds[0].shape[-1]
+            (2, 128)
         """
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("This pipeline was loaded without text encoder: pass `prompt_embeds`.")
@@ -77,6 +86,13 @@ class OmniVideoEncodersMixin:
 
         Returns:
             `[batch, num_query_tokens, vision width]`
+
+        Example:
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+            >>> pipe.encode_instruction("t2i", "a red circle").shape[-1]
+            128
         """
         if mllm_hidden_states is not None:
             return self.mllm(mllm_hidden_states=mllm_hidden_states, output_vision_tokens=True).vision_tokens
@@ -99,7 +115,7 @@ class OmniVideoEncodersMixin:
         if source.videos is not None:
             videos = [[Image.fromarray(frame) for frame in clip.frames] for clip in source.videos]
         else:
-            videos = [[image] for image in source.images]
+            videos = [[image] for image in source.images or ()]
         pixels = self.video_processor.preprocess_video(videos, height=settings.height, width=settings.width)
         pixels = pixels.to(self._execution_device, self.vae.dtype)
         latents = self.vae.encode(pixels).latent_dist.mode().float()
@@ -124,7 +140,7 @@ class OmniVideoEncodersMixin:
         """
         if negative_prompt is None and negative_mllm_hidden_states is None:
             return self.mllm(output_vision_tokens=True).vision_tokens
-        negatives = None if negative_prompt is None else _per_prompt(negative_prompt, batch_size)
+        negatives = None if negative_prompt is None else per_prompt(negative_prompt, batch_size)
         return self.encode_instruction(
             task, negatives, source, negative_mllm_hidden_states, mllm_frames, allow_empty=True
         )
@@ -146,6 +162,14 @@ class OmniVideoEncodersMixin:
             negative_prompt_embeds: of a negative prompt; `None` for the stored embedding of the empty prompt.
             batch_size, num_videos_per_prompt: prompts, and samples of each.
             arguments: the other arguments of [`OmniVideoAdapter.forward`], the source among them.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+            >>> null = pipe.mllm(output_vision_tokens=True).vision_tokens
+            >>> pipe.encode_null_context(null, None, 2, 1, output_kind="image").shape[0]
+            2
         """
         context = self.adapter(null_vision_tokens, negative_prompt_embeds, **arguments)
         context = check_result(context, "The unconditional branch (MLLM to adapter)")
@@ -169,7 +193,7 @@ class OmniVideoEncodersMixin:
         return mean, std
 
 
-def _per_prompt(value: str | list[str], batch_size: int) -> list[str]:
+def per_prompt(value: str | list[str], batch_size: int) -> list[str]:
     return [value] * batch_size if isinstance(value, str) else value
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from diffusers.hooks.faster_cache import FasterCacheBlockHook, FasterCacheDenoiserHook
@@ -156,7 +157,7 @@ _CACHES = {
 }
 
 
-def _hooks(transformer: torch.nn.Module) -> list[object]:
+def _hooks(transformer: torch.nn.Module) -> list[Any]:
     """The diffusers hooks of a model and its layers."""
     registries = (getattr(module, "_diffusers_hook", None) for module in transformer.modules())
     return [hook for registry in registries if registry is not None for hook in registry.hooks.values()]

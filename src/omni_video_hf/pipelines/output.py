@@ -20,6 +20,11 @@ class OmniVideoPipelineOutput(BaseOutput):
         fps: frame rate of the videos; `None` for images and text answers.
         settings: all settings that were used.
         notes: decisions that were made for the caller, one sentence each, such as a rounded size.
+
+    Example:
+        >>> from omni_video_hf import OmniVideoPipelineOutput
+        >>> OmniVideoPipelineOutput(text=["red"], task="understand").text
+        ['red']
     """
 
     frames: Any = None

@@ -1,8 +1,8 @@
 """The diffusers pipeline of Omni-Video: generate, edit and understand videos and images with one object."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, SchedulerMixin, WanTransformer3DModel
@@ -20,7 +20,7 @@ from ..processing.processing_omni_video import OmniVideoProcessor
 from ..tasks import find_task, get_task
 from ..utils.turns import OwnRandomNumbers, in_turn
 from .denoising import OmniVideoDenoisingMixin, callback_inputs, register_with_cache_dit, whole_call
-from .encoders import OmniVideoEncodersMixin, _per_prompt
+from .encoders import OmniVideoEncodersMixin, per_prompt
 from .guidance import Guidance
 from .lora.loader import OmniVideoLoraLoaderMixin, with_lora_scale, without_lora_scale
 from .output import OmniVideoPipelineOutput
@@ -31,7 +31,7 @@ from .presets import (
     keep_presets,
 )
 from .repository_mixin import OmniVideoRepositoryMixin
-from .request import OmniVideoRequestMixin, _rows
+from .request import OmniVideoRequestMixin, rows_of
 from .request_checks import FiniteLogits, check_numbers, check_result
 from .scheduling import prepare_scheduler, preset_shift
 
@@ -66,6 +66,13 @@ class OmniVideoPipeline(
             the components came with, or upstream's.
         scheduler_shift (`float`, *optional*): Shift of the scheduler that the presets belong to: with another one the
             scheduler's counts. By default the presets' own, or the scheduler's where they differ by task.
+
+    Example:
+        >>> from omni_video_hf import OmniVideoPipeline
+        >>> from omni_video_hf.shapes import CHECKPOINT
+        >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+        >>> sorted(pipe.config.presets)
+        ['i2i', 'i2v', 't2i', 't2v', 'v2v']
     """
 
     model_cpu_offload_seq = "mllm->text_encoder->adapter->transformer->vae"
@@ -249,6 +256,14 @@ class OmniVideoPipeline(
         Raises:
             ValueError: for inputs that do not go together, sizes off the latent grid, or a source too long for the
                 context. Nothing is cut, resized or replaced without a note or a warning.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+            >>> output = pipe("a big red circle on a white background", task="t2i", num_inference_steps=2)
+            >>> output.frames[0][0].size
+            (64, 64)
         """
         # 1. Inputs
         self._begin_call(guidance_scale or 0.0, attention_kwargs)
@@ -286,16 +301,16 @@ class OmniVideoPipeline(
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        batch_size = len(prompts) if prompts is not None else len(mllm_hidden_states)
-        notes, (generator, seed) = [], seeded_generator(generator)
+        batch_size = len(prompts) if prompts is not None else len(cast("Sized", mllm_hidden_states))
+        notes, (generator, seed) = list[str](), seeded_generator(generator)
 
         # 2. Source and task. For an answer only the frames that the MLLM sees are decoded.
         source = Source.of(video, image, batch_size)
         if task is None or get_task(task).answers_in_text:
             task, answers = self.answer(prompts, source, task, max_new_tokens, generator)
             if get_task(task).answers_in_text:
-                settings = {"task": task, "max_new_tokens": max_new_tokens, "seed": seed}
-                return self._output(return_dict, text=answers, task=task, settings=settings)
+                asked = {"task": task, "max_new_tokens": max_new_tokens, "seed": seed}
+                return self._output(return_dict, text=answers, task=task, settings=asked)
             self._check_can_generate(task)
         room = self._source_room(
             task, prompts, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale, max_sequence_length,
@@ -330,7 +345,7 @@ class OmniVideoPipeline(
                 self.encode_prompt(prompts, max_sequence_length, context_overflow), "The text encoder"
             )
         if self.do_classifier_free_guidance and negative_prompt is not None:
-            negatives = _per_prompt(negative_prompt, batch_size)
+            negatives = per_prompt(negative_prompt, batch_size)
             negative_prompt_embeds = self.encode_prompt(negatives, max_sequence_length, context_overflow)
         if source.kind is not None:
             encoded = check_result(self.encode_source(source, settings), "The VAE's encoder")
@@ -342,7 +357,7 @@ class OmniVideoPipeline(
             condition = source_latents if source_latents is not None else reference_latents
             notes += self._notes_of_overflow(
                 prompts, negative_prompt if self.do_classifier_free_guidance else None,
-                [*prompt_embeds, *_rows(negative_prompt_embeds)],
+                [*prompt_embeds, *rows_of(negative_prompt_embeds)],
                 0 if condition is None else self.grid.tokens_of_latents(condition.shape[2:]),
                 max_sequence_length, max_context_length, output_kind,
             )  # fmt: skip
@@ -486,6 +501,14 @@ class OmniVideoPipeline(
 
         Raises:
             ValueError: when latents of the source do not fit `latents`.
+
+        Example:
+            >>> import torch
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+            >>> pipe.prepare_source_channels(torch.zeros(1, 16, 1, 8, 8)) is None
+            True
         """
         if not self.adapter.takes_source_in_channels:
             return None
@@ -502,6 +525,13 @@ class OmniVideoPipeline(
         Create a scheduler for one call, with the sigmas of the authors' code if its `set_timesteps` accepts sigmas.
 
         The scheduler of the pipeline is not changed.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+            >>> len(pipe.prepare_scheduler(num_inference_steps=4, flow_shift=3.0).timesteps)
+            4
         """
         check_numbers(num_inference_steps=num_inference_steps, flow_shift=flow_shift)
         return prepare_scheduler(self.scheduler, num_inference_steps, flow_shift, device)

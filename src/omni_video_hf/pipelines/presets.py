@@ -113,7 +113,7 @@ def resolve_size(
     multiple = grid.multiple(with_source=source_size is not None)
     if (height is None) != (width is None):
         raise ValueError(f"Pass `height` and `width` together, got height={height} and width={width}.")
-    if height is not None:
+    if height is not None and width is not None:
         for name, value in (("height", height), ("width", width)):
             if value < multiple or value % multiple:
                 raise ValueError(
@@ -315,7 +315,7 @@ def propose_sizes(
     multiple = grid.multiple(with_source)
     area = preset["height"] * preset["width"] if preset else height * width
     scale = min(1.0, math.sqrt(area / (height * width)))
-    smaller = tuple(_below(value * scale, multiple) for value in (height, width))
+    smaller = _below(height * scale, multiple), _below(width * scale, multiple)
 
     def works(size: tuple[int, int], frames: int) -> bool:
         fits = room is None or grid.source_tokens(*size, frames) <= room
@@ -352,8 +352,8 @@ def propose_sizes(
         if whole is not None and 4 * whole[0] * whole[1] >= min(area, height * width):
             found.append((whole, every))
     if not found:
-        size = largest(1)
-        found = [] if size is None else [(size, longest(size))]
+        one = largest(1)
+        found = [] if one is None else [(one, longest(one))]
     proposals = [Proposal(*size, frames) for size, frames in found]
     return list(dict.fromkeys(proposals))[:3]
 

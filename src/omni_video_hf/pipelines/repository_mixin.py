@@ -12,14 +12,14 @@ from ..models.connectors import OmniVideoAdapter
 from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
 from ..processing.processing_omni_video import OmniVideoProcessor
 from ..utils.files import temporary_folder
-from ..utils.modules import has_lora
+from ..utils.modules import Host, has_lora
 from ..utils.tokens import hub_call
 from ..utils.turns import turn
 
 CLASSES = {cls.__name__: cls for cls in (OmniVideoForConditionalGeneration, OmniVideoAdapter, OmniVideoProcessor)}
 
 
-class OmniVideoRepositoryMixin:
+class OmniVideoRepositoryMixin(Host):
     """
     Loading and saving of [`OmniVideoPipeline`] as a repository.
 
@@ -50,6 +50,13 @@ class OmniVideoRepositoryMixin:
         Raises:
             ValueError: for an unknown profile, a profile together with arguments that it sets, or a profile without an
                 accelerator; for a folder with an unfinished save, or whose index names files outside the folder.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+            >>> type(pipe).__name__
+            'OmniVideoPipeline'
         """
         if Path(pretrained_model_name_or_path).is_dir():
             check_finished(pretrained_model_name_or_path)
@@ -72,7 +79,15 @@ class OmniVideoRepositoryMixin:
     @classmethod
     @hub_call
     def load_config(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """Load `model_index.json`, as in diffusers, but with the classes of this code instead of the repository's."""
+        """
+        Load `model_index.json`, as in diffusers, but with the classes of this code instead of the repository's.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> OmniVideoPipeline.load_config(CHECKPOINT)["_class_name"]
+            'OmniVideoPipeline'
+        """
         if Path(pretrained_model_name_or_path).is_dir():  # a local folder, or a download
             check_indices(pretrained_model_name_or_path)
         config = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
@@ -87,7 +102,7 @@ class OmniVideoRepositoryMixin:
     @hub_call
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
         """Download the files of a Hub repository that this pipeline needs, except its code; as in diffusers."""
-        reader = type(cls.__name__, (_ReadsWithoutCode, cls), {})
+        reader: Any = type(cls.__name__, (_ReadsWithoutCode, cls), {})
         return super(OmniVideoRepositoryMixin, reader).download(pretrained_model_name, **kwargs)
 
     @hub_call
@@ -113,6 +128,17 @@ class OmniVideoRepositoryMixin:
 
         Raises:
             ValueError: if a component has LoRA layers, or a class that the code of a repository does not contain.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+            >>> import tempfile
+            >>> from pathlib import Path
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     pipe.save_pretrained(folder)
+            ...     (Path(folder) / "model_index.json").is_file()
+            True
         """
         if not safe_serialization:
             raise ValueError("`safe_serialization=False` would write pickles, which can run code: pass `True`.")
@@ -176,7 +202,7 @@ class OmniVideoRepositoryMixin:
             )
 
 
-class _ReadsWithoutCode:
+class _ReadsWithoutCode(Host):
     """Reads an index without its references to code, so that diffusers does not ask for `trust_remote_code`."""
 
     @classmethod

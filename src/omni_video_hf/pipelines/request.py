@@ -12,6 +12,7 @@ from ..media.sources import Source
 from ..media.video_loading import probe_frames
 from ..models.connectors import ContextOverflow
 from ..tasks import find_task, get_task
+from ..utils.modules import Host
 from .presets import (
     GenerationSettings,
     check_num_frames,
@@ -24,7 +25,7 @@ from .request_checks import check_numbers, check_tensors
 from .scheduling import check_scheduler, chosen_shift
 
 
-class OmniVideoRequestMixin:
+class OmniVideoRequestMixin(Host):
     """Methods of [`OmniVideoPipeline`] that check the arguments of a call and determine its settings."""
 
     def check_inputs(
@@ -138,7 +139,7 @@ class OmniVideoRequestMixin:
         elif room is None:
             room = limit - self._context_length([torch.empty(1, 0)], "video")
         preset = self._preset(find_task("video", "video"))
-        for video in source.videos:
+        for video in source.videos or ():
             if isinstance(video, (str, Path)) and "://" not in str(video):
                 info, frames = probe_frames(video, fps, num_frames)
                 size = (info.height, info.width)
@@ -207,6 +208,8 @@ class OmniVideoRequestMixin:
             fps = source.videos[0].fps
             source = Source(videos=[replace(clip, frames=clip.frames[:num_frames]) for clip in source.videos])
         elif get_task(task).source == "video":
+            if condition_latents is None:
+                raise ValueError(f"Task {task!r} needs `video`, or its latents in `source_latents`.")
             frames_of_latents = (condition_latents.shape[2] - 1) * self.grid.temporal + 1
             if num_frames not in (None, frames_of_latents):
                 raise ValueError(
@@ -218,7 +221,7 @@ class OmniVideoRequestMixin:
         else:
             num_frames, fps = num_frames or preset["num_frames"], fps or preset["fps"]
 
-        def chosen(name: str, value: float | None) -> float:
+        def chosen(name: str, value: float | None) -> Any:
             return preset[name] if value is None else value
 
         settings = GenerationSettings(
@@ -246,7 +249,7 @@ class OmniVideoRequestMixin:
 
     def _preset(self, task: str) -> Mapping[str, Any]:
         """Default settings of a task: those of the repository, or else those of the released model."""
-        return self.config.presets.get(task) or get_task(task).preset
+        return self.config.presets.get(task) or get_task(task).preset or {}
 
     def _source_room(
         self,
@@ -263,7 +266,7 @@ class OmniVideoRequestMixin:
         scale = self._preset(task)["guidance_scale"] if guidance_scale is None else guidance_scale
         lengths = self._text_lengths(prompts) if prompt_embeds is None else [len(row) for row in prompt_embeds]
         if scale > 1:
-            lengths += [len(row) for row in _rows(negative_prompt_embeds)]
+            lengths += [len(row) for row in rows_of(negative_prompt_embeds)]
             lengths += [*self._text_lengths(negative_prompt), self.adapter.config.null_prompt_length]
         text = torch.empty(1, min(max(lengths, default=0), max_sequence_length), 0)
         limit = max_context_length or self.adapter.config.max_context_length
@@ -304,7 +307,7 @@ class OmniVideoRequestMixin:
             )
         return notes
 
-    def _context_length(self, prompt_embeds: torch.Tensor | list[torch.Tensor], output_kind: str) -> int:
+    def _context_length(self, prompt_embeds: torch.Tensor | Sequence[torch.Tensor], output_kind: str) -> int:
         """Number of context tokens without the source, including its boundary embeddings."""
         config = self.adapter.config
         vision_tokens = (
@@ -318,7 +321,7 @@ class OmniVideoRequestMixin:
         return vision_tokens * config.num_query_tokens + text + (6 if config.use_markers else 0)
 
 
-def _rows(embeds: torch.Tensor | Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor]:
+def rows_of(embeds: torch.Tensor | Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor]:
     """Embeddings as a list with one entry per prompt; empty for `None`."""
     return () if embeds is None else list(embeds)
 

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from transformers import LogitsProcessor
 
+from ..utils.modules import dtype_name
+
 # Numbers of a generation: whether they must be integers, the minimum, and whether the minimum itself is allowed.
 NUMBERS: dict[str, tuple[bool, float, bool]] = {
     "height": (True, 1, True),
@@ -47,7 +49,7 @@ def check_number(name: str, value: Any) -> int | float:
     allowed = "a whole number" if whole else "a finite number"
     if math.isfinite(least):
         allowed += f" {'of at least' if included else 'greater than'} {least}"
-    kind = Integral if whole else Real
+    kind: Any = Integral if whole else Real
     if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
         raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
     if value < least or (value == least and not included):
@@ -99,7 +101,7 @@ def check_result(result: Result, part: str) -> Result:
     tensors = [result] if isinstance(result, torch.Tensor) else list(result)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         bad, total = sum(map(_not_finite, tensors)), sum(tensor.numel() for tensor in tensors)
-        formats = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+        formats = ", ".join(sorted({dtype_name(tensor.dtype) for tensor in tensors}))
         raise NotFiniteError(
             f"{part} computed {bad} NaN or infinite values of {total} ({formats}) from finite ones, which would make "
             "every frame black. float16 overflows easily: load this component in bfloat16 or float32. If it is not "
@@ -114,7 +116,7 @@ class FiniteLogits(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """`scores` as they are; those of tokens that are ruled out are -inf, so the largest of each row counts."""
         if not bool(torch.isfinite(scores.amax(dim=-1)).all()):
-            dtype = str(scores.dtype).removeprefix("torch.")
+            dtype = dtype_name(scores.dtype)
             raise NotFiniteError(
                 f"The MLLM computed logits that are NaN or infinite ({dtype}) after "
                 f"{input_ids.shape[1]} tokens: its answer would be any text. Values overflow easily in float16: load "

@@ -95,7 +95,8 @@ def prepare_scheduler(
     The sigmas are those of the authors' code if `set_timesteps` accepts sigmas.
     """
     check_scheduler(scheduler)
-    own = type(scheduler).from_config(scheduler.config, **{_shift_name(scheduler): flow_shift})
+    shift = {name: flow_shift for name in [_shift_name(scheduler)] if name is not None}
+    own = type(scheduler).from_config(scheduler.config, **shift)
     if "sigmas" in inspect.signature(own.set_timesteps).parameters:
         own.set_timesteps(sigmas=sampling_sigmas(num_inference_steps), device=device)
     else:

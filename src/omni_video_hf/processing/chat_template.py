@@ -76,7 +76,8 @@ def check_chat_template(template: Any) -> None:
 
 def _is_small_product(node: nodes.Mul) -> bool:
     """Whether a product has constant factors alone, or one other factor and a small number of times."""
-    factors, todo = [], [node]
+    factors: list[nodes.Expr] = []
+    todo: list[nodes.Expr] = [node]
     while todo:
         part = todo.pop()
         if isinstance(part, nodes.Mul):

@@ -68,6 +68,13 @@ class OmniVideoProcessor(HubCallsMixin, ProcessorMixin):
         num_frames (`int`, defaults to 8): Number of frames of a video for the MLLM.
         mllm_frames (`str`, defaults to `"first"`): Frames of a video to edit that the MLLM gets, which must match its
             training: `"first"`, the first frame only, as in the authors' code, or `"all"`, `num_frames` frames.
+
+    Example:
+        >>> from omni_video_hf import OmniVideoProcessor
+        >>> from omni_video_hf.shapes import CHECKPOINT
+        >>> processor = OmniVideoProcessor.from_pretrained(CHECKPOINT)
+        >>> processor.num_frames > 0
+        True
     """
 
     # Defaults of a call; `generate` needs the padding on the left.
@@ -226,8 +233,8 @@ class OmniVideoProcessor(HubCallsMixin, ProcessorMixin):
         sampling = frames.get("frame_sampling", "upstream_understand")
         self._check_template(args, kwargs)
         batched = bool(conversation) and not isinstance(conversation[0], dict)
-        conversations = conversation if batched else [conversation]
-        loaded = [
+        conversations: Any = conversation if batched else [conversation]
+        loaded: Any = [
             [self._with_loaded_media(message, num_frames, sampling) for message in messages]
             for messages in conversations
         ]
@@ -283,6 +290,14 @@ class OmniVideoProcessor(HubCallsMixin, ProcessorMixin):
         Raises:
             ValueError: for an unknown task, an empty prompt, a prompt with control tokens, or images or videos that
                 do not fit the task.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoProcessor
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> processor = OmniVideoProcessor.from_pretrained(CHECKPOINT)
+            >>> inputs = processor.apply_task_template("t2i", "a red circle", return_tensors="pt")
+            >>> inputs["input_ids"].shape == inputs["attention_mask"].shape
+            True
         """
         mllm_frames = self.mllm_frames if mllm_frames is None else mllm_frames
         _check_mllm_frames(mllm_frames)
@@ -310,6 +325,13 @@ class OmniVideoProcessor(HubCallsMixin, ProcessorMixin):
             prompt: text of the user.
             num_images: number of images or frames. Default: one if the task has a source, else none.
             allow_empty: allow an empty prompt.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoProcessor
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> processor = OmniVideoProcessor.from_pretrained(CHECKPOINT)
+            >>> "a red circle" in processor.build_prompt("t2i", "a red circle")
+            True
         """
         spec = get_task(task)
         self._check_prompt(prompt, allow_empty)
@@ -349,6 +371,13 @@ class OmniVideoProcessor(HubCallsMixin, ProcessorMixin):
         tokens. If the first text starts with bos, one bos is kept and the first id of *every* text is removed. With a
         tokenizer that adds bos, two remain (its own and that of the template); with another tokenizer, every later
         text loses a real token.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoProcessor
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> processor = OmniVideoProcessor.from_pretrained(CHECKPOINT)
+            >>> len(processor.tokenize_prompt("a red circle")) > 0
+            True
         """
         return self._tokenize(prompt)[0]
 
@@ -386,6 +415,14 @@ class OmniVideoProcessor(HubCallsMixin, ProcessorMixin):
 
         Returns:
             float32 pixel values `[images, 3, size, size]`
+
+        Example:
+            >>> from omni_video_hf import OmniVideoProcessor
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> processor = OmniVideoProcessor.from_pretrained(CHECKPOINT)
+            >>> from PIL import Image
+            >>> processor.preprocess_images([Image.new("RGB", (64, 64))]).shape[:2]
+            torch.Size([1, 3])
         """
         pictures = [load_image(image) for image in images]
         if self.image_aspect_ratio == "pad":
@@ -396,7 +433,17 @@ class OmniVideoProcessor(HubCallsMixin, ProcessorMixin):
     def sample_frames(
         self, video: Any, num_frames: int, sampling: str = "upstream_understand", only_first: bool = False
     ) -> list[Image.Image]:
-        """Select frames of a video (path, URL, frames, array, tensor or `VideoClip`) with a named strategy."""
+        """
+        Select frames of a video (path, URL, frames, array, tensor or `VideoClip`) with a named strategy.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoProcessor
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> processor = OmniVideoProcessor.from_pretrained(CHECKPOINT)
+            >>> import numpy as np
+            >>> len(processor.sample_frames(np.zeros((16, 64, 64, 3), np.uint8), num_frames=4))
+            4
+        """
         frames = load_sampled_video(video, sampling, num_frames)
         return [Image.fromarray(frame) for frame in frames[: 1 if only_first else None]]
 

@@ -31,6 +31,11 @@ class Example:
         target: the scene to draw; `None` for questions.
         answer: the exact answer to a question, else `None`.
         attribute: what an edit changes or a question is on (or `"describe"`); `None` for generation.
+
+    Example:
+        >>> from omni_video_hf.shapes import ShapesDataset
+        >>> ShapesDataset("t2i", "train", length=8).example(0).kind
+        'image'
     """
 
     task: str
@@ -68,6 +73,11 @@ class ShapesDataset(Dataset):
 
     Raises:
         ValueError: for an unknown name, a `kind` that is not the task's, or a negative number.
+
+    Example:
+        >>> from omni_video_hf.shapes import ShapesDataset
+        >>> sorted(ShapesDataset("i2i", "train", length=8)[0])
+        ['prompt', 'source', 'target']
     """
 
     def __init__(self, task: str, split: str, length: int, seed: int = 0, kind: Kind | None = None) -> None:
@@ -78,12 +88,13 @@ class ShapesDataset(Dataset):
             if number < 0:
                 raise ValueError(f"`{name}` must not be negative, got {number}.")
         row = get_task(task)
-        kinds = ("image", "video") if row.answers_in_text else (row.output,)
+        kinds: Any = ("image", "video") if row.answers_in_text else (row.output,)
         if kind is None and len(kinds) == 1:
             kind = kinds[0]
         if kind not in kinds:
             raise ValueError(f"`kind` must be {' or '.join(map(repr, kinds))} for task {task!r}, got {kind!r}.")
-        self.task, self.split, self.length, self.seed, self.kind = task, split, length, seed, kind
+        self.task, self.split, self.length, self.seed = task, split, length, seed
+        self.kind: Any = kind
 
     def __len__(self) -> int:
         return self.length
@@ -100,7 +111,14 @@ class ShapesDataset(Dataset):
         return item
 
     def example(self, index: int) -> Example:
-        """Example `index` as scenes and words, without drawing it; negative numbers count from the end."""
+        """
+        Example `index` as scenes and words, without drawing it; negative numbers count from the end.
+
+        Example:
+            >>> from omni_video_hf.shapes import ShapesDataset
+            >>> ShapesDataset("v2v", "train", length=8).example(-1).task
+            'v2v'
+        """
         index = range(self.length)[index]
         stream = (TASKS.index(self.task), SPLITS.index(self.split), int(self.kind == "video"), self.seed, index)
         rng = np.random.default_rng(stream)
@@ -128,7 +146,8 @@ class ShapesDataset(Dataset):
             before = [values for values in before if (values["color"], values["shape"]) not in HELD_OUT]
         source = _place(rng, before[rng.integers(len(before))], result)
         prompt = edit_prompt(rng, source, attribute, result[attribute])
-        target = replace(source, **{attribute: result[attribute]})
+        change: dict[str, Any] = {attribute: result[attribute]}
+        target = replace(source, **change)
         return Example(self.task, self.kind, prompt, source=source, target=target, attribute=attribute)
 
     def _changeable(self) -> list[str]:

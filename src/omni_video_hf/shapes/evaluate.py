@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from .dataset import Example, ShapesDataset
 from .edits import EditReading, read_edit
 from .other_renderer import WIDER, render_otherwise
 from .pictures import Shown, results_sheet
-from .scene import FPS
+from .prompts import Kind
+from .scene import FPS, Scene
 from .scores import (
     LINES,
     SHOWN_SPLITS,
@@ -106,13 +107,14 @@ class Evaluation:
         """Compare with what the renderer of the source makes of the target."""
         if self.sources == SOURCES[0]:
             return read_edit(example, clip)
-        return read_edit(example, clip, render_otherwise(example.target, example.num_frames), WIDER)
+        return read_edit(example, clip, render_otherwise(cast("Scene", example.target), example.num_frames), WIDER)
 
     def _draw(self, line: str, split: str) -> list[tuple[Example, np.ndarray]]:
         """Draw the examples of a line that makes pictures: each with its clip, uint8 `[frames, 64, 64, 3]`."""
         task = line.partition("_")[0]
         dataset = ShapesDataset(task, split, self.count, self.seed)
-        results, shown = [], []
+        results: list[tuple[Example, np.ndarray]] = []
+        shown: list[Shown] = []
         for numbers in self._batches(range(self.count), f"{line}, {split}"):
             examples, items = zip(*((dataset.example(number), dataset[number]) for number in numbers), strict=True)
             if self.sources != SOURCES[0]:
@@ -145,7 +147,8 @@ class Evaluation:
     def _understand(self, split: str) -> list[dict[str, bool]]:
         """Ask the questions of a split, half of them on clips."""
         verdicts, shown = [], []
-        for kind, count in (("video", (self.count + 1) // 2), ("image", self.count // 2)):
+        halves: tuple[tuple[Kind, int], ...] = (("video", (self.count + 1) // 2), ("image", self.count // 2))
+        for kind, count in halves:
             dataset = ShapesDataset("understand", split, count, self.seed, kind)
             for numbers in self._batches(range(count), f"understand, {kind}s, {split}"):
                 items = [dataset[number] for number in numbers]

@@ -55,6 +55,13 @@ class Reading:
         color, shape, size, background: values of [`ATTRIBUTES`], the same in all frames.
         motion: likewise; always `None` for an image.
         reasons: one sentence for everything that kept an attribute from being read.
+
+    Example:
+        >>> from omni_video_hf.shapes import Scene, read_scene, render
+        >>> scene = Scene("red", "circle", "large", "white", motion="right")
+        >>> reading = read_scene(render(scene))
+        >>> reading.shape, reading.reasons
+        ('circle', ())
     """
 
     color: str | None = None
@@ -65,7 +72,15 @@ class Reading:
     reasons: tuple[str, ...] = ()
 
     def right(self, scene: Scene) -> dict[str, bool]:
-        """Of each attribute, whether it is the scene's."""
+        """
+        Of each attribute, whether it is the scene's.
+
+        Example:
+            >>> from omni_video_hf.shapes import Scene, read_scene, render
+            >>> scene = Scene("red", "circle", "large", "white", motion="right")
+            >>> all(read_scene(render(scene)).right(scene).values())
+            True
+        """
         return {name: getattr(self, name) == getattr(scene, name) for name in ATTRIBUTES}
 
 
@@ -91,6 +106,12 @@ def read_scene(frames: Any) -> Reading:
 
     Raises:
         ValueError: for another size, or values that are no pictures.
+
+    Example:
+        >>> from omni_video_hf.shapes import Scene, read_scene, render
+        >>> scene = Scene("red", "circle", "large", "white", motion="right")
+        >>> read_scene(render(scene)).color
+        'red'
     """
     pixels = _pixels(frames)
     edge = _edge(pixels)

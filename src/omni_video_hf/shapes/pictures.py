@@ -63,7 +63,7 @@ def _row(shown: Shown) -> Image.Image:
     groups = [_frames(clip) for clip in (shown.source, shown.result) if clip is not None]
     side = groups[0][0].height
     font = ImageFont.load_default(FONT_SIZE)
-    left, _, right, bottom = font.getbbox(shown.caption)
+    left, _, right, bottom = map(int, font.getbbox(shown.caption))
     width = sum(len(group) * (side + GAP) - GAP for group in groups) + ARROW * (len(groups) - 1)
     picture = Image.new("RGB", (max(width, right - left), bottom + GAP + side), "white")
     draw = ImageDraw.Draw(picture)

@@ -1,7 +1,7 @@
 """What is said about a scene of Omni-Video Shapes: prompts, edits, and questions with their one right answer."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -161,7 +161,7 @@ def generation_prompt(rng: np.random.Generator, scene: Scene, kind: Kind, names_
 
 def edit_prompt(rng: np.random.Generator, source: Scene, attribute: str, value: str) -> str:
     """One of several ways to ask for `value` of `attribute` in place of the source's."""
-    words = {"size": SIZE_WORDS, "shape": SHAPE_WORDS}.get(attribute)
+    words: Any = {"size": SIZE_WORDS, "shape": SHAPE_WORDS}.get(attribute)
     old, new = getattr(source, attribute), value
     if words is not None:
         old, new = _pick(rng, words[old]), _pick(rng, words[new])
@@ -177,7 +177,7 @@ def question_and_answer(rng: np.random.Generator, scene: Scene, topic: str, kind
 
 
 def _pick(rng: np.random.Generator, phrases: Sequence[str]) -> str:
-    return phrases[rng.integers(len(phrases))]
+    return phrases[int(rng.integers(len(phrases)))]
 
 
 def _written(rng: np.random.Generator, sentence: str) -> str:

@@ -49,6 +49,12 @@ class Scene:
 
     Raises:
         ValueError: for an unknown value, or a shape that comes closer than `MARGIN` to the frame's edge.
+
+    Example:
+        >>> from omni_video_hf.shapes import Scene
+        >>> scene = Scene("red", "circle", "large", "white", motion="right")
+        >>> scene.is_held_out
+        False
     """
 
     color: str
@@ -75,7 +81,15 @@ class Scene:
         return (self.color, self.shape) in HELD_OUT
 
     def centers(self, num_frames: int = NUM_FRAMES) -> np.ndarray:
-        """(x, y) of the box's middle in every frame, float64 `[num_frames, 2]`; a single frame is the middle one."""
+        """
+        (x, y) of the box's middle in every frame, float64 `[num_frames, 2]`; a single frame is the middle one.
+
+        Example:
+            >>> from omni_video_hf.shapes import Scene
+            >>> scene = Scene("red", "circle", "large", "white", motion="right")
+            >>> scene.centers(num_frames=1).tolist()
+            [[32.0, 32.0]]
+        """
         path = np.linspace(-0.5, 0.5, num_frames) if num_frames > 1 else np.zeros(1)
         return np.asarray(self.center) + path[:, None] * TRAVEL * np.asarray(MOTIONS[self.motion])
 
@@ -134,6 +148,12 @@ def render(
 
     Returns:
         uint8 `[num_frames, 64, 64, 3]`, RGB.
+
+    Example:
+        >>> from omni_video_hf.shapes import Scene, render
+        >>> scene = Scene("red", "circle", "large", "white", motion="right")
+        >>> render(scene, num_frames=9).shape
+        (9, 64, 64, 3)
     """
     if num_frames < 1:
         raise ValueError(f"`num_frames` must be at least 1, got {num_frames}.")
@@ -150,7 +170,7 @@ def render(
     steps = np.arange(2 * reach + 1) + 0.5
     x, y = ((corners[:, axis, None] + steps - centers[:, axis, None]).astype(np.float32) for axis in (0, 1))
     x, y = x[:, None, :], y[:, :, None]
-    shares = coverage(scene.shape, np.float32(radius), x, y) if outline is None else outline(x, y)
+    shares = coverage(scene.shape, np.asarray(radius, np.float32), x, y) if outline is None else outline(x, y)
     windows = mixtures[(shares * 255 + 0.5).astype(np.uint8)]
     for frame, window, (left, top) in zip(frames, windows, corners.tolist(), strict=False):
         frame[top : top + len(steps), left : left + len(steps)] = window

@@ -270,11 +270,11 @@ class Report:
             cells = [found.get((key, split)) for split in SHOWN_SPLITS]
             if any(cells):
                 table.add_row(line.title, *map(_cell, cells))
-        for line in LINES:
-            cells = [found.get((line, split)) for split in SHOWN_SPLITS]
+        for key in LINES:
+            cells = [found.get((key, split)) for split in SHOWN_SPLITS]
             places = [score.place if score else None for score in cells]
             if any(places):
-                table.add_row(place_title(line), *map(_place_cell, places))
+                table.add_row(place_title(key), *map(_place_cell, places))
         return table
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -47,6 +47,11 @@ class OmniVideoTrainingArguments(TrainingArguments):
 
     Raises:
         ValueError: for unknown names and numbers out of range.
+
+    Example:
+        >>> from omni_video_hf.training import OmniVideoTrainingArguments
+        >>> OmniVideoTrainingArguments("run", stage="align", report_to="none").training_stage.lora
+        False
     """
 
     stage: str = field(
@@ -81,20 +86,21 @@ class OmniVideoTrainingArguments(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "losses", "part_learning_rates", "lora"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
-        self.hub_token = clean_token(self.hub_token, "`hub_token`")
+        self.hub_token: Any = clean_token(self.hub_token, "`hub_token`")
         check_no_tokens({"output_dir": self.output_dir, "hub_model_id": self.hub_model_id})
         super().__post_init__()
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
             raise ValueError(f"`output_dir` {self.output_dir} is a file: choose a folder.")
         check_known("report_to", self.report_to, INTEGRATION_TO_CALLBACK)
-        self.loss_config = self.training_stage.loss_config(self.losses)
+        # `__post_init__` above has made dictionaries of what the command line gives as JSON.
+        self.loss_config = self.training_stage.loss_config(cast("dict[str, Any] | None", self.losses))
         self._check_numbers()
         if self.preview_steps and not self.previews:
             raise ValueError("`preview_steps` is set, but `previews` is empty: pass arguments of the pipeline's call.")
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ValueError(
-                f"`hub_strategy` {self.hub_strategy.value!r} would push optimiser states: use 'end' or 'every_save', "
-                "which push the repository."
+                f"`hub_strategy` {HubStrategy(self.hub_strategy).value!r} would push optimiser states: use 'end' or "
+                "'every_save', which push the repository."
             )
         for name in ("frozen_dtype", "result_dtype"):
             check_known(name, [getattr(self, name)], ["float32", "bfloat16"])
@@ -102,12 +108,13 @@ class OmniVideoTrainingArguments(TrainingArguments):
             raise ValueError("`frozen_dtype: bfloat16` needs `bf16: true`, which combines it with float32 weights.")
         if self.lora is not None and not self.training_stage.lora:
             raise ValueError(f"`lora` is set but `stage` is {self.stage!r}: use `stage: lora`.")
-        check_known("lora", self.lora or {}, LORA_SETTINGS)
-        check_known("lora.parts", (self.lora or {}).get("parts") or (), LORA_PARTS)
+        lora = cast("dict[str, Any]", self.lora or {})
+        check_known("lora", lora, LORA_SETTINGS)
+        check_known("lora.parts", lora.get("parts") or (), LORA_PARTS)
 
     def _check_numbers(self) -> None:
         check_known("part_learning_rates", self.part_learning_rates or {}, [*PARTS, "mllm"])
-        for name, rate in (self.part_learning_rates or {}).items():
+        for name, rate in cast("dict[str, float]", self.part_learning_rates or {}).items():
             if not isinstance(rate, (int, float)) or rate < 0:
                 raise ValueError(f"`part_learning_rates`: {name} must be a number of 0 or more, got {rate!r}.")
         dropouts = {

@@ -69,7 +69,7 @@ def _whole_patch_embedding(model: OmniVideoForConditionalGeneration, targets: st
 def checkpoint_metadata(model: OmniVideoForConditionalGeneration) -> dict[str, Any]:
     """Metadata for a checkpoint of the `lora` stage with rank and alpha, so that `load_lora_weights` can read it."""
     layers = collect_lora_layers(model, ADAPTER_NAME)
-    settings = {}
+    settings: dict[str, Any] = {}
     for name, values in layers.items():
         component, is_settings, _ = name.partition("_lora_adapter_metadata")
         settings |= {f"{component}.{key}": value for key, value in values.items()} if is_settings else {}

@@ -35,6 +35,11 @@ class Stage:
         losses: minimised losses, names of `LOSS_NAMES`; all others have weight 0.
         lora: train LoRA layers instead of weights.
         about: one sentence that describes the stage.
+
+    Example:
+        >>> from omni_video_hf.training import STAGES
+        >>> STAGES["lora"].lora
+        True
     """
 
     trains: tuple[str, ...]
@@ -43,7 +48,14 @@ class Stage:
     lora: bool = False
 
     def loss_config(self, options: Mapping[str, Any] | None = None) -> OmniVideoLossConfig:
-        """The losses of this stage, with `options` (fields of [`OmniVideoLossConfig`]) in place of its defaults."""
+        """
+        The losses of this stage, with `options` (fields of [`OmniVideoLossConfig`]) in place of its defaults.
+
+        Example:
+            >>> from omni_video_hf.training import STAGES
+            >>> STAGES["align"].loss_config().flow_matching_weight
+            0.0
+        """
         options = dict(options or {})
         check_known("losses", options, [field.name for field in fields(OmniVideoLossConfig)])
         weights = {f"{name}_weight": float(name in self.losses) for name in LOSS_NAMES}
@@ -139,12 +151,13 @@ def freeze_all_but(model: OmniVideoForConditionalGeneration, stage: Stage, losse
         for name in stage.trains:
             if not _is_reached(name, losses):
                 continue
-            if modules[name] is None:
+            module = modules[name]
+            if module is None:
                 raise ValueError(
                     f"The stage trains the {name}, which this model does not have: load it whole, or choose another "
                     f"`stage` ({', '.join(STAGES)})."
                 )
-            modules[name].requires_grad_(True)
+            module.requires_grad_(True)
         is_used = model.adapter is None or model.adapter.takes_source_in_context
         if model.adapter is not None and not (is_used and _is_reached("visual_context_adapter", losses)):
             model.adapter.visual_context_adapter.requires_grad_(False)

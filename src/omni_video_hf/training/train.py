@@ -1,6 +1,7 @@
 """A training run: load model and data of a recipe, train, and write a complete repository."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -13,6 +14,8 @@ from ..hub.staging import check_finished
 from ..models.configuration_omni_video import OmniVideoConfig
 from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
 from ..processing.processing_omni_video import OmniVideoProcessor
+from ..utils.modules import dtype_of
+from ..utils.names import is_repository_name
 from .arguments import OmniVideoTrainingArguments
 from .checkpointing import checkpoints
 from .checkpointing.result import lora_deltas, tied_names, write_pipeline
@@ -49,11 +52,12 @@ def train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console 
 
 def _train(run: RunArguments, args: OmniVideoTrainingArguments, console: Console) -> Path:
     checkpoint = _checkpoint_to_resume(run, args)
-    if not Path(run.model).is_dir() and run.model.count("/") != 1:
-        raise ValueError(f"`model` {run.model} is neither a folder nor a Hub repository (`owner/name`).")
+    origin = run.model or ""  # which `RunArguments` refuses
+    if not Path(origin).is_dir() and not is_repository_name(origin):
+        raise ValueError(f"`model` {origin} is neither a folder nor a Hub repository (`owner/name`).")
     check_previews(args.previews or [])
     _check_reporters(args)
-    folder = Path(run.model if Path(run.model).is_dir() else snapshot_download(run.model, revision=run.revision))
+    folder = Path(origin if Path(origin).is_dir() else snapshot_download(origin, revision=run.revision))
     check_finished(folder)
     processor = OmniVideoProcessor.from_pretrained(folder)
     data = load_training_data(run, processor, console)
@@ -128,7 +132,7 @@ def load_for_stage(
     config = stage_config(OmniVideoConfig.from_pretrained(folder), args.loss_config, precomputed)
     model = OmniVideoForConditionalGeneration.from_pretrained(folder, config=config, dtype=torch.float32)
     if args.training_stage.lora:
-        add_lora(model, args.lora)
+        add_lora(model, cast("dict[str, Any] | None", args.lora))
     return model
 
 
@@ -142,7 +146,7 @@ def save_result(trainer: OmniVideoTrainer, base: Path) -> Path:
     with only_training(args), trainer.averaged_weights():
         weights = trainer.gather_trained()
         if trainer.is_world_process_zero():
-            model, dtype = trainer.accelerator.unwrap_model(trainer.model), getattr(torch, args.result_dtype)
+            model, dtype = trainer.accelerator.unwrap_model(trainer.model), dtype_of(args.result_dtype)
             if args.training_stage.lora:
                 save_lora(model, folder.with_name(LORA_FOLDER))
                 write_pipeline(base, folder, {}, dtype, deltas=lora_deltas(model, ADAPTER_NAME))

@@ -26,6 +26,7 @@ from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
 from ..models.outputs import OmniVideoOutput
 from ..pipelines.pipeline_omni_video import OmniVideoPipeline
 from ..tasks import TASKS
+from ..utils.modules import dtype_of
 from ..utils.names import check_known
 from .arguments import OmniVideoTrainingArguments
 from .checkpointing import checkpoints
@@ -83,6 +84,8 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
         ValueError: for arguments that do not fit the stage.
     """
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(
         self,
         model: OmniVideoForConditionalGeneration | None = None,
@@ -139,8 +142,8 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
         args = self._stage_args
         self.trained_names = freeze_all_but(model, args.training_stage, args.loss_config)
         if args.frozen_dtype != "float32":
-            cast_frozen(model, getattr(torch, args.frozen_dtype))
-        if args.preview_steps > 0:
+            cast_frozen(model, dtype_of(args.frozen_dtype))
+        if args.preview_steps > 0 and self.preview_pipeline is not None:
             bind_pipeline(self.preview_pipeline, model)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
@@ -300,7 +303,7 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
         self._eval_batches += 1
         if prediction_loss_only:
             return loss.detach(), None, None
-        logits = None if "logits" in (ignore_keys or ()) else output.logits.detach()
+        logits = None if "logits" in (ignore_keys or ()) or output.logits is None else output.logits.detach()
         return loss.detach(), logits, inputs["labels"]
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -373,7 +376,7 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
             self.optimizer = optimizer_class(list(self._parameter_groups(model)), **settings)
         return super().create_optimizer(model)
 
-    def _parameter_groups(self, model: nn.Module) -> Iterable[dict[str, Any]]:
+    def _parameter_groups(self, model: Any) -> Iterable[dict[str, Any]]:
         text_head = model.get_output_embeddings()
         head = set() if text_head is None else set(text_head.parameters())
         decayed = set(self.get_decay_parameter_names(model))
@@ -416,6 +419,8 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
 
     def draw_previews(self) -> Path | None:
         """Generate the previews with the current weights into `output_dir/previews`, and log them."""
+        if self.preview_pipeline is None:
+            raise ValueError("The trainer has no `preview_pipeline`, which generates the previews: pass one.")
         pipeline = self.preview_pipeline.to(self.args.device)
         was_training = self.model.training
         self.model.eval()
@@ -445,7 +450,7 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
         elif self.is_sharded:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
-            folder = Path(output_dir)
+            folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             metadata = {
                 "stage": self.args.stage,
@@ -490,8 +495,8 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
 
     def _rotate(self, run_folder: Path, *kept: Path) -> None:
         best = self.state.best_model_checkpoint
-        kept = {*kept, *([] if best is None else [Path(best)])}
-        checkpoints.rotate(run_folder, self.args.save_total_limit, self._run_id, kept)
+        spared = {*kept, *([] if best is None else [Path(best)])}
+        checkpoints.rotate(run_folder, self.args.save_total_limit, self._run_id, spared)
 
     def _finalize_training(self, trial: Any, *args: Any) -> TrainOutput:
         """With `save_total_limit=1` and a best checkpoint, remove the other checkpoints of this run only."""
@@ -556,7 +561,7 @@ class OmniVideoTrainer(OmniVideoPushMixin, Trainer):
                 "`frozen_dtype` must be float32 with FSDP and DeepSpeed, which need one dtype for all weights."
             )
 
-    def _name_fsdp_blocks(self, model: nn.Module) -> None:
+    def _name_fsdp_blocks(self, model: Any) -> None:
         """Shard by the blocks this model has: it names also those of parts that the stage left out."""
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.transformer_cls_names_to_wrap is None:

@@ -73,9 +73,9 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path}: cannot be read as JSON ({reason}).") from error
 
 
-def write_json(path: str | Path, content: Any) -> None:
+def write_json(path: str | Path, content: Any, sort_keys: bool = False) -> None:
     """Write a JSON file atomically."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
 
 
 def is_plain_name(name: str) -> bool:

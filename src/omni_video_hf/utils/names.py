@@ -4,6 +4,11 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+def is_repository_name(name: str) -> bool:
+    """Whether a name can be that of a repository on the Hub, `owner/name`, and is no path in another way."""
+    return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not name.endswith("/")
+
+
 def check_known(where: str, given: Iterable[str], known: Iterable[str]) -> None:
     """
     Refuse unknown names.

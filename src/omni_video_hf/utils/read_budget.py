@@ -65,11 +65,18 @@ def read_budget(**limits: float) -> Iterator[ReadBudget]:
 
     Raises:
         ValueError: for an unknown limit, or a value that is not a positive number.
+
+    Example:
+        >>> from omni_video_hf import read_budget
+        >>> with read_budget(max_pixels=500_000_000) as budget:
+        ...     budget.max_pixels
+        500000000
     """
     known = [entry.name for entry in fields(ReadBudget)]
     if unknown := sorted(limits.keys() - set(known)):
         raise ValueError(f"Unknown read limit {', '.join(unknown)}; allowed are {', '.join(known)}.")
-    token = _chosen.set(replace(current_budget(), **limits))
+    chosen: dict[str, Any] = limits
+    token = _chosen.set(replace(current_budget(), **chosen))
     try:
         yield current_budget()
     finally:
@@ -93,7 +100,7 @@ def _of_environment() -> ReadBudget:
         if not text:
             continue
         try:
-            limits[entry.name] = type(entry.default)(text)
+            limits[entry.name] = (float if isinstance(entry.default, float) else int)(text)
             ReadBudget(**{entry.name: limits[entry.name]})
         except ValueError:
             raise ValueError(f"The environment variable {variable} must be a positive number, got {text!r}.") from None
@@ -125,7 +132,7 @@ class Stopwatch:
         end = object()
         iterator = iter(items)
         while (item := self.call(next, iterator, end)) is not end:
-            yield item  # type: ignore[misc]
+            yield item
 
     def overrun_error(self) -> Exception:
         """The error for a file whose reading takes too long."""

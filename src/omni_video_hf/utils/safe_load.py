@@ -202,6 +202,9 @@ class _Storage(_Frozen):
     """The flat memory of tensors; `memory` is set once it is found in the file."""
 
     __slots__ = ("dtype", "memory", "numel")
+    dtype: torch.dtype
+    memory: Any
+    numel: int
 
     def __init__(self, dtype: torch.dtype, numel: int) -> None:
         for name, value in (("dtype", dtype), ("numel", numel), ("memory", None)):
@@ -212,6 +215,10 @@ class _Tensor(_Frozen):
     """A view of a storage, whose numbers are checked before torch gets them."""
 
     __slots__ = ("offset", "size", "storage", "stride")
+    offset: int
+    size: tuple[int, ...]
+    storage: _Storage
+    stride: tuple[int, ...]
 
     def __init__(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> None:
         if not isinstance(storage, _Storage) or not isinstance(size, tuple) or not isinstance(stride, tuple):
@@ -240,6 +247,7 @@ class _Function(_Frozen):
     """A function that a pickle may call."""
 
     __slots__ = ("call",)
+    call: Callable[..., Any]
 
     def __init__(self, call: Callable[..., Any]) -> None:
         object.__setattr__(self, "call", call)
@@ -283,10 +291,13 @@ def _check_keys(keys: Iterable[Any]) -> None:
                 raise ValueError(f"a key is a {type(key).__name__} that is not a plain value")
 
 
-class _GuardedUnpickler(pickle._Unpickler):  # the unpickler in C has no hook before it hashes keys
+_PythonUnpickler: Any = pickle._Unpickler  # its stack and its methods are not in the library's annotations
+
+
+class _GuardedUnpickler(_PythonUnpickler):  # the unpickler in C has no hook before it hashes keys
     """The unpickler in Python, restricted to containers with plain keys."""
 
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def _load_setitem(self) -> None:
         _check_keys(self.stack[-2:-1])
@@ -381,7 +392,7 @@ class _Anything:
 class _DryRun(_GuardedUnpickler):
     """Goes through a pickle of any classes without importing one of them."""
 
-    dispatch: ClassVar = dict(_GuardedUnpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(_GuardedUnpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> _Anything:
         return _Anything((module, name))
@@ -490,7 +501,7 @@ class _Reader(io.RawIOBase):
         self.position += len(data)
         return data
 
-    def readline(self, size: int = -1) -> bytes:  # noqa: ARG002
+    def readline(self, size: int | None = -1) -> bytes:  # noqa: ARG002
         chunk = bytes(self.buffer[self.position : self.position + 4096])
         line = chunk[: chunk.find(b"\n") + 1] or chunk
         self.position += len(line)
@@ -502,11 +513,12 @@ class _Reader(io.RawIOBase):
 
 def _checked_length(reader: _Reader) -> int:
     """Length of the pickle in `reader`, whose opcodes must be harmless."""
-    for opcode, argument, _ in pickletools.genops(reader):
+    file: Any = reader  # of `IO[bytes]`, only `read`, `readline` and `tell` are used
+    for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in REFUSED_OPCODES:
             raise UnsafeCheckpointError(f"uses the pickle opcode {opcode.name}, which creates objects.")
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET") and int(argument) > len(
-            reader.buffer
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET") and (
+            int(argument or 0) > len(reader.buffer)
         ):
             raise ValueError("a memo index is larger than the file")  # the unpickler would allocate that much
     return reader.tell()

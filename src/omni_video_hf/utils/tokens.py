@@ -65,8 +65,8 @@ def hub_call(function: Callable) -> Callable:
             if "token" in kwargs:
                 kwargs["token"] = clean_token(secret, "`token`")
             elif "token" in given:
-                place = names.index("token")
-                args = (*args[:place], clean_token(secret, "`token`"), *args[place + 1 :])
+                index = names.index("token")
+                args = (*args[:index], clean_token(secret, "`token`"), *args[index + 1 :])
             return function(*args, **kwargs)
         except BaseException as error:
             unreadable = _unreadable(error)
@@ -78,8 +78,9 @@ def hub_call(function: Callable) -> Callable:
                 raise masked from None
             raise
 
-    call.is_hub_call = True
-    return call
+    marked: Any = call
+    marked.is_hub_call = True
+    return marked
 
 
 def _unreadable(error: BaseException) -> str | None:
@@ -152,7 +153,8 @@ def _mask_value(value: Any, mask: Callable[[str], str]) -> Any:
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """An error, what caused it, what was being handled when it was raised, and the members of a group."""
-    todo, seen = [error], set()
+    todo: list[BaseException | None] = [error]
+    seen: set[int] = set()
     while todo:
         found = todo.pop()
         if found is not None and id(found) not in seen:

@@ -23,8 +23,8 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .layers import PEFT_PREFIX, LoraFile, LoraPart, _Layer
-from .matrices import _alpha, _matrices
+from .layers import PEFT_PREFIX, FileLayer, LoraFile, LoraPart
+from .matrices import layer_alpha, layer_matrices
 
 logger = logging.get_logger(__name__)
 
@@ -269,10 +269,10 @@ def split_lora(file: LoraFile, components: Mapping[str, nn.Module | None]) -> di
     scales: dict[str, dict[str, tuple[int, float]]] = defaultdict(dict)
     matrices: dict[str, dict[str, dict[str, torch.Tensor]]] = defaultdict(dict)
     for layer in layers:
-        found = _matrices(layer, file)
+        found = layer_matrices(layer, file)
         if found:
             rank = found["A"].shape[0]
-            alpha = _alpha(layer, rank, file)
+            alpha = layer_alpha(layer, rank, file)
             if layer.name in scales[layer.component]:
                 raise ValueError(
                     f"{file.source}: contains the layer {layer.component}.{layer.name} twice, also as {layer.key}."
@@ -281,10 +281,10 @@ def split_lora(file: LoraFile, components: Mapping[str, nn.Module | None]) -> di
                 found["bias"] = layer.tensors["diff_b"] * (rank / alpha if alpha else 1.0)
             scales[layer.component][layer.name] = (rank, alpha)
             matrices[layer.component][layer.name] = found
-    for component, found in matrices.items():
-        has_bias = any("bias" in entry for entry in found.values())
+    for component, entries in matrices.items():
+        has_bias = any("bias" in entry for entry in entries.values())
         tensors = {}
-        for name, entry in found.items():
+        for name, entry in entries.items():
             tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = entry["A"], entry["B"]
             if has_bias:
                 tensors[f"{name}.lora_B.bias"] = entry.get("bias", entry["B"].new_zeros(entry["B"].shape[0]))
@@ -311,9 +311,9 @@ def lora_settings(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     }
 
 
-def _layers(file: LoraFile) -> list[_Layer]:
+def _layers(file: LoraFile) -> list[FileLayer]:
     """Group the weights of a file by layer, with the names in the file."""
-    layers: dict[str, _Layer] = {}
+    layers: dict[str, FileLayer] = {}
     adapters, unknown = set(), []
     for key, tensor in file.tensors.items():
         layer, kind, adapter = _parse(key)
@@ -321,7 +321,7 @@ def _layers(file: LoraFile) -> list[_Layer]:
             unknown.append(key)
             continue
         adapters.add(adapter)
-        entry = layers.setdefault(layer, _Layer(layer))
+        entry = layers.setdefault(layer, FileLayer(layer))
         entry.weights.append(key)
         if kind in entry.tensors:
             raise ValueError(
@@ -357,8 +357,8 @@ def _parse(key: str) -> tuple[str, str | None, str | None]:
         layer, found, rest = key.partition(mark)
         first, *adapter, last = rest.split(".") if "." in rest else (rest, "")
         if found and first in kinds and last in ("weight", "bias"):
-            kind = kinds[first] if last == "weight" else "bias" if kinds[first] == "B" else None
-            return layer, kind, ".".join(adapter) or None
+            weight = kinds[first] if last == "weight" else "bias" if kinds[first] == "B" else None
+            return layer, weight, ".".join(adapter) or None
     return key, None, None
 
 
@@ -385,7 +385,7 @@ def _naming(key: str) -> str:
     return "those of a decoder alone" if first in DECODER_CHILDREN else f"of an unknown kind ({first!r})"
 
 
-def _find_modules(layers: list[_Layer], components: Mapping[str, nn.Module | None], file: LoraFile) -> None:
+def _find_modules(layers: list[FileLayer], components: Mapping[str, nn.Module | None], file: LoraFile) -> None:
     """Find the module of every layer; all names in a file must follow the same naming."""
     qualified, decoder, flat = _names(components)
     kinds = Counter("of a decoder" if _is_bare(layer.key) else _naming(layer.key) for layer in layers)

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 PEFT_PREFIX = "base_model.model."
 
@@ -29,7 +28,7 @@ class LoraPart:
 
 
 @dataclass
-class _Layer:
+class FileLayer:
     """The weights of one layer in a file."""
 
     key: str  # name of the layer in the file
@@ -37,7 +36,7 @@ class _Layer:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # by kind: A, B, bias, alpha, diff, diff_b
     component: str = ""
     name: str = ""
-    module: nn.Module | None = None
+    module: Any = None  # the layer itself, once it is found
 
 
-__all__ = ["LoraFile", "LoraPart"]
+__all__ = ["FileLayer", "LoraFile", "LoraPart"]

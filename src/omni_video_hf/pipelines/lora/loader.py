@@ -142,7 +142,7 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
         unknown = sorted(kwargs.keys() - set(FILE_ARGUMENTS))
         if unknown:
             raise TypeError(f"`load_lora_weights` has no arguments {unknown}; allowed are {FILE_ARGUMENTS}.")
-        components = {name: getattr(self, name, None) for name in PREFIXES}
+        components: dict[str, Any] = {name: getattr(self, name, None) for name in PREFIXES}
         file = read_lora_file(pretrained_model_name_or_path_or_dict, **kwargs)
         check_lora_metadata(file.settings or file.peft_config, file.source)
         parts = split_lora(file, components)
@@ -183,7 +183,7 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
                     "`hotswap=True` cannot replace LoRA layers of the MLLM: load them with a new `adapter_name`."
                 )
             holders = {component for component, entries in listed.items() if adapter_name in entries}
-            if holders != set(parts):
+            if adapter_name is None or holders != set(parts):
                 raise ValueError(
                     f"`hotswap=True` replaces the adapter `adapter_name` {adapter_name!r} in the components that have "
                     f"it, {sorted(holders)}, but this file is for {sorted(parts)}: load it with a new name."
@@ -313,7 +313,7 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
         for layer in self._lora_layers_of(components):
             layer.scaling.update(layer.__dict__.pop("scaling_before_fusing", {}))
 
-    def _lora_layers_of(self, components: list[str]) -> list[nn.Module]:
+    def _lora_layers_of(self, components: list[str]) -> list[Any]:
         models = [getattr(self, component, None) for component in components]
         return [layer for model in models if model is not None for _, layer in _lora_modules(model)]
 
@@ -357,13 +357,13 @@ def _lora_layers(module: nn.Module, adapter_name: str) -> tuple[dict[str, torch.
     return layers, settings
 
 
-def _trained_scale(layer: nn.Module, adapter_name: str) -> float:
+def _trained_scale(layer: Any, adapter_name: str) -> float:
     """The scale of a LoRA layer, without the weight from `set_adapters`."""
     rank = layer.r[adapter_name]
     return layer.lora_alpha[adapter_name] / (rank**0.5 if layer.use_rslora.get(adapter_name, False) else rank)
 
 
-def _load_part(model: nn.Module, part: LoraPart, adapter_name: str, hotswap: bool, low_cpu_mem_usage: bool) -> None:
+def _load_part(model: Any, part: LoraPart, adapter_name: str, hotswap: bool, low_cpu_mem_usage: bool) -> None:
     """Load the LoRA of one component: with the method of diffusers, or with the same steps for the MLLM."""
     if isinstance(model, PeftAdapterMixin):
         settings = dict(part.settings)
@@ -434,7 +434,7 @@ class _LoraState:
         }
 
     @torch.no_grad()
-    def restore(self, model: nn.Module) -> None:
+    def restore(self, model: Any) -> None:
         """Remove everything that was added since."""
         for name, layer in list(_lora_modules(model)):
             if name not in self.active:
@@ -461,7 +461,7 @@ class _LoraState:
             model._prepare_lora_hotswap_kwargs = self.hotswap
 
 
-def _tables(layer: nn.Module) -> list[str]:
+def _tables(layer: Any) -> list[str]:
     """Attributes of a peft layer that have an entry for every adapter."""
     names = (*layer.adapter_layer_names, *layer.other_param_names, "use_rslora", "use_dora", "lora_bias")
     return [name for name in dict.fromkeys(names) if hasattr(getattr(layer, name, None), "keys")]
@@ -472,7 +472,7 @@ def _is_of(name: str, adapter_name: str) -> bool:
     return ".lora_" in name and f".{adapter_name}." in name
 
 
-def _lora_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _lora_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Layers that peft has wrapped, by name."""
     for name, layer in model.named_modules():
         if hasattr(layer, "base_layer") and hasattr(layer, "lora_A"):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .layers import PEFT_PREFIX, LoraFile, _Layer
+from .layers import PEFT_PREFIX, FileLayer, LoraFile
 
 # Values of `init_lora_weights` that also change the weights of the model, so that the LoRA alone is incomplete.
 CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -17,7 +17,7 @@ CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 MAX_PATTERNS, MAX_PATTERN_LENGTH = 16, 200  # limits for patterns that are not plain names
 
 
-def _matrices(layer: _Layer, file: LoraFile) -> dict[str, torch.Tensor]:
+def layer_matrices(layer: FileLayer, file: LoraFile) -> dict[str, torch.Tensor]:
     """Matrices and bias of a layer; a difference of weights becomes matrices. Empty if the layer changes nothing."""
     for kind, tensor in layer.tensors.items():
         if not tensor.is_floating_point():
@@ -30,7 +30,9 @@ def _matrices(layer: _Layer, file: LoraFile) -> dict[str, torch.Tensor]:
                 f"{file.source}: {layer.key} ({kind}) contains {bad} values that are NaN or infinite: its training "
                 "diverged, or the file is damaged. Use another file."
             )
-    found = {kind: layer.tensors[kind] for kind in ("A", "B", "bias") if kind in layer.tensors}
+    found: dict[str, torch.Tensor] = {
+        kind: layer.tensors[kind] for kind in ("A", "B", "bias") if kind in layer.tensors
+    }
     base = layer.module.get_base_layer() if hasattr(layer.module, "get_base_layer") else layer.module
     differences = [layer.tensors[kind] for kind in ("diff", "diff_b") if kind in layer.tensors]
     if not found and all(not difference.any() for difference in differences):
@@ -52,10 +54,10 @@ def _matrices(layer: _Layer, file: LoraFile) -> dict[str, torch.Tensor]:
     return found
 
 
-def _of_differences(layer: _Layer, base: nn.Module) -> dict[str, torch.Tensor]:
+def _of_differences(layer: FileLayer, base: Any) -> dict[str, torch.Tensor]:
     """Write a difference of weights as the product of two matrices; if only the bias differs, the product is zero."""
-    bias = layer.tensors.get("diff_b")
     if "diff" not in layer.tensors:
+        bias = layer.tensors["diff_b"]
         return {"A": bias.new_zeros(1, base.in_features), "B": bias.new_zeros(base.out_features, 1)}
     difference = layer.tensors["diff"]
     identity = torch.eye(min(difference.shape), dtype=difference.dtype)
@@ -64,7 +66,7 @@ def _of_differences(layer: _Layer, base: nn.Module) -> dict[str, torch.Tensor]:
     return {"A": identity, "B": difference}
 
 
-def _check_shapes(layer: _Layer, found: Mapping[str, torch.Tensor], base: nn.Module, file: LoraFile) -> None:
+def _check_shapes(layer: FileLayer, found: Mapping[str, torch.Tensor], base: Any, file: LoraFile) -> None:
     """Refuse matrices whose shapes do not fit the layer."""
     rank = found["A"].shape[0] if found["A"].ndim else 0
     if hasattr(base, "in_features"):
@@ -83,7 +85,7 @@ def _check_shapes(layer: _Layer, found: Mapping[str, torch.Tensor], base: nn.Mod
             )
 
 
-def _alpha(layer: _Layer, rank: int, file: LoraFile) -> float:
+def layer_alpha(layer: FileLayer, rank: int, file: LoraFile) -> float:
     """The alpha of a layer, whose scale is `alpha / rank`. Default: the rank, as in diffusers."""
     settings = file.peft_config
     if file.settings is not None:

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from ...hub.staging import check_finished
 from ...models.configuration_omni_video import OmniVideoConfig
 from ...models.modeling_omni_video import OmniVideoForConditionalGeneration
-from ...utils.names import check_known
+from ...utils.modules import dtype_of
+from ...utils.names import check_known, is_repository_name
 from ..lora import ADAPTER_NAME, add_lora, save_lora
 from ..stages import get_stage
 from .checkpoints import EMA_NAME, TRAINED_NAME, check_complete, load_trained
@@ -59,7 +60,7 @@ def export_checkpoint(
     with safe_open(checkpoint / TRAINED_NAME, "pt") as file:
         about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
     source = _base_folder(checkpoint, base or about.get("base_model"), revision or about.get("base_revision"))
-    wanted = getattr(torch, dtype)
+    wanted = dtype_of(dtype)
     averaged = checkpoint / EMA_NAME
     if get_stage(about["stage"]).lora:
         model = _with_lora(checkpoint, source, about)
@@ -79,7 +80,7 @@ def _base_folder(checkpoint: Path, base: str | None, revision: str | None) -> Pa
     if Path(base).is_dir():
         check_finished(base)
         return Path(base)
-    if str(base).count("/") != 1:
+    if not is_repository_name(str(base)):
         raise ValueError(f"`model` {base}, the base model of the run, is not a folder: pass its place with `--model`.")
     return Path(snapshot_download(base, revision=revision))
 

@@ -67,7 +67,7 @@ def write_pipeline(
                 _write_component(base / component, staging / component, prefix, found, dtype)
         if unknown:
             name = min(unknown)
-            raise _no_such_weight(base, name, weights[name] if name in weights else deltas[name])
+            raise _no_such_weight(base, name, (weights if name in weights else deltas or {})[name])
         complete_repository(staging, base)
 
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -31,7 +31,8 @@ def only_training(args: OmniVideoTrainingArguments) -> Iterator[None]:
     if _held.get(folder) == threading.get_ident():
         yield
         return
-    problem, lock = None, None
+    problem: str | None = None
+    lock: AbstractContextManager | None = None
     if args.should_save:
         try:
             lock = _acquire(folder)
@@ -51,7 +52,7 @@ def only_training(args: OmniVideoTrainingArguments) -> Iterator[None]:
             lock.__exit__(None, None, None)
 
 
-def _acquire(folder: Path) -> object:
+def _acquire(folder: Path) -> AbstractContextManager:
     folder.mkdir(parents=True, exist_ok=True)
     lock = WeakFileLock(folder / LOCK_NAME, timeout=0.1)
     try:

@@ -109,7 +109,8 @@ class OmniVideoBatchSampler:
         chance = np.random.default_rng((self.seed, self.epoch))
         chosen: list[list[np.ndarray]] = []
         for task, members in self._members.items():
-            wanted, rounds = self._rounds[task], []
+            wanted = self._rounds[task]
+            rounds: list[list[np.ndarray]] = []
             while len(rounds) < wanted:  # repeats only with `all_exhausted`
                 again = [part for indices in members.values() for part in self._deal(indices, chance)]
                 rounds += [again[number] for number in chance.permutation(len(again))]

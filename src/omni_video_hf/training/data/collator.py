@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from ...processing.processing_omni_video import OmniVideoProcessor
 from ...tasks import get_task
@@ -28,7 +28,7 @@ TENSORS = (*STACKED, *PADDED, *TOKENS, PICTURES)
 IGNORED_LABEL = -100
 
 
-def bucket_of(task: str, shapes: Mapping[str, Sequence[int]]) -> Bucket:
+def bucket_of(task: Any, shapes: Mapping[str, Sequence[int]]) -> Bucket:
     """
     The bucket of a sample.
 
@@ -208,7 +208,7 @@ class MixedDataset(ConcatDataset):
     """
 
     def __init__(self, datasets: Sequence[BucketedDataset]) -> None:
-        super().__init__(datasets)  # torch refuses an empty list
+        super().__init__(cast("Sequence[Dataset]", datasets))  # torch refuses an empty list
         self.buckets = list(chain.from_iterable(dataset.buckets for dataset in datasets))
 
 

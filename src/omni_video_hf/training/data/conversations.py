@@ -67,7 +67,7 @@ class ConversationDataset(Dataset):
         kind = probe(row.media).kind
         try:
             with row.media.open() as path:  # only the frames of a video that the MLLM gets are decoded
-                shown = {kind: path}
+                shown: dict[str, Any] = {kind: path}
                 sample = encode_conversation(self.processor, row.task, row.text, row.answer, **shown)
         except MediaError as error:
             raise MediaError(f"{row.id}: {error}") from error

@@ -76,7 +76,7 @@ class FramingRules:
             check_num_frames(grid, number)
         for width, height in self.sizes:
             check_positions(grid, height, width, max(self.frames, default=1), with_source=True)
-        if self.fps not in (None, "source") and not 0 < self.fps < math.inf:
+        if self.fps is not None and self.fps != "source" and not 0 < self.fps < math.inf:
             raise ValueError(f"`fps` must be positive or 'source', got {self.fps!r}.")
 
     def frame(self, info: MediaInfo, preset: Mapping[str, Any]) -> Framing:

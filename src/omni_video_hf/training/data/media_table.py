@@ -55,12 +55,12 @@ class Media:
     @contextmanager
     def open(self) -> Iterator[Path]:
         """Yield a path to read from, a temporary file for bytes. Errors name the file as in the row."""
-        if self.data is None:
+        if self.data is None and self.path is not None:
             yield self.path
             return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "media"
-            path.write_bytes(self.data)
+            path.write_bytes(self.data or b"")
             try:
                 yield path
             except MediaError as error:
@@ -68,8 +68,8 @@ class Media:
 
     def sha256(self) -> str:
         """SHA-256 hash of the content."""
-        if self.data is not None:
-            return hashlib.sha256(self.data).hexdigest()
+        if self.data is not None or self.path is None:
+            return hashlib.sha256(self.data or b"").hexdigest()
         check_file(self.path)
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -278,12 +278,12 @@ def load_media_table(
     if data_format == "captions":
         return MediaTable(read_captions(folder, _media_files(folder)), folder, task, columns)
     if data_format in ("videofolder", "imagefolder"):
-        arguments = {"data_dir": str(source)}
+        arguments: dict[str, Any] = {"data_dir": str(source)}
     elif source.is_dir():
         pattern = {"webdataset": "*.tar", "json": "*.json*"}.get(data_format, "**/*.parquet")
-        files = sorted(map(str, source.glob(pattern)))
-        check_one_split(source, files)
-        arguments = {"data_files": files}
+        names = sorted(map(str, source.glob(pattern)))
+        check_one_split(source, names)
+        arguments = {"data_files": names}
     else:
         arguments = {"data_files": str(source)}
     try:

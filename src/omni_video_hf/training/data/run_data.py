@@ -10,7 +10,7 @@ from ..features.cache import FeatureCache
 from ..recipe import RunArguments
 from .bad_data import BadDataError, count_problems, offenders_table
 from .batch_sampler import OmniVideoBatchSampler
-from .collator import MixedDataset
+from .collator import BucketedDataset, MixedDataset
 from .conversations import ConversationDataset
 from .media_table import load_media_table
 
@@ -40,9 +40,10 @@ def _load(
 ) -> MixedDataset:
     folders = [caches] if isinstance(caches, str) else caches
     try:
-        datasets = [FeatureCache(folder) for folder in folders]
+        caches_read = [FeatureCache(folder) for folder in folders]
         if run.check_data:
-            datasets = [cache.check(run.on_bad_data) for cache in datasets]
+            caches_read = [cache.check(run.on_bad_data) for cache in caches_read]
+        datasets: list[BucketedDataset] = [*caches_read]
         if questions is not None:
             datasets.append(ConversationDataset(load_media_table(questions), processor, run.on_bad_data))
     except BadDataError as error:

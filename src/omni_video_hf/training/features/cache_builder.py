@@ -27,7 +27,10 @@ from .cache_files import begin, check_output, only_run
 class Sample(Protocol):
     """Protocol of a sample whose features are computed."""
 
-    key: str  # its name, unique
+    @property
+    def key(self) -> str:
+        """Its name, unique."""
+        ...
 
     def provenance(self) -> dict[str, Any]:
         """Fields of `PROVENANCE`: everything the features depend on. Cheap next to [`compute`]."""

@@ -22,6 +22,7 @@ from ...models.connectors import OmniVideoAdapter
 from ...pipelines.pipeline_omni_video import OmniVideoPipeline
 from ...pipelines.presets import GenerationSettings
 from ...tasks import get_task
+from ...utils.modules import dtype_name
 from ...utils.names import check_known
 from ...utils.tokens import hub_call
 from ..data.collator import encode_conversation
@@ -78,7 +79,8 @@ class FeatureEncoder:
     ) -> None:
         settings.framing.check(pipeline.grid)
         self.pipeline, self.settings = pipeline, settings
-        self.target_model = self.target_processor = None
+        self.target_model: Any = None
+        self.target_processor: Any = None
         if target_encoder is not None:
             model = AutoModel.from_pretrained(target_encoder)
             self.target_model = getattr(model, "vision_model", model).eval().to(pipeline.vae.device)
@@ -111,7 +113,7 @@ class FeatureEncoder:
         }
 
     @property
-    def _mllm_frames(self) -> str:
+    def _mllm_frames(self) -> Literal["first", "all"]:
         return self.settings.mllm_frames or self.pipeline.processor.mllm_frames
 
     def _template(self, task: str) -> str:
@@ -147,17 +149,19 @@ class FeatureEncoder:
         """
         if get_task(row.task).answers_in_text:
             return self._question(row)
+        if framing is None or row.media is None or (source_framing is not None and row.source is None):
+            raise ValueError(f"{row.id}: task {row.task!r} needs a file and `framing` for its target and its source.")
         target = framing.load(row.media)
-        source = source_framing.load(row.source) if source_framing is not None else None
-        shown = {}
-        if source is not None:
+        source = source_framing.load(row.source) if source_framing is not None and row.source is not None else None
+        shown: dict[str, Any] = {}
+        if source is not None and source_framing is not None:
             is_image = source_framing.fps is None
             shown = {"image": Image.fromarray(source.frames[0])} if is_image else {"video": source}
         features = self._instruction(row, shown)
         features["prompt_embeds"] = self.pipeline.encode_prompt(row.text)[0]
         features["latents"] = self._latents(row.task, target, framing)
         if source is not None:
-            name = get_task(row.task).latents
+            name = str(get_task(row.task).latents)
             features[name] = self._latents(row.task, source, framing)
         if self.target_model is not None:
             features["target_features"] = self._target_features(target)
@@ -167,7 +171,7 @@ class FeatureEncoder:
         if row.media is None:
             return encode_conversation(self.pipeline.processor, row.task, row.text, row.answer)
         with row.media.open() as path:  # of a video, only the frames that are shown are decoded
-            shown = {probe(row.media).kind: path}
+            shown: dict[str, Any] = {probe(row.media).kind: path}
             return encode_conversation(self.pipeline.processor, row.task, row.text, row.answer, **shown)
 
     def _instruction(self, row: Row, shown: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -225,12 +229,13 @@ def load_encoders(
     # The pipeline reads patch sizes and widths off their configurations.
     transformer = WanTransformer3DModel.load_config(model, subfolder="transformer", **origin)
     adapter = OmniVideoAdapter.load_config(model, subfolder="adapter", **origin)
+    formats: dict[str, Any] = {} if dtype is None else {"dtype": {"default": dtype, "vae": torch.float32}}
     pipeline = OmniVideoPipeline.from_pretrained(
         model,
         transformer=WanTransformer3DModel.from_config(transformer, num_layers=0),
         adapter=OmniVideoAdapter.from_config(adapter, num_encoder_layers=0, num_decoder_layers=0),
         **origin,
-        **({} if dtype is None else {"dtype": {"default": dtype, "vae": torch.float32}}),
+        **formats,
     )
     return pipeline.to(device or PartialState().device)
 
@@ -244,7 +249,8 @@ def weights_hash(module: nn.Module) -> str:
 
     A commit of the Hub would change with its README, and a folder has none.
     """
-    config = module.config if isinstance(module.config, Mapping) else module.config.to_dict()
+    config: Any = module.config
+    config = config if isinstance(config, Mapping) else config.to_dict()
     known = {name: value for name, value in config.items() if not name.startswith("_")}
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
     for name, tensor in sorted(module.state_dict().items()):
@@ -254,7 +260,7 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def _dtype(module: nn.Module) -> str:
-    return str(next(module.parameters()).dtype).removeprefix("torch.")
+    return dtype_name(next(module.parameters()).dtype)
 
 
 def _from_main_process(compute: Callable[[], Any]) -> Any:

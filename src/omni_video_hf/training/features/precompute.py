@@ -81,6 +81,8 @@ def plan_row(
     """
     if get_task(row.task).answers_in_text:
         return None, None
+    if row.media is None:
+        raise ValueError(f"{row.id}: task {row.task!r} needs a file.")
     info = probe(row.media)
     framing = rules.frame(info, presets[row.task])
     if row.source is None:

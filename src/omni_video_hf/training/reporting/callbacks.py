@@ -58,7 +58,8 @@ class MovingAverage(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Update the average, before a checkpoint is saved."""
-        self.trainer.ema.step(self.trainer.trained_parameters().values())
+        if self.trainer.ema is not None:
+            self.trainer.ema.step(self.trainer.trained_parameters().values())
 
 
 class Previews(TrainerCallback):
@@ -83,7 +84,8 @@ class RunClock(TrainerCallback, ExportableState):
     """
 
     def __init__(self, seconds: float = 0.0) -> None:
-        self._before, self._start = seconds, None
+        self._before = seconds
+        self._start: float | None = None
 
     @property
     def seconds(self) -> float:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import CommitInfo
@@ -11,13 +11,16 @@ from transformers.trainer_utils import (
     HubStrategy,
 )
 
+from ...utils.modules import Host, dtype_of
 from ...utils.tokens import hub_call
 from ..checkpointing.base_formats import in_formats_of_base
 from ..reporting import publishing
 
 
-class OmniVideoPushMixin:
+class OmniVideoPushMixin(Host):
     """Model card and push of [`OmniVideoTrainer`], which replace those of transformers."""
+
+    args: Any
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
         """
@@ -29,7 +32,7 @@ class OmniVideoPushMixin:
         if not self._writing and not args.training_stage.lora:
             model = self.accelerator.unwrap_model(self.model)
             weights = model.state_dict() if state_dict is None else state_dict
-            base, dtype = model.config._name_or_path, getattr(torch, args.result_dtype)
+            base, dtype = model.config._name_or_path, dtype_of(args.result_dtype)
             state_dict = in_formats_of_base(weights, base, self.base_revision, set(self.trained_names), dtype)
         self.args = copy.copy(args)
         self.args.hub_token = None
@@ -48,7 +51,7 @@ class OmniVideoPushMixin:
             dataset: names of the data.
         """
         if self.is_world_process_zero():
-            publishing.write_card(self, [dataset] if isinstance(dataset, str) else dataset)
+            publishing.write_card(cast("Any", self), [dataset] if isinstance(dataset, str) else dataset)
 
     @hub_call
     def push_to_hub(
@@ -82,7 +85,7 @@ class OmniVideoPushMixin:
             return None
         self.create_model_card(dataset=dataset)
         settings = {"commit_message": commit_message, "token": token, "revision": revision}
-        return publishing.push(self, Path(self.args.output_dir), base, **settings)
+        return publishing.push(cast("Any", self), Path(self.args.output_dir), base, **settings)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:  # noqa: ARG002 - the model in memory is the same
         if not self._writing and self.args.hub_strategy != HubStrategy.END:

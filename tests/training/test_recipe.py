@@ -118,9 +118,8 @@ def test_all_bad_samples_are_named_before_anything_trains(base, tmp_path):
     nan[0, 0, 0, 0] = torch.nan
     bad = [good[0] | {"latents": nan}, good[1] | {"task": "t2i"}]
     data = write_samples(tmp_path / "data", [*good, *bad])
-    refused(
-        base, data, tmp_path / "run", "2 problems in 5 samples: repair or remove the samples, or pass `--on_bad_data skip`"
-    )
+    said = "2 problems in 5 samples: repair or remove the samples, or pass `--on_bad_data skip`"
+    refused(base, data, tmp_path / "run", said)
     refused(base, data, tmp_path / "run", "`latents` contains 1 values that are NaN or infinite")
     refused(base, data, tmp_path / "run", "`latents` have 2 frames; the task 't2i' generates one image")
     skipped = command(base, data, tmp_path / "run", "decoder", "--on_bad_data", "skip", "--learning_rate", "1e-2")

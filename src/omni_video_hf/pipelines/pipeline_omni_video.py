@@ -507,7 +507,8 @@ class OmniVideoPipeline(
             >>> from omni_video_hf import OmniVideoPipeline
             >>> from omni_video_hf.shapes import CHECKPOINT
             >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
-            >>> pipe.prepare_source_channels(torch.zeros(1, 16, 1, 8, 8)) is None
+            >>> noise, source = torch.randn(1, 16, 1, 8, 8), torch.randn(1, 16, 1, 8, 8)
+            >>> torch.equal(pipe.prepare_source_channels(noise, source), source)
             True
         """
         if not self.adapter.takes_source_in_channels:

@@ -8,6 +8,7 @@ A quarter of every batch are prompts without a source. There the decoder learns 
 began from, so that generation stays as it is.
 """
 
+import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,7 @@ from transformers import set_seed
 from omni_video_hf.diffusion.flow_matching import NUM_TRAIN_TIMESTEPS, add_noise, velocity_target
 from omni_video_hf.models.connectors import OmniVideoAdapter
 from omni_video_hf.models.context_attention import folded_context
-from omni_video_hf.models.source_channels import add_source_channels
+from omni_video_hf.models.source_channels import add_source_channels, with_source_channels
 from omni_video_hf.pipelines.pipeline_omni_video import OmniVideoPipeline
 
 from .edit_pairs import STREAMS, EditFeatures
@@ -170,7 +171,10 @@ class EditObjective(nn.Module):
         wanted = velocity_target(target, noise)
         length = adapter.config.max_context_length
         with torch.no_grad(), folded_context(teacher, context[:texts], length) as folded:
-            kept = teacher(noisy[:texts], timesteps[:texts], folded, return_dict=False)[0]
+            states = noisy[:texts]
+            if teacher.config.in_channels > states.shape[1]:  # it has source channels already
+                states = with_source_channels(states)
+            kept = teacher(states, timesteps[:texts], folded, return_dict=False)[0]
         with folded_context(self.decoder, context, length) as folded:
             velocity = self.decoder(torch.cat([noisy, source], 1), timesteps, folded, return_dict=False)[0]
         edits = nn.functional.mse_loss(velocity[texts:].float(), wanted[texts:].float())
@@ -228,7 +232,11 @@ def train(
     seed: Annotated[int, typer.Option(min=0)] = 21,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
 ) -> None:
-    """Train the decoder, from the last checkpoint where there is one."""
+    """
+    Train the decoder, from the last checkpoint where there is one.
+
+    A model that has source channels already learns on.
+    """
     settings = {"phases": {name: asdict(phase) for name, phase in PHASES.items()}, "shorten": shorten, "seed": seed}
     check_settings(settings, output, model)
     set_seed(seed)
@@ -236,7 +244,12 @@ def train(
     with torch.no_grad():
         tokens = pipe.mllm(output_vision_tokens=True).vision_tokens
         nulls = {kind: pipe.adapter.adapt_vision_tokens(tokens, kind) for kind in ("image", "video")}
-    objective = EditObjective(add_source_channels(pipe.transformer), pipe.transformer, pipe.adapter, nulls)
+    has_channels = pipe.adapter.takes_source_in_channels
+    decoder = copy.deepcopy(pipe.transformer) if has_channels else add_source_channels(pipe.transformer)
+    pipe.adapter.register_to_config(
+        source_conditioning="both"
+    )  # what batches have is decided for each, see `_context`
+    objective = EditObjective(decoder, pipe.transformer, pipe.adapter, nulls)
     for number, (name, phase) in enumerate(PHASES.items()):
         kinds = ("image",) if phase.video_share == 0 else ("image", "video")
         features = {(stream, kind): EditFeatures(pairs, stream, kind) for stream in STREAMS for kind in kinds}

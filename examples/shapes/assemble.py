@@ -57,13 +57,14 @@ def store_null_states(pipe: OmniVideoPipeline) -> None:
 @app.command()
 def finished(
     model: Annotated[Path, typer.Option(help="Folder `pipeline` of the last stage.")],
-    transformer: Annotated[Path, typer.Option(help="Folder of the decoder that learned edits.")],
     output: Output,
+    transformer: Annotated[Path | None, typer.Option(help="Folder of a decoder that learned edits.")] = None,
 ) -> None:
     """Store the trained model in half precision, with its presets."""
     pipe = OmniVideoPipeline.from_pretrained(model)
-    pipe.register_modules(transformer=WanTransformer3DModel.from_pretrained(transformer).eval())
-    pipe.adapter.register_to_config(source_conditioning=configuration.SOURCE_CONDITIONING)
+    if transformer is not None:
+        pipe.register_modules(transformer=WanTransformer3DModel.from_pretrained(transformer).eval())
+        pipe.adapter.register_to_config(source_conditioning=configuration.SOURCE_CONDITIONING)
     pipe.to(torch.float16)
     pipe.register_to_config(presets=configuration.PRESETS)
     pipe.save_pretrained(output)

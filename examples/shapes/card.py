@@ -10,10 +10,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.trainer_utils import get_last_checkpoint
 
 from omni_video_hf.hub.model_card import TAGS
-from omni_video_hf.shapes.scores import LINES, PLACE_BARS, SHOWN_SPLITS, place_title
+from omni_video_hf.shapes.scores import LINES, SHOWN_SPLITS, place_title
 from omni_video_hf.training.recipe import overridden
 
-from .training.train_edit import PHASES as EDIT_PHASES
 from .training.train_text_to_video import PHASES
 
 TEMPLATE = "omni-video-shapes.md.jinja"
@@ -37,16 +36,11 @@ RUNS = {
     "polish": "stage `polish`",
     "finish": "stage `finish`",
     "settle": "stage `settle`",
-    **{f"edit/{name}": f"Wan transformer, edits, {name}" for name in EDIT_PHASES},
 }
 BATCHES = {
     "vae/images": "image_batch_size",
     "mllm/vision": "vision_batch_size",
     "text_to_video/images": "image_batch_size",
-    **{
-        f"edit/{name}": f"{'video' if phase.video_share else 'image'}_batch_size"
-        for name, phase in EDIT_PHASES.items()
-    },
 }
 
 
@@ -93,17 +87,18 @@ def score_rows(report: dict[str, Any]) -> list[list[str]]:
             rows.append([line.title, *(text for cell in cells for text in cell)])
         places = [(score or {}).get("place") for score in scores]
         if any(places):
-            cells = [_place(place, PLACE_BARS[split]) for place, split in zip(places, SHOWN_SPLITS, strict=True)]
+            cells = [_place(place) for place in places]
             rows.append([place_title(key), *(text for cell in cells for text in cell)])
     return rows
 
 
-def _place(place: dict[str, Any] | None, bar: tuple[float, float]) -> tuple[str, str]:
+def _place(place: dict[str, Any] | None) -> tuple[str, str]:
     """Median distance and share of the frames that are near, and what is wanted of both."""
     if place is None:
         return "", ""
-    found = f"{place['median']:.1f} px, {100 * place['within']['rate']:.1f} %"
-    return found, f"{bar[0]:g} px, {100 * bar[1]:.0f} %"
+    median = "no shape" if place["median_pixels"] is None else f"{place['median_pixels']:.1f} px"
+    wanted = f"{place['bar_median_pixels']:g} px, {100 * place['bar_share_within']:.0f} %"
+    return f"{median}, {100 * place['share_within']:.1f} %", wanted
 
 
 def training_row(build: Path, folder: str) -> list[str]:

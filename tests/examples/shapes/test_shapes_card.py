@@ -10,9 +10,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from examples.shapes.card import RUNS, TEMPLATE, training_row, write_card
-from examples.shapes.training.train_edit import PHASES as EDIT_PHASES
 from examples.shapes.training.train_text_to_video import PHASES
-from omni_video_hf.shapes.scores import Report, Score
+from omni_video_hf.shapes.scores import Count, Place, Report, Score
 
 ROOT = Path(__file__).parents[3]
 
@@ -37,9 +36,6 @@ def build(tmp_path):
         if name == "text_to_video":  # where every phase has its own
             del settings["learning_rate"]
             settings["phases"] = {phase: {"learning_rate": 1e-2} for phase in PHASES}
-        if name == "edit":  # where they have batch sizes as well
-            own = {"learning_rate": 2e-3, "image_batch_size": 16, "video_batch_size": 12}
-            settings["phases"] = dict.fromkeys(EDIT_PHASES, own)
         if not phase:
             settings = {"recipe": {"learning_rate": 1e-4, "seed": 8, "per_device_train_batch_size": 32}}
             settings["command"] = ["--data", "latents", "--learning_rate", "5e-4"]
@@ -47,6 +43,7 @@ def build(tmp_path):
     scores = (
         Score.of("t2v", "seen", [{"all": True}] * 3 + [{"all": False}]),
         Score.of("t2v", "composition", [{"all": True}, {"all": False}]),
+        Score("v2v", "seen", {"all": Count(3, 4)}, Place("seen", (0.5, 0.75, 1.0, 9.0))),
         Score.of("routing", "seen", [{"all": True}] * 4),
     )
     write(tmp_path / "vae_decoder" / "vae.json", {"scores": [scores[0].to_dict(), scores[1].to_dict()]})
@@ -66,13 +63,13 @@ def test_the_card_is_valid_and_says_everything(build, tmp_path):
     assert "--count 4 --seed 9" in card
     assert "| 75.0 % (30.1 to 95.4) | 95 % | 50.0 % (9.5 to 90.5) | 80 % |" in card
     assert "| 100.0 % (51.0 to 100.0) | 99 % |  |  |" in card
+    assert "| 0.9 px, 75.0 % | 0.7 px, 97 % |  |  |" in card
     for training in (
         "VAE, images | 2 | 8 | 0.001 | 7 | 0.1250",
         "VAE, clips | 2 | 4 | 0.001 | 7 | 1.1250",
         "SigLIP | 2 | 64 | 0.002 | 7 | 4.1250",
         "Wan transformer, images | 2 | 8 | 0.01 | 7 | 7.1250",
-        f"stage `settle` | 2 | 32 | 0.0005 | 8 | {list(RUNS).index('settle')}.1250",
-        f"Wan transformer, edits, settle | 2 | 12 | 0.002 | 7 | {len(RUNS) - 1}.1250",
+        f"stage `{list(RUNS)[-1]}` | 2 | 32 | 0.0005 | 8 | {len(RUNS) - 1}.1250",
     ):
         assert f"| {training} |" in card
     assert "right in 75.0 %, 50.0 % of" in card

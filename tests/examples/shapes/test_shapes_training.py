@@ -474,6 +474,13 @@ def test_two_processes_share_a_batch(built, tmp_path):
         train_stage._share(3, 2)
 
 
+def test_the_finished_repository_is_small_and_works(stages, tmp_path):
+    assemble.finished(stages / STAGES[-1] / "pipeline", tmp_path / "omni-video-shapes")
+    pipe = OmniVideoPipeline.from_pretrained(tmp_path / "omni-video-shapes")
+    frames = pipe("a red circle", task="t2i", num_inference_steps=1, output_type="np").frames
+    assert frames.shape == (1, 1, 64, 64, 3)
+
+
 def test_make_knows_every_file_that_the_scripts_write_last(stages):
     """`make shapes` would begin again with what it does not find."""
     makefile = (Path(__file__).parents[3] / "Makefile").read_text()
@@ -490,6 +497,7 @@ def test_make_knows_every_file_that_the_scripts_write_last(stages):
         "edit/edit.json",
         "edit_pairs/videos.json",
         "mllm/mllm.json",
+        "omni-video-shapes-edit/model_index.json",
         "omni-video-shapes/README.md",
         "omni-video-shapes/model_index.json",
         "scores/scores.json",

@@ -117,7 +117,7 @@ def test_another_seed_does_not_go_on_with_this_training(trained):
 
 
 def test_the_finished_repository_edits_through_its_source_channels(trained, tmp_path):
-    assemble.finished(CHECKPOINT, trained / "edit" / "transformer", tmp_path / "omni-video-shapes")
+    assemble.finished(CHECKPOINT, tmp_path / "omni-video-shapes", trained / "edit" / "transformer")
     pipe = OmniVideoPipeline.from_pretrained(tmp_path / "omni-video-shapes")
     assert pipe.adapter.takes_source_in_channels
     item = ShapesDataset("v2v", "seen", 1)[0]

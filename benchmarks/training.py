@@ -123,9 +123,9 @@ def _loss(
         """The same model without folding."""
 
         def predict_velocity(
-            self, latents: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor
+            self, latents: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, **sources: torch.Tensor | None
         ) -> torch.Tensor:
-            return predict(latents, timesteps, self.adapter.pad_context(context))
+            return predict(latents, timesteps, self.adapter.pad_context(context), **sources)
 
     own, model.__class__ = model.__class__, Padded
     try:

@@ -97,7 +97,7 @@ def test_a_benchmark_runs_and_writes_its_table(name, tmp_path):
     assert rows
     text = (tmp_path / "benchmarks.md").read_text()
     module = BENCHMARKS[name]
-    lines = [f"| {' | '.join(column(row) for column in module.COLUMNS.values())} |" for row in rows]
+    lines = [f"| {' | '.join(str(column(row)) for column in module.COLUMNS.values())} |" for row in rows]
     assert all(line in text for line in (f"| {' | '.join(module.COLUMNS)} |", *lines))
     if module is sampling:
         assert all(0 < row["difference"] < 1e-5 for row in rows)

@@ -245,6 +245,8 @@ def test_every_shipped_recipe_runs(name, base, data, tmp_path):
         "connect": {"adapter"},
         "connect_text": {"adapter"},
         "decoder": {"adapter", "transformer"},
+        "edit": {"adapter", "transformer"},
+        "edit_lora": {"transformer"},
         "understand": {"mllm"},
     }
     summary = TrainingSummary.read(output / "pipeline")

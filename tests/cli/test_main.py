@@ -127,6 +127,11 @@ def test_info(run, converted):
         (["generate", "a", "-o", "x" * 252 + ".mp4"], "File name too long"),
         (["generate", "a", "--fps", "-1"], "--fps -1"),
         (["generate", "a", "--guidance-scale", "inf"], "--guidance-scale inf"),
+        (["edit", CLIP, "a", "--source-guidance-scale", "nan"], "--source-guidance-scale nan"),
+        (
+            ["edit", CLIP, "a", "--source-guidance-scale", "2", "--guidance-scale", "1"],
+            "`--guidance-scale 1` turns it off",
+        ),
         (["generate", "a", "--flow-shift", "0"], "--flow-shift 0"),
         (["generate", "a", "--seed", "-1"], "--seed -1"),
         (["generate", "a", "-o", "x.webp", "--size", "32x16400"], "up to 16383 pixels per side"),

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import tiny
@@ -109,3 +110,26 @@ def test_its_own_code_gives_the_same_without_the_package(grown, tmp_path):
     found = last_json(run_stranger(open_doors(tmp_path / "trained"), tmp_path))
     assert found["pipeline"] == wanted["pipeline"]
     assert found["AutoModel"] == wanted["AutoModel"]
+
+
+def test_a_link_out_of_the_repository_is_not_followed(origin, tmp_path):
+    shutil.copytree(origin, tmp_path / "linked")
+    (tmp_path / "secret.json").write_text("{}")
+    (tmp_path / "linked" / "notes.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(ValueError, match="is a link to"):
+        add_source_channels_to(tmp_path / "linked", tmp_path / "grown")
+    assert not (tmp_path / "grown").exists()
+
+
+def test_damaged_repositories_are_refused_by_the_file(origin, tmp_path):
+    shutil.copytree(origin, tmp_path / "damaged")
+    config = tmp_path / "damaged" / "transformer" / "config.json"
+    content = json.loads(config.read_text())
+    del content["in_channels"]
+    config.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="must have whole `in_channels`, got None"):
+        add_source_channels_to(tmp_path / "damaged", tmp_path / "grown")
+    config.write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: cannot be read as JSON"):
+        add_source_channels_to(tmp_path / "damaged", tmp_path / "grown")
+    assert not (tmp_path / "grown").exists()

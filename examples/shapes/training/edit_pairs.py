@@ -144,7 +144,7 @@ def _looks(rng: np.random.Generator, example: Example) -> tuple[Look, Look]:
 
 
 def _kept(rng: np.random.Generator, example: Example) -> Pair:
-    """What is asked for is there already, or nothing is asked for."""
+    """A pair whose target is its source: the prompt asks for what the source shows already, or for nothing."""
     kind = example.kind
     prompt = KEEP_PROMPTS[rng.integers(len(KEEP_PROMPTS))].format(kind=kind)
     if rng.random() < TEXTURES:

@@ -18,7 +18,6 @@ import torch
 import typer
 from diffusers import WanTransformer3DModel
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import set_seed
 
@@ -50,7 +49,7 @@ class Phase:
         steps: batches.
         learning_rate: the highest.
         scheduler: transformers' name of the schedule.
-        video_share: of the batches; the others are images.
+        video_share: share of the batches that are videos; the others are images.
         video_batch_size, image_batch_size: samples of a batch.
     """
 
@@ -118,8 +117,8 @@ class EditObjective(nn.Module):
 
     Args:
         decoder: with source channels.
-        teacher: the decoder that it began from, whose velocities it keeps where there is no source.
-        adapter: of the same model; it stays as it is.
+        teacher: the decoder before this training; the trained one keeps its velocities for samples without a source.
+        adapter: adapter of the same model, which does not train.
         null_vision_embeds: `[1, tokens, width]` by kind of output, of the empty instruction.
     """
 
@@ -135,39 +134,18 @@ class EditObjective(nn.Module):
         self._frozen = (teacher.requires_grad_(False).eval(), adapter.requires_grad_(False).eval())  # in no checkpoint
         self.null_vision_embeds = null_vision_embeds
 
-    def forward(
-        self,
-        target: torch.Tensor,
-        source: torch.Tensor,
-        vision_embeds: torch.Tensor,
-        prompt_embeds: torch.Tensor,
-        prompt_length: torch.Tensor,
-        has_source: torch.Tensor,
-        draws: torch.Tensor,
-        other: torch.Tensor,
-        source_in_context: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """The loss of latents `[batch, channels, frames, height, width]`; the first rows have no source."""
+    def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The loss of a batch of [`EditBatches`], whose first samples have no source."""
         teacher, adapter = self._frozen
-        texts = int((~has_source).sum())
-        context = self._context(
-            adapter,
-            target,
-            source,
-            vision_embeds,
-            prompt_embeds,
-            prompt_length,
-            has_source,
-            draws,
-            other,
-            source_in_context,
-        )
+        target, draws = batch["target"], batch["draws"]
+        texts = int((~batch["has_source"]).sum())
+        context = self._context(batch, adapter)
         u = torch.rand(len(target), device=target.device)
         sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
         noise = torch.randn_like(target)
         noisy = add_noise(target, noise, sigma)
         timesteps = sigma * NUM_TRAIN_TIMESTEPS
-        source = source * (draws[:, 2] <= 1 - NO_SOURCE).view(-1, 1, 1, 1, 1)
+        source = batch["source"] * (draws[:, 2] <= 1 - NO_SOURCE).view(-1, 1, 1, 1, 1)
         wanted = velocity_target(target, noise)
         length = adapter.config.max_context_length
         with torch.no_grad(), folded_context(teacher, context[:texts], length) as folded:
@@ -179,49 +157,33 @@ class EditObjective(nn.Module):
             velocity = self.decoder(torch.cat([noisy, source], 1), timesteps, folded, return_dict=False)[0]
         edits = nn.functional.mse_loss(velocity[texts:].float(), wanted[texts:].float())
         generation = nn.functional.mse_loss(velocity[:texts].float(), kept.float())
-        self.terms = {"edits": edits.item(), "generation": generation.item()}
         return {"loss": edits + generation}
 
     @torch.no_grad()
-    def _context(
-        self,
-        adapter: OmniVideoAdapter,
-        target: torch.Tensor,
-        source: torch.Tensor,
-        vision_embeds: torch.Tensor,
-        prompt_embeds: torch.Tensor,
-        prompt_length: torch.Tensor,
-        has_source: torch.Tensor,
-        draws: torch.Tensor,
-        other: torch.Tensor,
-        source_in_context: torch.Tensor,
-    ) -> torch.Tensor:
-        """Contexts of all samples, with the null states in place of what a sample loses."""
-        kind = "image" if target.shape[2] == 1 else "video"
+    def _context(self, batch: dict[str, torch.Tensor], adapter: OmniVideoAdapter) -> torch.Tensor:
+        """Contexts of all samples, with the null states in place of the conditions that a sample loses."""
+        kind = "image" if batch["target"].shape[2] == 1 else "video"
+        draws, has_source, embeds = batch["draws"], batch["has_source"], batch["vision_embeds"]
         neither = draws[:, 2] > 1 - NEITHER
         null = (draws[:, 0] < NO_INSTRUCTION) | neither
         swapped = has_source & (draws[:, 0] > 1 - OTHER_INSTRUCTION) & ~null
-        vision = torch.where(swapped[:, None, None], vision_embeds[other], vision_embeds)
+        vision = torch.where(swapped[:, None, None], embeds[batch["other"]], embeds)
         vision = torch.where(null[:, None, None], self.null_vision_embeds[kind].to(vision), vision)
-        no_prompt = (draws[:, 1] < NO_PROMPT) | neither
-        null_prompt = adapter.null_prompt_embeds().to(prompt_embeds)
+        no_prompt = ((draws[:, 1] < NO_PROMPT) | neither).tolist()
+        null_prompt = adapter.null_prompt_embeds().to(batch["prompt_embeds"])
         prompts = [
             null_prompt if drop else row[:length]
-            for row, length, drop in zip(prompt_embeds, prompt_length.tolist(), no_prompt.tolist(), strict=True)
+            for row, length, drop in zip(
+                batch["prompt_embeds"], batch["prompt_length"].tolist(), no_prompt, strict=True
+            )
         ]
-        if not source_in_context:
-            return adapter(vision_embeds=vision, prompt_embeds=prompts, output_kind=kind)
-        texts = int((~has_source).sum())
-        parts = [
-            adapter(vision_embeds=vision[:texts], prompt_embeds=prompts[:texts], output_kind=kind),
-            adapter(
-                vision_embeds=vision[texts:],
-                prompt_embeds=prompts[texts:],
-                output_kind=kind,
-                source_latents=source[texts:],
-            ),
-        ]
-        return pad_sequence([row for part in parts for row in part], batch_first=True)
+        return adapter(
+            vision_embeds=vision,
+            prompt_embeds=prompts,
+            output_kind=kind,
+            source_latents=batch["source"] if batch["source_in_context"] else None,
+            drop_source=~has_source,
+        )
 
 
 def train(

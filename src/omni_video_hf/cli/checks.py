@@ -122,6 +122,15 @@ class GenerationOptions:
             raise UsageProblem(
                 f"`--source-guidance-scale {self.source_guidance_scale:g}` must be a finite number of at least 0."
             )
+        if (
+            self.source_guidance_scale not in (None, 1)
+            and self.guidance_scale is not None
+            and self.guidance_scale <= 1
+        ):
+            raise UsageProblem(
+                f"`--source-guidance-scale {self.source_guidance_scale:g}` needs guidance, but `--guidance-scale "
+                f"{self.guidance_scale:g}` turns it off: pass a value above 1."
+            )
         if self.flow_shift is not None and not 0 < self.flow_shift < math.inf:
             raise UsageProblem(f"`--flow-shift {self.flow_shift:g}` must be a finite number above 0.")
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED - self.count:

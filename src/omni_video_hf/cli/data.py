@@ -26,7 +26,7 @@ class DataFormat(StrEnum):
 
 
 class OnBadData(StrEnum):
-    """What to do when samples cannot be used: stop, or leave them out."""
+    """Choices for samples that cannot be used: stop with an error, or skip them."""
 
     stop = "stop"
     skip = "skip"

@@ -10,7 +10,7 @@ from .repository import check_finished, check_hub_indices, check_indices
 
 
 class HubCallsMixin(Host):
-    """What every class of this project that loads and pushes does first, see [`hub_call`]; else as in its library."""
+    """Loading and pushing as in transformers or diffusers, with tokens cleaned and masked, see [`hub_call`]."""
 
     @classmethod
     @hub_call
@@ -60,7 +60,7 @@ def check_place(place: str | Path | None, options: Mapping[str, Any]) -> None:
 
     Args:
         place: folder or Hub repository.
-        options: of `from_pretrained`.
+        options: keyword arguments of `from_pretrained`.
 
     Raises:
         ValueError: says what is wrong.

@@ -73,7 +73,7 @@ def repository_parts(
 
 
 def _source_conditioning(repository: str | Path, revision: str | None, token: str | None) -> str | None:
-    """What the adapter's configuration says; `None` in a repository without one."""
+    """`source_conditioning` in the adapter's configuration; `None` for a repository without an adapter."""
     path = Path(repository) / "adapter" / "config.json"
     if not Path(repository).is_dir():
         hub = import_module("huggingface_hub")

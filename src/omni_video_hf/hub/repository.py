@@ -324,7 +324,7 @@ def check_hub_indices(repository: str, variant: str | None = None, **hub: Any) -
 
     Args:
         repository: `owner/name`.
-        variant: of the weights that are to be loaded.
+        variant: variant of the weights to load.
         hub: where the files lie: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:

@@ -56,8 +56,8 @@ def check_source_channels(source_conditioning: str, in_channels: int, out_channe
     Refuse a decoder whose input channels do not fit `source_conditioning`.
 
     Args:
-        source_conditioning: of the adapter.
-        in_channels, out_channels: of the decoder.
+        source_conditioning: setting of the adapter.
+        in_channels, out_channels: numbers of channels of the decoder.
 
     Raises:
         ValueError: unless the decoder takes `out_channels`, or twice as many for `"channels"` and `"both"`.

@@ -111,7 +111,8 @@ class OmniVideoDenoisingMixin(Host):
             guidance_scale: guidance scale, required with `null_context`.
             generator: generator for schedulers that add noise in every step.
             no_source_context: `[batch, length, text_dim]` of the branch without source, for `guidance.source_scale`.
-            source_channels: of [`prepare_source_channels`], for a decoder that has them. Default: no source.
+            source_channels: `[batch, channels, frames, height, width]`, result of [`prepare_source_channels`], for a
+                decoder with source channels. Default: zeros, which stand for no source.
 
         Raises:
             ValueError: for `null_context` without a scale, a decoder that does not fit the adapter's

@@ -99,11 +99,14 @@ class Guidance:
 
     def combine(self, velocities: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
         """
-        `uncond + scale * (cond - uncond)` of the branches' velocities, conditional first; without guidance, `scale` at
-        most 1, the first.
+        Combine the velocities of the branches: `uncond + scale * (cond - uncond)`.
 
-        With a third one, of the branch without source, `uncond` is `no_source + source_scale * (uncond - no_source)`
-        in the first place where it stands.
+        With a branch without source it is `no_source + source_scale * (uncond - no_source) + scale * (cond - uncond)`.
+
+        Args:
+            velocities: of the conditional branch, then of the unconditional branch and of the branch without source,
+                if these ran in this step.
+            scale: guidance scale; up to 1, the result is the conditional velocity.
         """
         if len(velocities) == 1 or scale <= 1:
             return velocities[0]

@@ -1,5 +1,6 @@
 import json
 import threading
+import time
 
 import pytest
 import tiny
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from omni_video_hf import OmniVideoPipeline, collect_lora_layers
-from omni_video_hf.utils.turns import turn
+from omni_video_hf.utils.turns import _WAITING, turn
 
 
 @pytest.fixture
@@ -295,20 +296,15 @@ CHANGES = {
 
 
 def waits(component, job):
-    """Whether a job of another thread does nothing while this one uses a component."""
-    begun, done = threading.Event(), threading.Event()
-
-    def work():
-        begun.set()
-        job()
-        done.set()
-
-    thread = threading.Thread(target=work, daemon=True)
+    """Whether a job of another thread asks for its turn, and is done only after this one stopped using a component."""
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (job(), done.set()), daemon=True)
     with turn(component):
         thread.start()
-        begun.wait(60)
-        waited = not done.wait(0.3)
-    thread.join(120)
+        while not done.is_set() and thread.ident not in dict(_WAITING):
+            time.sleep(0.001)
+        waited = not done.is_set()
+    thread.join()
     return waited and done.is_set()
 
 

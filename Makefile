@@ -21,6 +21,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## generate, edit and ask with the default checkpoint
 	$(BIN)/python demo.py
 
+# Two processes of one thread each: with torch's two threads each, the same tests took more than twice as long.
+test test-all: export OMP_NUM_THREADS ?= 1
+
 test: $(INSTALLED) quality ## check style, and run the tests of the package
 	$(BIN)/python -m pytest --numprocesses 2 --durations 10 -m 'not slow'
 

@@ -73,3 +73,9 @@ def test_any_image_text_to_text_model_can_be_the_mllm():
     with torch.device("meta"):
         model = OmniVideoForConditionalGeneration(config)
     assert type(model.mllm).__name__ == "Qwen2_5_VLForConditionalGeneration"
+
+
+def test_the_configuration_of_another_model_is_refused(tmp_path):
+    tiny.config().mllm_config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="of type 'vila', not 'omni_video'"):
+        OmniVideoConfig.from_pretrained(tmp_path)

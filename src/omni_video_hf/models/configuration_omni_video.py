@@ -264,6 +264,28 @@ class OmniVideoConfig(HubCallsMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._check_widths()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """
+        As in transformers.
+
+        Raises:
+            ValueError: for the configuration of another model, such as of a VILA alone; transformers only warns and
+                fills the rest with the sizes of the released model.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoConfig
+            >>> OmniVideoConfig.from_dict({"adapter_config": None}).adapter_config is None
+            True
+        """
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f"The configuration is of a model of type {found!r}, not {cls.model_type!r}: load it with the class "
+                "of that model, or pass a repository of Omni-Video."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def _check_widths(self) -> None:
         def check(left: str, left_value: int, right: str, right_value: int) -> None:
             if left_value != right_value:

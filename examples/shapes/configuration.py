@@ -112,7 +112,7 @@ DECODER = {  # 80 tokens for a clip
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 64,
 }
-SOURCE_CONDITIONING = "channels"  # once the decoder has learned edits, see `training.train_edit`
+SOURCE_CONDITIONING = "both"  # once the decoder has learned edits, see `training.train_edit`
 _IMAGE = {
     "height": SIDE,
     "width": SIDE,

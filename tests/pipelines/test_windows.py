@@ -14,11 +14,12 @@ from diffusers import (
 from golden import CORE_EXPECTED, relative_error
 
 from omni_video_hf import OmniVideoPipeline
-from omni_video_hf.diffusion.windows import Window, plan_windows
+from omni_video_hf.diffusion.window_plan import Window, plan_windows
 from omni_video_hf.media.clip import VideoClip
 from omni_video_hf.media.sources import Source
 from omni_video_hf.models import context_attention
 from omni_video_hf.models.source_channels import add_source_channels
+from omni_video_hf.pipelines.guidance import Guidance
 from omni_video_hf.pipelines.presets import SizeError
 
 RANDOM = np.random.default_rng(0)
@@ -118,6 +119,7 @@ def test_the_decoder_sees_windows_of_the_trained_length_with_their_own_source(pi
 def test_the_loop_is_the_blend_of_plain_passes(in_context, batched):
     """Two steps of Euler by hand: pyramid weights, one step of the whole clip, lead-ins with a state of their own."""
     pipe, generator = in_context, seeded(5)
+    assert plan_windows(5, 3, 1) == PLAN
     scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
     noise, lead_ins = (
         torch.randn(1, 16, 5, 4, 8, generator=generator),
@@ -129,11 +131,11 @@ def test_the_loop_is_the_blend_of_plain_passes(in_context, batched):
     contexts = pipe.encode_contexts((vision, text), (null, None), sources, 1, 1)
     joint = pipe.prepare_windows(noise, PLAN, contexts, sources)
     object.__setattr__(joint, "lead_ins", lead_ins)
-    guidance = pipe_guidance(batched)
     own = scheduler.from_config(scheduler.config)
     own.set_timesteps(2)
     found = pipe.denoise(
-        noise, own, contexts["context"][0], contexts["null_context"][0], guidance=guidance, guidance_scale=3.0,
+        noise, own, contexts["context"][0], contexts["null_context"][0], guidance=Guidance(batched=batched),
+        guidance_scale=3.0,
         joint=joint,
     )  # fmt: skip
 
@@ -159,19 +161,9 @@ def test_the_loop_is_the_blend_of_plain_passes(in_context, batched):
     assert relative_error(found, clip) < 1e-4
 
 
-def pipe_guidance(batched):
-    from omni_video_hf.pipelines.guidance import Guidance
-
-    return Guidance(batched=batched)
-
-
 @torch.no_grad()
 def plain(pipe, states, timestep, context):
     return pipe.transformer(states, timestep[None], pipe.adapter.pad_context(context)).sample
-
-
-def test_the_weights_of_the_plan_are_those_of_the_loop_by_hand():
-    assert plan_windows(5, 3, 1) == PLAN
 
 
 @pytest.mark.parametrize("arguments", [{"batch_guidance": True}, {"source_guidance_scale": 1.5}])
@@ -271,7 +263,7 @@ def test_windows_keep_text_and_visual_tokens_at_the_released_context_length():
 def test_caches_with_one_state_for_all_passes_are_refused(in_context, config):
     in_context.transformer.enable_cache(config(current_timestep_callback=lambda: in_context.current_timestep))
     try:
-        with pytest.raises(ValueError, match="needs 3 windows, but .* has one state for all passes"):
+        with pytest.raises(ValueError, match=r"needs 3 windows, but .* has one state for all passes"):
             generate(in_context, **WINDOWS)
     finally:
         in_context.transformer.disable_cache()
@@ -400,7 +392,7 @@ def test_what_is_too_long_for_the_context_names_windows_and_fits_in_them():
     ):
         generate(pipe)
     assert generate(pipe, long_video="windows").frames.shape[2] == 5
-    with pytest.raises(SizeError, match="A window of 64x32 with 13 frames .* smaller `window_frames`"):
+    with pytest.raises(SizeError, match=r"A window of 64x32 with 13 frames .* smaller `window_frames`"):
         generate(pipe, long_video="windows", window_frames=13)
 
 

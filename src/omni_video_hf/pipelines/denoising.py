@@ -14,7 +14,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..diffusion.flow_matching import NUM_TRAIN_TIMESTEPS, UncheckedSolve, add_noise
-from ..diffusion.windows import Window, blend_windows, pyramid_weights, shuffled_noise
+from ..diffusion.window_plan import Window, blend_windows, pyramid_weights, shuffled_noise
 from ..models.configuration_omni_video import check_source_channels
 from ..models.context_attention import ConstantContext, check_not_denoising, constant_context
 from ..models.source_channels import with_source_channels
@@ -227,7 +227,7 @@ class OmniVideoDenoisingMixin(Host):
         Example:
             >>> import torch
             >>> from omni_video_hf import OmniVideoPipeline
-            >>> from omni_video_hf.diffusion.windows import plan_windows
+            >>> from omni_video_hf.diffusion.window_plan import plan_windows
             >>> from omni_video_hf.shapes import CHECKPOINT
             >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
             >>> joint = pipe.prepare_windows(torch.zeros(1, 16, 9, 8, 8), plan_windows(9, 5, 1), {}, [{}])

@@ -9,7 +9,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils import is_ftfy_available
 from PIL import Image
 
-from ..diffusion.windows import Window
+from ..diffusion.window_plan import Window
 from ..media.sources import Source
 from ..models.causal_vae import decode_pieces, encode_pieces
 from ..models.connectors import ContextOverflow

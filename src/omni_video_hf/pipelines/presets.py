@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from ..diffusion.windows import Window, plan_windows
+from ..diffusion.window_plan import Window, plan_windows
 from ..tasks import TASKS
 from .request_checks import check_number
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-from ..diffusion.windows import Window
+from ..diffusion.window_plan import Window
 from ..media.sources import Source
 from ..media.video_loading import probe_frames
 from ..models.connectors import ContextOverflow

@@ -1,9 +1,11 @@
 """The plan of windows, their weights and their noise, as pure functions."""
 
+import itertools
+
 import pytest
 import torch
 
-from omni_video_hf.diffusion.windows import Window, blend_windows, plan_windows, pyramid_weights, shuffled_noise
+from omni_video_hf.diffusion.window_plan import Window, blend_windows, plan_windows, pyramid_weights, shuffled_noise
 
 SIZES = [(5, 5, 1), (6, 5, 1), (9, 5, 1), (17, 5, 1), (17, 5, 3), (18, 5, 2), (81, 11, 2), (33, 3, 1)]
 
@@ -14,7 +16,7 @@ def test_windows_cover_the_clip_at_the_trained_length(count, length, overlap):
     assert windows[0] == Window(0, min(count, length))
     assert windows[-1].stop == count
     assert [window.lead_in for window in windows] == [None, *range(len(windows) - 1)]
-    for before, after in zip(windows, windows[1:], strict=False):
+    for before, after in itertools.pairwise(windows):
         assert after.stop - after.start == length - 1  # and the lead-in
         assert before.start < after.start
         assert before.stop - after.start >= overlap
@@ -50,7 +52,7 @@ def test_weights_sum_to_one_and_fall_towards_the_borders(count, length, overlap)
     for window, weights in zip(windows, pyramid_weights(windows), strict=True):
         total[window.start : window.stop] += weights
     torch.testing.assert_close(total, torch.ones(count))
-    for before, after in zip(windows, windows[1:], strict=False):
+    for before, after in itertools.pairwise(windows):
         left, right = (pyramid_weights(windows)[windows.index(window)] for window in (before, after))
         assert left[-1] <= right[len(left) - 1 - after.start + before.start]
         assert right[0] <= left[after.start - before.start]

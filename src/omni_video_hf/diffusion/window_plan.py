@@ -24,7 +24,7 @@ class Window:
         lead_in: index of its lead-in among the lead-ins of the clip; `None` for the first window, which has none.
 
     Example:
-        >>> from omni_video_hf.diffusion.windows import Window
+        >>> from omni_video_hf.diffusion.window_plan import Window
         >>> Window(start=3, stop=7, lead_in=0).frames(temporal=4)
         (8, 25)
     """
@@ -68,7 +68,7 @@ def plan_windows(num_latents: int, window: int, overlap: int) -> tuple[Window, .
         ValueError: for numbers out of range.
 
     Example:
-        >>> from omni_video_hf.diffusion.windows import plan_windows
+        >>> from omni_video_hf.diffusion.window_plan import plan_windows
         >>> [(window.start, window.stop) for window in plan_windows(num_latents=9, window=5, overlap=2)]
         [(0, 5), (3, 7), (5, 9)]
     """
@@ -97,7 +97,7 @@ def pyramid_weights(windows: Sequence[Window]) -> list[torch.Tensor]:
         sum to 1.
 
     Example:
-        >>> from omni_video_hf.diffusion.windows import plan_windows, pyramid_weights
+        >>> from omni_video_hf.diffusion.window_plan import plan_windows, pyramid_weights
         >>> first, second = pyramid_weights(plan_windows(num_latents=6, window=5, overlap=3))
         >>> [round(float(weight), 2) for weight in second]  # it gives latent frames 2 to 5
         [0.25, 0.5, 0.67, 1.0]

@@ -178,20 +178,8 @@ class OmniVideoEncodersMixin(Host):
         return [{"source_latents": latents, "reference_latents": None} for latents in encoded]
 
     def encode_first_frames(self, first_frames: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """
-        Latents of `first_frames` of the pipeline's call, for every sample of the noise `latents`.
-
-        Raises:
-            ValueError: for frames of another size, or more than there are latents for.
-        """
+        """Latents of `first_frames` of the pipeline's call, for every sample of the noise `latents`."""
         encoded = check_result(self.encode_frames(first_frames), "The VAE's encoder")
-        room, found = latents.shape[2:], encoded.shape[2:]
-        if found[1:] != room[1:] or found[0] > room[0] or len(latents) % len(encoded):
-            raise ValueError(
-                f"`first_frames` are {tuple(first_frames.shape)}, but the video has {len(latents)} samples of "
-                f"{self.grid.temporal * (room[0] - 1) + 1} frames of {room[1] * self.grid.spatial}x"
-                f"{room[2] * self.grid.spatial} (height x width): bring them to its size, and pass one per sample."
-            )
         return encoded.repeat_interleave(len(latents) // len(encoded), dim=0)
 
     @in_turn("vae")

@@ -21,14 +21,14 @@ from .denoising import OmniVideoDenoisingMixin, callback_inputs, register_with_c
 from .encoders import OmniVideoEncodersMixin, per_prompt
 from .guidance import Guidance
 from .lora.loader import OmniVideoLoraLoaderMixin, with_lora_scale, without_lora_scale
-from .output import OmniVideoPipelineOutput
+from .output import OmniVideoPipelineOutput, OmniVideoStreamMixin, chunks_joined
 from .presets import (
     LatentGrid,
     find_presets,
     keep_presets,
 )
 from .repository_mixin import OmniVideoRepositoryMixin
-from .request import OmniVideoRequestMixin, rows_of
+from .request import OmniVideoRequestMixin, rows_of, seeded_generator
 from .request_checks import FiniteLogits, check_numbers, check_result
 from .scheduling import prepare_scheduler, preset_shift
 
@@ -40,6 +40,7 @@ class OmniVideoPipeline(
     OmniVideoEncodersMixin,
     OmniVideoRepositoryMixin,
     OmniVideoDenoisingMixin,
+    OmniVideoStreamMixin,
     DiffusionPipeline,
     OmniVideoLoraLoaderMixin,
 ):
@@ -144,6 +145,7 @@ class OmniVideoPipeline(
 
     # --- the call ---------------------------------------------------------------------------------------------------
 
+    @chunks_joined
     @whole_call
     @with_lora_scale
     def __call__(
@@ -342,6 +344,7 @@ class OmniVideoPipeline(
             source_latents if source_latents is not None else reference_latents, notes, room, max_context_length, long,
         )  # fmt: skip
         windows = self.plan_windows(settings, long, source_latents, callback_on_step_end_tensor_inputs)
+        self.check_first_frames(first_frames, settings, batch_size * num_videos_per_prompt)
         self._guidance_scale = settings.guidance_scale
         guidance = guidance.with_source_scale(source_guidance_scale, task, settings.guidance_scale).with_caches(
             self.transformer, self.do_classifier_free_guidance, len(windows)
@@ -491,29 +494,6 @@ class OmniVideoPipeline(
     def _output(self, return_dict: bool, **fields: Any) -> OmniVideoPipelineOutput | tuple:
         output = OmniVideoPipelineOutput(**fields)
         return output if return_dict else (output.frames, output.text)
-
-
-def seeded_generator(
-    generator: torch.Generator | list[torch.Generator] | None,
-) -> tuple[torch.Generator | list[torch.Generator], int | list[int] | None]:
-    """
-    A generator, and the seed that reproduces its numbers.
-
-    Returns:
-        The given generator, or a new one with a seed below 2^32 from torch's global generator. The seed is `None` for
-        a generator that was used before; a list of generators has a list of seeds.
-    """
-    if generator is None:
-        seed = int(torch.randint(2**32, ()))
-        return torch.Generator("cpu").manual_seed(seed), seed
-    seeds = [
-        entry.initial_seed()
-        for entry in (generator if isinstance(generator, list) else [generator])
-        if torch.equal(entry.get_state(), torch.Generator(entry.device).manual_seed(entry.initial_seed()).get_state())
-    ]
-    if isinstance(generator, list):
-        return generator, seeds if len(seeds) == len(generator) else None
-    return generator, seeds[0] if seeds else None
 
 
 __all__ = ["OmniVideoPipeline"]

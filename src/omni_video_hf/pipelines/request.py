@@ -223,6 +223,23 @@ class OmniVideoRequestMixin(Host):
             )
         return windows
 
+    def check_first_frames(
+        self, first_frames: torch.Tensor | None, settings: GenerationSettings, num_samples: int
+    ) -> None:
+        """Refuse `first_frames` of the call that are no frames of this size, or more than the video has."""
+        if first_frames is None:
+            return
+        check_tensors(first_frames=first_frames)
+        size = (3, settings.height, settings.width)
+        given = tuple(first_frames.shape)
+        count = given[1] if len(given) == 5 else 0
+        fits = given[2:] == size and num_samples % max(1, given[0]) == 0 and 0 < count <= settings.num_frames
+        if not fits or (count - 1) % self.grid.temporal or first_frames.min() < 0 or first_frames.max() > 1:
+            raise ValueError(
+                f"`first_frames` must be [batch, frames, {', '.join(map(str, size))}] in 0..1, with 1 or "
+                f"{num_samples} samples and {self.grid.temporal}n+1 frames, at most {settings.num_frames}, got {given}."
+            )
+
     def prepare_settings(
         self,
         task: str,
@@ -411,4 +428,27 @@ def rows_of(embeds: torch.Tensor | Sequence[torch.Tensor] | None) -> Sequence[to
     return () if embeds is None else list(embeds)
 
 
-__all__ = ["OmniVideoRequestMixin"]
+def seeded_generator(
+    generator: torch.Generator | list[torch.Generator] | None,
+) -> tuple[torch.Generator | list[torch.Generator], int | list[int] | None]:
+    """
+    A generator, and the seed that reproduces its numbers.
+
+    Returns:
+        The given generator, or a new one with a seed below 2^32 from torch's global generator. The seed is `None` for
+        a generator that was used before; a list of generators has a list of seeds.
+    """
+    if generator is None:
+        seed = int(torch.randint(2**32, ()))
+        return torch.Generator("cpu").manual_seed(seed), seed
+    seeds = [
+        entry.initial_seed()
+        for entry in (generator if isinstance(generator, list) else [generator])
+        if torch.equal(entry.get_state(), torch.Generator(entry.device).manual_seed(entry.initial_seed()).get_state())
+    ]
+    if isinstance(generator, list):
+        return generator, seeds if len(seeds) == len(generator) else None
+    return generator, seeds[0] if seeds else None
+
+
+__all__ = ["OmniVideoRequestMixin", "rows_of", "seeded_generator"]

@@ -61,7 +61,7 @@ def chunks_joined(call: Callable) -> Callable:
         whole = outputs[0]
         whole.notes = list(dict.fromkeys(note for output in outputs for note in output.notes))
         if whole.frames is not None and len(outputs) > 1:
-            whole.frames = _joined([output.frames for output in outputs])
+            whole.frames = _joined_frames([output.frames for output in outputs])
         return whole if return_dict else (whole.frames, whole.text)
 
     return run
@@ -249,7 +249,7 @@ def _converted(frames: torch.Tensor, output_type: str) -> Any:
     return arrays if output_type == "np" else [VideoProcessor.numpy_to_pil(clip) for clip in arrays]
 
 
-def _joined(parts: list[Any]) -> Any:
+def _joined_frames(parts: list[Any]) -> Any:
     """The frames of all chunks as one video per sample."""
     if isinstance(parts[0], torch.Tensor):
         return torch.cat(parts, dim=1)

@@ -237,7 +237,7 @@ class OmniVideoRequestMixin(Host):
         if not fits or (count - 1) % self.grid.temporal or first_frames.min() < 0 or first_frames.max() > 1:
             raise ValueError(
                 f"`first_frames` must be [batch, frames, {', '.join(map(str, size))}] in 0..1, with 1 or "
-                f"{num_samples} samples and {self.grid.temporal}n+1 frames, at most {settings.num_frames}, got {given}."
+                f"{num_samples} samples, {self.grid.temporal}n+1 frames, at most {settings.num_frames}, got {given}."
             )
 
     def prepare_settings(

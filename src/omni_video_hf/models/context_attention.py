@@ -34,6 +34,9 @@ BACKENDS_WITH_BIAS = {
     AttentionBackendName._NATIVE_EFFICIENT,
 }
 
+# Keys and values of later windows of a long video that are kept from step to step, in bytes.
+KEPT_BYTES = 64 * 2**20
+
 _STANCE = threading.RLock()
 
 
@@ -176,9 +179,23 @@ class ConstantContext:
         self.contexts: dict[str, torch.Tensor] = {}
         self.biases: dict[str, torch.Tensor | None] = {}
         self.projected: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.limited: set[str] = set()  # branches of later windows, whose keys and values are kept if there is room
 
-    def set(self, branch: str, context: torch.Tensor) -> None:
-        """Set the context of a branch, `[batch, tokens, width]`, not padded; old keys and values are removed."""
+    @property
+    def contexts_of_first_window(self) -> dict[str, torch.Tensor]:
+        """Contexts by branch, without those of later windows of a long video."""
+        return {branch: context for branch, context in self.contexts.items() if branch not in self.limited}
+
+    def set(self, branch: str, context: torch.Tensor, always_kept: bool = True) -> None:
+        """
+        Set the context of a branch, `[batch, tokens, width]`, not padded; old keys and values are removed.
+
+        Args:
+            always_kept: `False` keeps its keys and values only within [`KEPT_BYTES`], so that memory does not grow
+                with the number of windows; otherwise they are computed in every pass.
+        """
+        if not always_kept:
+            self.limited.add(branch)
         if self.can_fold:
             self.contexts[branch], self.biases[branch] = fold_padding(context, self.length)
         else:
@@ -215,7 +232,7 @@ class ConstantContext:
             with _uncompiled() if is_first and self.compiled else nullcontext():
                 yield self.contexts[branch] if is_first else self.contexts[branch][:, :1]
             made = [processor.projected for processor in self.processors if processor.projected is not None]
-            if is_first and len(made) == len(self.processors):
+            if is_first and len(made) == len(self.processors) and self._has_room(branch, made):
                 self.projected[branch] = made
                 if self.compiled:
                     self._let_lengths_vary(branch)
@@ -223,6 +240,14 @@ class ConstantContext:
             for processor in self.processors:
                 processor.projected = processor.bias = None
                 processor.keeps = False
+
+    def _has_room(self, branch: str, made: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+        """Whether keys and values of a branch are kept; in compiled blocks always, which would need a second graph."""
+        if branch not in self.limited or self.compiled:
+            return True
+        kept = (self.projected[other] for other in self.limited if other in self.projected)
+        tensors = chain.from_iterable(chain(made, *kept))
+        return sum(tensor.nbytes for tensor in tensors) <= KEPT_BYTES
 
     def _let_lengths_vary(self, branch: str) -> None:
         """Branches and prompts differ in length: compile for all lengths from the start."""

@@ -3,19 +3,25 @@
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import wraps
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils.torch_utils import randn_tensor
 
-from ..diffusion.flow_matching import UncheckedSolve
+from ..diffusion.flow_matching import NUM_TRAIN_TIMESTEPS, UncheckedSolve, add_noise
+from ..diffusion.window_plan import Window, blend_windows, pyramid_weights, shuffled_noise
 from ..models.configuration_omni_video import check_source_channels
 from ..models.context_attention import ConstantContext, check_not_denoising, constant_context
+from ..models.source_channels import with_source_channels
 from ..utils.modules import Host
 from ..utils.turns import has_turn, in_turn, turn
 from .guidance import NO_SOURCE, Guidance
+from .presets import GenerationSettings
 from .request_checks import FiniteSteps
 
 
@@ -39,6 +45,30 @@ def whole_call(method: Callable) -> Callable:
     return call
 
 
+@dataclass(frozen=True)
+class JointWindows:
+    """
+    Windows of a long video that are denoised together, and what each of them is conditioned by.
+
+    Args:
+        windows: plan of the windows, see [`plan_windows`].
+        lead_ins: `[batch, channels, windows - 1, height, width]`, noise of their lead-ins.
+        contexts: `context`, and where there are such branches `null_context` and `no_source_context`: of each one
+            context `[batch, length, text_dim]` per window, or a single one for all windows.
+        source_channels: source channels per window, or a single entry for all; see [`OmniVideoPipeline.denoise`].
+    """
+
+    windows: tuple[Window, ...]
+    lead_ins: torch.Tensor
+    contexts: dict[str, list[torch.Tensor]]
+    source_channels: list[torch.Tensor | None]
+
+    @property
+    def shares_contexts(self) -> bool:
+        """Whether one context serves all windows."""
+        return all(len(contexts) == 1 for contexts in self.contexts.values())
+
+
 class OmniVideoDenoisingMixin(Host):
     """The sampling loop of [`OmniVideoPipeline`], and the state of the running call."""
 
@@ -51,6 +81,7 @@ class OmniVideoDenoisingMixin(Host):
         """Reset the state of the last call that callbacks can read."""
         self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
         self._interrupt, self._num_timesteps, self._current_timestep = False, 0, None
+        self._num_windows = 1
 
     @property
     def guidance_scale(self) -> float:
@@ -68,6 +99,11 @@ class OmniVideoDenoisingMixin(Host):
         return self._num_timesteps
 
     @property
+    def num_windows(self) -> int:
+        """Windows of the running call; 1 unless a long video is generated in windows."""
+        return self._num_windows
+
+    @property
     def current_timestep(self) -> torch.Tensor | None:
         """Timestep of the running step, for diffusers' step caches; `None` outside of the loop."""
         return self._current_timestep
@@ -81,6 +117,132 @@ class OmniVideoDenoisingMixin(Host):
     def interrupt(self) -> bool:
         """Set `pipe._interrupt = True` in a callback to skip the remaining steps."""
         return self._interrupt
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        settings: GenerationSettings,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        device: torch.device | None = None,
+        windows: Sequence[Window] = (),
+    ) -> torch.Tensor:
+        """
+        Initial noise `[batch, channels, frames, height, width]` in float32.
+
+        Args:
+            batch_size: number of samples.
+            settings: size and length.
+            generator: one per sample, or one for all.
+            latents: noise of the caller, of that shape, instead of new noise.
+            device: device of the result. Default: the device that the pipeline runs on.
+            windows: windows of a long video. With several, noise of the length of the first one is drawn, and the
+                later ones get it in another order, see [`shuffled_noise`].
+
+        Example:
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+            >>> from omni_video_hf.media.sources import Source
+            >>> settings, _ = pipe.prepare_settings("t2v", Source(), *[None] * 7)
+            >>> pipe.prepare_latents(1, settings).shape
+            torch.Size([1, 16, 5, 8, 8])
+        """
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` has {len(generator)} entries for {batch_size} samples: pass one per sample."
+            )
+        shape = (
+            batch_size,
+            self.transformer.config.out_channels,
+            self.grid.latent_frames(settings.num_frames),
+            settings.height // self.grid.spatial,
+            settings.width // self.grid.spatial,
+        )
+        device = device or self._execution_device
+        if latents is None:
+            drawn = (*shape[:2], windows[0].stop, *shape[3:]) if windows else shape
+            noise = randn_tensor(drawn, generator=generator, device=device, dtype=torch.float32)
+            return noise if drawn == shape else shuffled_noise(noise, windows, generator)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must be {shape} for these settings, got {tuple(latents.shape)}.")
+        return latents.to(device, torch.float32)
+
+    def prepare_source_channels(
+        self,
+        latents: torch.Tensor,
+        source_latents: torch.Tensor | None = None,
+        reference_latents: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """
+        What the decoder takes beside the noisy latents, see [`with_source_channels`].
+
+        Args:
+            latents: `[batch, channels, frames, height, width]`, the initial noise.
+            source_latents, reference_latents: normalised latents of the source; `latents` may have several samples of
+                each.
+
+        Returns:
+            `[batch, channels, frames, height, width]`, zeros without a source; `None` for a decoder without source
+            channels.
+
+        Raises:
+            ValueError: when latents of the source do not fit `latents`.
+
+        Example:
+            >>> import torch
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+            >>> pipe.prepare_source_channels(torch.zeros(1, 16, 1, 8, 8)) is None  # it takes sources in the context
+            True
+        """
+        if not self.adapter.takes_source_in_channels:
+            return None
+        source_latents, reference_latents = (
+            None if given is None else given.repeat_interleave(max(1, len(latents) // len(given)), dim=0)
+            for given in (source_latents, reference_latents)
+        )
+        return with_source_channels(latents, source_latents, reference_latents)[:, latents.shape[1] :]
+
+    def prepare_windows(
+        self,
+        latents: torch.Tensor,
+        windows: tuple[Window, ...],
+        contexts: dict[str, list[torch.Tensor]],
+        sources: list[dict[str, torch.Tensor | None]],
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> JointWindows:
+        """
+        The windows of a call for [`denoise`], with noise for their lead-ins.
+
+        Args:
+            latents: `[batch, channels, frames, height, width]`, the initial noise.
+            windows: the plan; one window for a video that is generated at once.
+            contexts: see [`JointWindows`].
+            sources: `source_latents` and `reference_latents` of every window, or of the first one alone: a reference
+                image belongs to the first frame of the video.
+            generator: one per sample, or one for all.
+
+        Example:
+            >>> import torch
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.diffusion.window_plan import plan_windows
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+            >>> joint = pipe.prepare_windows(torch.zeros(1, 16, 9, 8, 8), plan_windows(9, 5, 1), {}, [{}])
+            >>> joint.lead_ins.shape
+            torch.Size([1, 16, 2, 8, 8])
+        """
+        shape = (*latents.shape[:2], len(windows) - 1, *latents.shape[3:])
+        lead_ins = latents[:, :, :0]
+        if len(windows) > 1:
+            lead_ins = randn_tensor(shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        channels = [
+            self.prepare_source_channels(window.take(latents, lead_ins), **own)
+            for window, own in zip_longest(windows, sources[: len(windows)], fillvalue={})
+        ]
+        return JointWindows(windows, lead_ins, contexts, channels)
 
     @in_turn("transformer")
     def denoise(
@@ -97,6 +259,8 @@ class OmniVideoDenoisingMixin(Host):
         generator: torch.Generator | list[torch.Generator] | None = None,
         no_source_context: torch.Tensor | None = None,
         source_channels: torch.Tensor | None = None,
+        joint: JointWindows | None = None,
+        first_latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Integrate from noise to latents.
@@ -113,10 +277,16 @@ class OmniVideoDenoisingMixin(Host):
             no_source_context: `[batch, length, text_dim]` of the branch without source, for `guidance.source_scale`.
             source_channels: `[batch, channels, frames, height, width]`, result of [`prepare_source_channels`], for a
                 decoder with source channels. Default: zeros, which stand for no source.
+            joint: windows of a long video, which the decoder sees one after the other in every step; their velocities
+                are blended, and the scheduler takes one step with the whole clip. `context`, `null_context`,
+                `no_source_context` and `source_channels` are then those of the first window.
+            first_latents: `[batch, channels, frames, height, width]`, latents that the result begins with. They are
+                noised to each step and written over the first frames of `latents`.
 
         Raises:
             ValueError: for `null_context` without a scale, a decoder that does not fit the adapter's
-                `source_conditioning`, or a callback that returns tensors of another batch size.
+                `source_conditioning`, or a callback that returns tensors of another batch size, or changes the context
+                while every window has its own.
         """
         self._require("transformer")
         check_not_denoising(self.transformer)
@@ -128,57 +298,122 @@ class OmniVideoDenoisingMixin(Host):
         has_null_branch = null_context is not None and self.do_classifier_free_guidance
         guidance = (guidance or Guidance()).with_caches(self.transformer, has_null_branch)
         tensors: dict[str, Any] = {"latents": latents, "context": context, "null_context": null_context}
-        tensors["no_source_context"] = no_source_context
-        config = self.transformer.config
+        tensors["no_source_context"], config = no_source_context, self.transformer.config
         check_source_channels(self.adapter.config.source_conditioning, config.in_channels, config.out_channels)
-        if source_channels is None:
+        if source_channels is None and joint is None:
             source_channels = self.prepare_source_channels(latents)
+        joint = joint or JointWindows((Window(0, latents.shape[2]),), latents[:, :, :0], {}, [source_channels])
+        count, lead_ins = latents.shape[2], joint.lead_ins.to(latents)
+        known = None if first_latents is None else (first_latents.to(latents), latents[:, :, : first_latents.shape[2]])
         self.transformer._reset_stateful_cache()  # a direct call of the decoder may have left states in it
         scheduler.set_begin_index(0)
         scheduler.sigmas = scheduler.sigmas.to(latents.device)  # otherwise UniPC copies three of them in every step
         timesteps, finite = scheduler.timesteps, FiniteSteps()
-        self._num_timesteps = len(timesteps)
-        step_kwargs: dict[str, Any] = {"return_dict": False}
-        if "generator" in inspect.signature(scheduler.step).parameters:
-            step_kwargs["generator"] = generator
-        length = self.adapter.config.max_context_length
+        self._num_timesteps, self._num_windows = len(timesteps), len(joint.windows)
+        draws_noise = "generator" in inspect.signature(scheduler.step).parameters
+        step_kwargs: dict[str, Any] = {"return_dict": False} | ({"generator": generator} if draws_noise else {})
         try:
             with (
-                constant_context(self.transformer, self._branch_contexts(tensors, guidance), length) as constant,
-                self.progress_bar(total=len(timesteps)) as progress_bar,
+                constant_context(
+                    self.transformer, self._branch_contexts(tensors, guidance), self.adapter.config.max_context_length
+                ) as constant,
+                self.progress_bar(total=len(timesteps) * self._num_windows) as progress_bar,
             ):
+                self._set_window_contexts(constant, joint, guidance)
                 for step, timestep in enumerate(timesteps):
-                    if self._interrupt:
-                        continue
                     self._current_timestep = timestep
-                    velocity = self._predict_velocity(
-                        step, tensors["latents"], source_channels, timestep, constant, guidance, attention_kwargs
-                    )
+                    if known is not None:
+                        tensors["latents"] = _begun_with(tensors["latents"], *known, _sigma(scheduler, step))
+                    velocities = self._predict_windows(
+                        step, tensors["latents"], lead_ins, joint, timestep, constant, guidance, attention_kwargs,
+                        progress_bar,
+                    )  # fmt: skip
+                    if velocities is None:  # interrupted
+                        break
                     with UncheckedSolve():
-                        latents = scheduler.step(velocity, timestep, tensors["latents"], **step_kwargs)[0]
-                    tensors["latents"] = latents
-                    finite.add(step, latents)
+                        joined = _joined(tensors["latents"], lead_ins)
+                        joined = scheduler.step(_joined(*velocities), timestep, joined, **step_kwargs)[0]
+                    tensors["latents"], lead_ins = joined[:, :, :count], joined[:, :, count:]
+                    finite.add(step, tensors["latents"])
                     if callback_on_step_end is not None:
                         given = {
                             name: tensors[_ALIASES.get(name, name)] for name in callback_on_step_end_tensor_inputs
                         }
-                        changed = _changes(callback_on_step_end(self, step, timestep, dict(given)), given, tensors)
-                        tensors |= changed
+                        returned = callback_on_step_end(self, step, timestep, dict(given))
+                        tensors |= (changed := _changes(returned, given, tensors))
                         finite.add(step, tensors["latents"], "`callback_on_step_end`")
-                        if changed.keys() & {"context", "null_context"}:
-                            for branch, states in self._branch_contexts(tensors, guidance).items():
-                                constant.set(branch, states)
-                    progress_bar.update()
+                        self._set_changed_contexts(constant, joint, guidance, tensors, changed)
         finally:
             self._current_timestep = None
             self.transformer._reset_stateful_cache()
         finite.check(len(timesteps))
-        return tensors["latents"]
+        return tensors["latents"] if known is None else _begun_with(tensors["latents"], *known, torch.zeros(()))
 
     def _branch_contexts(self, tensors: dict[str, Any], guidance: Guidance) -> dict[str, torch.Tensor]:
         """Contexts of the branches in the decoder's format."""
         contexts = guidance.contexts(tensors["context"], tensors["null_context"], tensors["no_source_context"])
         return {branch: states.to(self.transformer.dtype) for branch, states in contexts.items()}
+
+    def _set_window_contexts(self, constant: ConstantContext, joint: JointWindows, guidance: Guidance) -> None:
+        """Contexts of the later windows, where each has its own."""
+        if joint.shares_contexts:
+            return
+        for number in range(1, len(joint.windows)):
+            tensors = {
+                name: states[number % len(states)] if (states := joint.contexts.get(name)) else None
+                for name in _CONTEXTS
+            }
+            for branch, states in self._branch_contexts(tensors, guidance).items():
+                constant.set(_of_window(branch, number), states, always_kept=False)
+
+    def _set_changed_contexts(
+        self,
+        constant: ConstantContext,
+        joint: JointWindows,
+        guidance: Guidance,
+        tensors: dict[str, Any],
+        changed: dict[str, torch.Tensor],
+    ) -> None:
+        """Use the contexts that a callback changed; where every window has its own, it may not change them."""
+        names = sorted(changed.keys() & {"context", "null_context"})
+        if names and not joint.shares_contexts:
+            raise ValueError(
+                f"`callback_on_step_end` returned `{names[0]}`, but with `long_video='windows'` every window has a "
+                "context of its own: let the callback change `latents` only."
+            )
+        for branch, states in self._branch_contexts(tensors, guidance).items() if names else ():
+            constant.set(branch, states)
+
+    def _predict_windows(
+        self,
+        step: int,
+        latents: torch.Tensor,
+        lead_ins: torch.Tensor,
+        joint: JointWindows,
+        timestep: torch.Tensor,
+        constant: ConstantContext,
+        guidance: Guidance,
+        attention_kwargs: dict[str, Any] | None,
+        progress_bar: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The guided velocities of one step, of the clip and of the lead-ins; `None` if the call was interrupted."""
+        parts = []
+        for number, window in enumerate(joint.windows):
+            if self._interrupt:
+                return None
+            if len(joint.windows) > 1:
+                progress_bar.set_postfix_str(
+                    f"step {step + 1}/{self._num_timesteps}, window {number + 1}/{len(joint.windows)}", refresh=False
+                )
+            channels = joint.source_channels[number % len(joint.source_channels)]
+            parts.append(
+                self._predict_velocity(
+                    step, window.take(latents, lead_ins), channels, timestep, constant, guidance, attention_kwargs,
+                    (number, joint.shares_contexts),
+                )
+            )  # fmt: skip
+            progress_bar.update()
+        return blend_windows(parts, joint.windows, pyramid_weights(joint.windows))
 
     def _predict_velocity(
         self,
@@ -189,15 +424,19 @@ class OmniVideoDenoisingMixin(Host):
         constant: ConstantContext,
         guidance: Guidance,
         attention_kwargs: dict[str, Any] | None,
+        window: tuple[int, bool] = (0, True),
     ) -> torch.Tensor:
-        """The velocity of one step, guided."""
-        branches = guidance.branches(step, self._num_timesteps, constant.contexts, self._guidance_scale)
+        """The velocity of one step, guided; `window` is the number of the window, and whether it shares contexts."""
+        own = constant.contexts_of_first_window
+        branches = guidance.branches(step, self._num_timesteps, own, self._guidance_scale)
         # With source channels the branch without source, which is the last, gets other inputs than those before it.
         constant.begin_step(sum(channels is None or branch != NO_SOURCE for branch in branches))
         velocities = [
             velocity
             for branch in branches
-            for velocity in self._predict_velocities(branch, latents, channels, timestep, constant, attention_kwargs)
+            for velocity in self._predict_velocities(
+                branch, latents, channels, timestep, constant, attention_kwargs, window
+            )
         ]
         return guidance.combine(velocities, self._guidance_scale)
 
@@ -209,16 +448,20 @@ class OmniVideoDenoisingMixin(Host):
         timestep: torch.Tensor,
         constant: ConstantContext,
         attention_kwargs: dict[str, Any] | None,
+        window: tuple[int, bool] = (0, True),
     ) -> tuple[torch.Tensor, ...]:
         """The decoder's velocity of a branch, or of each part of a batched one, conditional first, in float32."""
-        parts = len(constant.contexts[branch]) // len(latents)
+        number, shares_context = window
+        of_window = _of_window(branch, number)  # step caches keep states of every window, as of every branch
+        name = branch if shares_context else of_window
+        parts = len(constant.contexts[name]) // len(latents)
         states = torch.cat([latents] * parts)
         if channels is not None:
             nothing = torch.zeros_like(channels)
             has_source = [False, True, True][-parts:] if branch != NO_SOURCE else [False]
             states = torch.cat([states, torch.cat([channels if has else nothing for has in has_source])], dim=1)
         states = states.to(self.transformer.dtype)
-        with self.transformer.cache_context(branch), constant.enter(branch) as context:
+        with self.transformer.cache_context(of_window), constant.enter(name) as context:
             velocity = self.transformer(
                 hidden_states=states,
                 timestep=timestep.expand(len(states)),
@@ -227,6 +470,32 @@ class OmniVideoDenoisingMixin(Host):
                 return_dict=False,
             )[0]
         return velocity.float().chunk(parts)[::-1]
+
+
+_CONTEXTS = ("context", "null_context", "no_source_context")
+
+
+def _of_window(branch: str, number: int) -> str:
+    """Name of a branch in a window; in the first window it is the branch's own."""
+    return f"{branch}, window {number + 1}" if number else branch
+
+
+def _joined(latents: torch.Tensor, lead_ins: torch.Tensor) -> torch.Tensor:
+    """Latents of the clip and its lead-ins as one tensor, for the scheduler; without lead-ins the clip as it is."""
+    return torch.cat([latents, lead_ins], dim=2) if lead_ins.shape[2] else latents
+
+
+def _sigma(scheduler: SchedulerMixin, step: int) -> torch.Tensor:
+    """Noise level before a step, in 0..1, without waiting for the device."""
+    if len(scheduler.sigmas) == len(scheduler.timesteps) + 1:
+        return scheduler.sigmas[step]
+    return scheduler.timesteps[step] / NUM_TRAIN_TIMESTEPS
+
+
+def _begun_with(latents: torch.Tensor, known: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Latents whose first frames are `known` with noise of the level `sigma`."""
+    first = add_noise(known, noise, sigma.to(latents).expand(len(latents)))
+    return torch.cat([first, latents[:, :, first.shape[2] :]], dim=2)
 
 
 _ALIASES = {"prompt_embeds": "context", "negative_prompt_embeds": "null_context"}
@@ -278,4 +547,4 @@ def register_with_cache_dit(pipeline: type) -> None:
         )
 
 
-__all__ = ["OmniVideoDenoisingMixin", "callback_inputs", "register_with_cache_dit", "whole_call"]
+__all__ = ["JointWindows", "OmniVideoDenoisingMixin", "callback_inputs", "register_with_cache_dit", "whole_call"]

@@ -116,7 +116,7 @@ class Guidance:
             return uncond + guided
         return no_source[0] + self.source_scale * (uncond - no_source[0]) + guided
 
-    def with_caches(self, transformer: torch.nn.Module, has_null_branch: bool) -> "Guidance":
+    def with_caches(self, transformer: torch.nn.Module, has_null_branch: bool, num_windows: int = 1) -> "Guidance":
         """
         Adapt guidance to the step caches of a decoder.
 
@@ -124,7 +124,8 @@ class Guidance:
         use the state of the other one. With them, both branches run in one pass in every step.
 
         Raises:
-            ValueError: for an interval together with one of these caches, or a cache without what it needs.
+            ValueError: for an interval or several windows together with one of these caches, or a cache without what
+                it needs.
         """
         caches = {_CACHES[type(hook)]: hook for hook in _hooks(transformer) if type(hook) in _CACHES}
         if not caches:
@@ -134,6 +135,11 @@ class Guidance:
             raise ValueError(
                 f"{name} needs the timestep of a step: create its configuration with "
                 "`current_timestep_callback=lambda: pipe.current_timestep`."
+            )
+        if num_windows > 1:
+            raise ValueError(
+                f"`long_video='windows'` needs {num_windows} windows, but {name} is enabled, which has one state for "
+                "all passes: disable it, or use a cache with a state per pass, such as FirstBlockCache."
             )
         if self.source_scale is not None and name == "FasterCache":
             raise ValueError(

@@ -8,14 +8,12 @@ import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, SchedulerMixin, WanTransformer3DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..media.sources import Source
 from ..models.connectors import ContextOverflow, OmniVideoAdapter
 from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
-from ..models.source_channels import with_source_channels
 from ..processing.processing_omni_video import OmniVideoProcessor
 from ..tasks import find_task, get_task
 from ..utils.turns import OwnRandomNumbers, in_turn
@@ -23,15 +21,14 @@ from .denoising import OmniVideoDenoisingMixin, callback_inputs, register_with_c
 from .encoders import OmniVideoEncodersMixin, per_prompt
 from .guidance import Guidance
 from .lora.loader import OmniVideoLoraLoaderMixin, with_lora_scale, without_lora_scale
-from .output import OmniVideoPipelineOutput
+from .output import OmniVideoPipelineOutput, OmniVideoStreamMixin, chunks_joined
 from .presets import (
-    GenerationSettings,
     LatentGrid,
     find_presets,
     keep_presets,
 )
 from .repository_mixin import OmniVideoRepositoryMixin
-from .request import OmniVideoRequestMixin, rows_of
+from .request import OmniVideoRequestMixin, rows_of, seeded_generator
 from .request_checks import FiniteLogits, check_numbers, check_result
 from .scheduling import prepare_scheduler, preset_shift
 
@@ -43,6 +40,7 @@ class OmniVideoPipeline(
     OmniVideoEncodersMixin,
     OmniVideoRepositoryMixin,
     OmniVideoDenoisingMixin,
+    OmniVideoStreamMixin,
     DiffusionPipeline,
     OmniVideoLoraLoaderMixin,
 ):
@@ -147,6 +145,7 @@ class OmniVideoPipeline(
 
     # --- the call ---------------------------------------------------------------------------------------------------
 
+    @chunks_joined
     @whole_call
     @with_lora_scale
     def __call__(
@@ -183,6 +182,10 @@ class OmniVideoPipeline(
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
+        long_video: Literal["windows", "chunks"] | None = None,
+        window_frames: int | None = None,
+        window_overlap: int | None = None,
+        first_frames: torch.Tensor | None = None,
         callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> OmniVideoPipelineOutput | tuple:
@@ -245,6 +248,15 @@ class OmniVideoPipeline(
                 `(frames, text)`.
             attention_kwargs (`dict`, *optional*): Passed to the decoder's attention processors; `scale` multiplies the
                 LoRA of all parts during the call.
+            long_video (`str`, *optional*): How a video is generated that is longer than a window: `"windows"` denoises
+                overlapping windows together, each with its own part of the source; `"chunks"` generates chunks one
+                after the other, each beginning with the end of the last, see [`stream`]. Default: all at once.
+            window_frames (`int`, *optional*): Frames of a window or chunk, `4n+1`. Default: those of the preset, which
+                the model was trained with. A video that fits one window is generated as without `long_video`.
+            window_overlap (`int`, *optional*): Frames that two neighbours share, a multiple of 4. Default: about a
+                quarter of a window.
+            first_frames (`torch.Tensor`, *optional*): `[batch, frames, 3, height, width]` in 0..1, `4n+1` frames that
+                the result begins with, such as the end of another video. The result shows them as the VAE does.
             callback_on_step_end (*optional*): Called as `callback(pipe, step, timestep, tensors)` after every step.
                 The pipeline's components can be used in it, but no other call can begin on the pipeline or decoder.
             callback_on_step_end_tensor_inputs: Tensors it gets: `latents`, `context`, `null_context`; the latter two
@@ -288,6 +300,8 @@ class OmniVideoPipeline(
                 "max_new_tokens": max_new_tokens,
                 "max_sequence_length": max_sequence_length,
                 "max_context_length": max_context_length,
+                "window_frames": window_frames,
+                "window_overlap": window_overlap,
             },
             latents=latents,
             negative_mllm_hidden_states=negative_mllm_hidden_states,
@@ -300,6 +314,7 @@ class OmniVideoPipeline(
             output_type=output_type,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
+        long = self.resolve_long_video(task, long_video, window_frames, window_overlap)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         batch_size = len(prompts) if prompts is not None else len(cast("Sized", mllm_hidden_states))
         notes, (generator, seed) = list[str](), seeded_generator(generator)
@@ -312,22 +327,27 @@ class OmniVideoPipeline(
                 asked = {"task": task, "max_new_tokens": max_new_tokens, "seed": seed}
                 return self._output(return_dict, text=answers, task=task, settings=asked)
             self._check_can_generate(task)
+            long = self.resolve_long_video(task, long_video, window_frames, window_overlap)
         room = self._source_room(
             task, prompts, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale, max_sequence_length,
             max_context_length,
         ) if source.kind is not None and context_overflow == "error" else None  # fmt: skip
         if source.videos is not None:
-            self.check_videos_fit(source, height, width, num_frames, fps, context_overflow, max_context_length, room)
+            self.check_videos_fit(
+                source, height, width, num_frames, fps, context_overflow, max_context_length, room, long
+            )
             source = source.load(num_frames, fps)
 
         # 3. Settings
         settings, source = self.prepare_settings(
             task, source, height, width, num_frames, fps, num_inference_steps, guidance_scale, flow_shift,
-            source_latents if source_latents is not None else reference_latents, notes, room, max_context_length,
+            source_latents if source_latents is not None else reference_latents, notes, room, max_context_length, long,
         )  # fmt: skip
+        windows = self.plan_windows(settings, long, source_latents, callback_on_step_end_tensor_inputs)
+        self.check_first_frames(first_frames, settings, batch_size * num_videos_per_prompt)
         self._guidance_scale = settings.guidance_scale
         guidance = guidance.with_source_scale(source_guidance_scale, task, settings.guidance_scale).with_caches(
-            self.transformer, self.do_classifier_free_guidance
+            self.transformer, self.do_classifier_free_guidance, len(windows)
         )
 
         # 4. MLLM and vision head, text encoder, source: once per call and one after the other, both branches together,
@@ -336,6 +356,7 @@ class OmniVideoPipeline(
         vision_tokens = check_result(
             self.encode_instruction(task, prompts, source, mllm_hidden_states, mllm_frames), "The MLLM or vision head"
         )
+        null_vision_tokens = None
         if self.do_classifier_free_guidance:
             null_vision_tokens = self.encode_null_instruction(
                 task, negative_prompt, batch_size, source, negative_mllm_hidden_states, mllm_frames
@@ -347,14 +368,10 @@ class OmniVideoPipeline(
         if self.do_classifier_free_guidance and negative_prompt is not None:
             negatives = per_prompt(negative_prompt, batch_size)
             negative_prompt_embeds = self.encode_prompt(negatives, max_sequence_length, context_overflow)
-        if source.kind is not None:
-            encoded = check_result(self.encode_source(source, settings), "The VAE's encoder")
-            source_latents, reference_latents = (
-                (None, encoded) if get_task(task).latents == "reference_latents" else (encoded, None)
-            )
+        sources = self.encode_sources(task, source, settings, windows, source_latents, reference_latents)
 
         if context_overflow == "truncate":
-            condition = source_latents if source_latents is not None else reference_latents
+            condition = next((latents for latents in sources[0].values() if latents is not None), None)
             notes += self._notes_of_overflow(
                 prompts, negative_prompt if self.do_classifier_free_guidance else None,
                 [*prompt_embeds, *rows_of(negative_prompt_embeds)],
@@ -363,29 +380,28 @@ class OmniVideoPipeline(
             )  # fmt: skip
 
         # 5. Contexts of all branches; without negative prompt, the adapter takes the stored empty one
-        sources = {"source_latents": source_latents, "reference_latents": reference_latents}
         others = {
             "output_kind": output_kind,
             "context_overflow": context_overflow,
             "max_context_length": max_context_length,
         }
-        context = check_result(
-            self.adapter(vision_tokens, prompt_embeds, **sources, **others), "The adapter"
-        ).repeat_interleave(num_videos_per_prompt, dim=0)
-        null_context = no_source_context = None
-        if self.do_classifier_free_guidance:
-            nulls = (null_vision_tokens, negative_prompt_embeds, batch_size, num_videos_per_prompt)
-            null_context = self.encode_null_context(*nulls, **sources, **others)
-            no_source_context = self.encode_null_context(*nulls, **others) if guidance.source_scale else None
+        contexts = self.encode_contexts(
+            (vision_tokens, prompt_embeds), (null_vision_tokens, negative_prompt_embeds), sources, batch_size,
+            num_videos_per_prompt, bool(guidance.source_scale), **others,
+        )  # fmt: skip
 
         # 6. Latents and schedule
         scheduler = self.prepare_scheduler(settings.num_inference_steps, settings.flow_shift, device)
-        latents = self.prepare_latents(batch_size * num_videos_per_prompt, settings, generator, latents, device)
+        latents = self.prepare_latents(
+            batch_size * num_videos_per_prompt, settings, generator, latents, device, windows
+        )
+        joint = self.prepare_windows(latents, windows, contexts, sources, generator)
         # 7. Denoise
         latents = self.denoise(
-            latents, scheduler, context, null_context, without_lora_scale(attention_kwargs), callback_on_step_end,
-            callback_on_step_end_tensor_inputs, guidance, settings.guidance_scale, generator, no_source_context,
-            self.prepare_source_channels(latents, **sources),
+            latents, scheduler, contexts["context"][0], contexts.get("null_context", [None])[0],
+            without_lora_scale(attention_kwargs), callback_on_step_end, callback_on_step_end_tensor_inputs, guidance,
+            settings.guidance_scale, generator, contexts.get("no_source_context", [None])[0], joint=joint,
+            first_latents=None if first_frames is None else self.encode_first_frames(first_frames, latents),
         )  # fmt: skip
 
         # 8. Pixels
@@ -400,7 +416,8 @@ class OmniVideoPipeline(
             settings=settings.to_dict()
             | {"scheduler": type(scheduler).__name__, "negative_prompt": negative_prompt, "prompt": prompt}
             | {"guidance_interval": guidance_interval, "batch_guidance": guidance.batched, "seed": seed}
-            | {"source_guidance_scale": source_guidance_scale},
+            | {"source_guidance_scale": source_guidance_scale, "long_video": long_video}
+            | {name: None if long is None else getattr(long, name) for name in ("window_frames", "window_overlap")},
             notes=notes,
         )
 
@@ -454,70 +471,6 @@ class OmniVideoPipeline(
 
     # --- 6. latents and schedule ------------------------------------------------------------------------------------
 
-    def prepare_latents(
-        self,
-        batch_size: int,
-        settings: GenerationSettings,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        device: torch.device | None = None,
-    ) -> torch.Tensor:
-        """Initial noise `[batch, channels, frames, height, width]` in float32; one generator per sample or for all."""
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` has {len(generator)} entries for {batch_size} samples: pass one per sample."
-            )
-        shape = (
-            batch_size,
-            self.transformer.config.out_channels,
-            self.grid.latent_frames(settings.num_frames),
-            settings.height // self.grid.spatial,
-            settings.width // self.grid.spatial,
-        )
-        device = device or self._execution_device
-        if latents is None:
-            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        if tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` must be {shape} for these settings, got {tuple(latents.shape)}.")
-        return latents.to(device, torch.float32)
-
-    def prepare_source_channels(
-        self,
-        latents: torch.Tensor,
-        source_latents: torch.Tensor | None = None,
-        reference_latents: torch.Tensor | None = None,
-    ) -> torch.Tensor | None:
-        """
-        What the decoder takes beside the noisy latents, see [`with_source_channels`].
-
-        Args:
-            latents: `[batch, channels, frames, height, width]`, the initial noise.
-            source_latents, reference_latents: normalised latents of the source; `latents` may have several samples of
-                each.
-
-        Returns:
-            `[batch, channels, frames, height, width]`, zeros without a source; `None` for a decoder without source
-            channels.
-
-        Raises:
-            ValueError: when latents of the source do not fit `latents`.
-
-        Example:
-            >>> import torch
-            >>> from omni_video_hf import OmniVideoPipeline
-            >>> from omni_video_hf.shapes import CHECKPOINT
-            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
-            >>> pipe.prepare_source_channels(torch.zeros(1, 16, 1, 8, 8)) is None  # it takes sources in the context
-            True
-        """
-        if not self.adapter.takes_source_in_channels:
-            return None
-        source_latents, reference_latents = (
-            None if given is None else given.repeat_interleave(max(1, len(latents) // len(given)), dim=0)
-            for given in (source_latents, reference_latents)
-        )
-        return with_source_channels(latents, source_latents, reference_latents)[:, latents.shape[1] :]
-
     def prepare_scheduler(
         self, num_inference_steps: int, flow_shift: float, device: torch.device | None = None
     ) -> SchedulerMixin:
@@ -541,29 +494,6 @@ class OmniVideoPipeline(
     def _output(self, return_dict: bool, **fields: Any) -> OmniVideoPipelineOutput | tuple:
         output = OmniVideoPipelineOutput(**fields)
         return output if return_dict else (output.frames, output.text)
-
-
-def seeded_generator(
-    generator: torch.Generator | list[torch.Generator] | None,
-) -> tuple[torch.Generator | list[torch.Generator], int | list[int] | None]:
-    """
-    A generator, and the seed that reproduces its numbers.
-
-    Returns:
-        The given generator, or a new one with a seed below 2^32 from torch's global generator. The seed is `None` for
-        a generator that was used before; a list of generators has a list of seeds.
-    """
-    if generator is None:
-        seed = int(torch.randint(2**32, ()))
-        return torch.Generator("cpu").manual_seed(seed), seed
-    seeds = [
-        entry.initial_seed()
-        for entry in (generator if isinstance(generator, list) else [generator])
-        if torch.equal(entry.get_state(), torch.Generator(entry.device).manual_seed(entry.initial_seed()).get_state())
-    ]
-    if isinstance(generator, list):
-        return generator, seeds if len(seeds) == len(generator) else None
-    return generator, seeds[0] if seeds else None
 
 
 __all__ = ["OmniVideoPipeline"]

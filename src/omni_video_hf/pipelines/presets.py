@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from ..diffusion.window_plan import Window, plan_windows
 from ..tasks import TASKS
 from .request_checks import check_number
 
@@ -87,6 +88,73 @@ class LatentGrid:
     def has_positions(self, height: int, width: int, num_frames: int) -> bool:
         """Whether the decoder has position embeddings for all tokens of this size and length."""
         return self.positions is None or max(self.decoder_tokens(height, width, num_frames)) <= self.positions
+
+
+@dataclass(frozen=True)
+class LongVideo:
+    """
+    How a video is generated that is longer than what the decoder was trained on.
+
+    Args:
+        mode: `"windows"`, overlapping windows that are denoised together, or `"chunks"`, one after the other.
+        window_frames: frames of a window or chunk.
+        window_overlap: frames that two neighbours share, in whole latent frames; the lead-in of the second is not
+            counted.
+    """
+
+    mode: str
+    window_frames: int
+    window_overlap: int
+
+    @classmethod
+    def of(
+        cls,
+        grid: LatentGrid,
+        mode: str | None,
+        window_frames: int | None,
+        window_overlap: int | None,
+        trained_frames: int,
+    ) -> "LongVideo | None":
+        """
+        The settings of the caller, with defaults for what is `None`; `None` without a `mode`.
+
+        Args:
+            grid: sizes of latents.
+            trained_frames: frames of the videos in the training, the default of `window_frames`.
+
+        Raises:
+            ValueError: for values that are not on the grid or too small, and numbers without a `mode`.
+        """
+        for name, value in (("window_frames", window_frames), ("window_overlap", window_overlap)):
+            if mode is None and value is not None:
+                raise ValueError(
+                    f"`{name}` is {value}, but `long_video` is None, so there are no windows: pass "
+                    "`long_video='windows'` or 'chunks', or leave it out."
+                )
+        if mode is None:
+            return None
+        if mode not in ("windows", "chunks"):
+            raise ValueError(f"`long_video` must be 'windows', 'chunks' or None, got {mode!r}.")
+        step = grid.temporal
+        frames = max(trained_frames, 2 * step + 1) if window_frames is None else window_frames
+        if frames < 2 * step + 1 or (frames - 1) % step:
+            raise ValueError(
+                f"`window_frames` must be {step}n+1 and at least {2 * step + 1}, got {frames}: the model was trained "
+                f"with {trained_frames}."
+            )
+        most = frames - 1 - step
+        overlap = (most // 4 // step or 1) * step if window_overlap is None else window_overlap
+        if overlap < step or overlap > most or overlap % step:
+            raise ValueError(
+                f"`window_overlap` must be a multiple of {step} in {step}..{most} for windows of {frames} frames, got "
+                f"{overlap}."
+            )
+        return cls(mode, frames, overlap)
+
+    def plan(self, grid: LatentGrid, num_frames: int) -> tuple[Window, ...]:
+        """The windows, or chunks, of a video of `num_frames` frames."""
+        window, overlap = grid.latent_frames(self.window_frames), self.window_overlap // grid.temporal
+        return plan_windows(grid.latent_frames(num_frames), window, overlap)
 
 
 def resolve_size(
@@ -234,6 +302,7 @@ def check_positions(
     preset: Mapping[str, Any] | None = None,
     with_source: bool = False,
     room: int | None = None,
+    in_window: bool = False,
 ) -> None:
     """
     Refuse a size or length for which the decoder has no position embeddings.
@@ -242,6 +311,7 @@ def check_positions(
         preset: preset of the task, for the proposals.
         with_source: whether a source has the same size.
         room: number of context tokens for the source, which limits the proposals.
+        in_window: whether the frames are those of one window of a longer video.
 
     Raises:
         SizeError: for such a size; the message proposes sizes and lengths that work.
@@ -250,11 +320,12 @@ def check_positions(
         return
     frames, rows, columns = grid.decoder_tokens(height, width, num_frames)
     problem = (
-        f"{_described(height, width, num_frames)} has {rows} rows, {columns} columns and {frames} frames of tokens, "
-        f"but the decoder has positions for {grid.positions} of each."
+        f"{_described(height, width, num_frames, in_window)} has {rows} rows, {columns} columns and {frames} frames "
+        f"of tokens, but the decoder has positions for {grid.positions} of each."
     )
     proposals = propose_sizes(grid, height, width, num_frames, preset, with_source, room)
-    raise SizeError(problem, (height, width, num_frames), proposals)
+    advice = _advice_of_windows(grid, height, width, num_frames, preset, room, in_window)
+    raise SizeError(problem, (height, width, num_frames), proposals, advice)
 
 
 def check_source_fits(
@@ -265,6 +336,7 @@ def check_source_fits(
     room: int,
     max_context_length: int,
     preset: Mapping[str, Any] | None = None,
+    in_window: bool = False,
 ) -> None:
     """
     Refuse a source that needs more than `room` context tokens.
@@ -273,6 +345,7 @@ def check_source_fits(
         room: number of context tokens that prompt, visual tokens and boundary embeddings leave free.
         max_context_length: maximum length of the context, for the message.
         preset: preset of the task, for the proposals.
+        in_window: whether the frames are those of one window of a longer video.
 
     Raises:
         SizeError: for such a source; the message proposes sizes and lengths that fit.
@@ -281,13 +354,14 @@ def check_source_fits(
     if grid.source_patch is None or tokens <= room:
         return
     proposals = propose_sizes(grid, height, width, num_frames, preset, True, room)
+    advice = _advice_of_windows(grid, height, width, num_frames, preset, room, in_window)
     raise SizeError(
-        f"{_described(height, width, num_frames)} as a source takes {tokens} context tokens, but {max(room, 0)} are "
-        f"free of {max_context_length}.",
+        f"{_described(height, width, num_frames, in_window)} as a source takes {tokens} context tokens, but "
+        f"{max(room, 0)} are free of {max_context_length}.",
         (height, width, num_frames),
         proposals,
-        "Raise `max_context_length` to encode all of it, or pass `context_overflow='truncate'` to cut the end of the "
-        "context as the authors' code does, the prompt first.",
+        f"{advice} ".lstrip() + "Raise `max_context_length` to encode all of it, or pass "
+        "`context_overflow='truncate'` to cut the end of the context as the authors' code does, the prompt first.",
         "Raise `--max-context-length` to encode all of it.",
     )
 
@@ -358,10 +432,29 @@ def propose_sizes(
     return list(dict.fromkeys(proposals))[:3]
 
 
-def _described(height: int, width: int, num_frames: int) -> str:
+def _described(height: int, width: int, num_frames: int, in_window: bool = False) -> str:
     if num_frames == 1:
         return f"An image of {width}x{height}"
-    return f"A video of {width}x{height} with {num_frames} frames"
+    return f"A {'window' if in_window else 'video'} of {width}x{height} with {num_frames} frames"
+
+
+def _advice_of_windows(
+    grid: LatentGrid,
+    height: int,
+    width: int,
+    num_frames: int,
+    preset: Mapping[str, Any] | None,
+    room: int | None,
+    in_window: bool,
+) -> str:
+    """A sentence about windows where they are a way out: when a window of the trained length works at this size."""
+    if in_window:
+        return "Shorter windows are another way: pass a smaller `window_frames`."
+    trained = (preset or {}).get("num_frames") or 1
+    fits = room is None or grid.source_tokens(height, width, trained) <= room
+    if not 1 < trained < num_frames or not fits or not grid.has_positions(height, width, trained):
+        return ""
+    return f"Pass `long_video='windows'` to keep the size and all frames, in windows of {trained} frames."
 
 
 def _within_positions(grid: LatentGrid, height: int, width: int, multiple: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
+from ..diffusion.window_plan import Window
 from ..media.sources import Source
 from ..media.video_loading import probe_frames
 from ..models.connectors import ContextOverflow
@@ -15,6 +16,7 @@ from ..tasks import find_task, get_task
 from ..utils.modules import Host
 from .presets import (
     GenerationSettings,
+    LongVideo,
     check_num_frames,
     check_positions,
     check_source_fits,
@@ -126,12 +128,14 @@ class OmniVideoRequestMixin(Host):
         context_overflow: ContextOverflow = "error",
         max_context_length: int | None = None,
         room: int | None = None,
+        long_video: LongVideo | None = None,
     ) -> None:
         """
         Refuse files that fit neither the context nor the decoder's positions before a single frame is decoded.
 
         Args:
             room: number of free context tokens for the source. Default: the number without any text.
+            long_video: windows or chunks, each of which must fit instead of the whole video.
         """
         limit = max_context_length or self.adapter.config.max_context_length
         if context_overflow != "error":
@@ -144,9 +148,97 @@ class OmniVideoRequestMixin(Host):
                 info, frames = probe_frames(video, fps, num_frames)
                 size = (info.height, info.width)
                 rows, columns, _ = resolve_size(self.grid, height, width, preset, size)
+                frames, in_window = _frames_at_once(frames, long_video)
                 if room is not None:
-                    check_source_fits(self.grid, rows, columns, frames, room, limit, preset)
-                check_positions(self.grid, rows, columns, frames, preset, True, room)
+                    check_source_fits(self.grid, rows, columns, frames, room, limit, preset, in_window)
+                check_positions(self.grid, rows, columns, frames, preset, True, room, in_window)
+
+    def resolve_long_video(
+        self,
+        task: str | None,
+        long_video: str | None,
+        window_frames: int | None = None,
+        window_overlap: int | None = None,
+    ) -> LongVideo | None:
+        """
+        Windows or chunks of a call, see the arguments of the pipeline's call; `None` without them.
+
+        Raises:
+            ValueError: for values that are not allowed, or numbers without `long_video`.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+            >>> pipe.resolve_long_video("v2v", "windows")
+            LongVideo(mode='windows', window_frames=17, window_overlap=4)
+        """
+        if long_video is window_frames is window_overlap is None:
+            return None
+        trained = self._preset(task or find_task(None, "video")).get("num_frames") or 1
+        return LongVideo.of(self.grid, long_video, window_frames, window_overlap, trained)
+
+    def plan_windows(
+        self,
+        settings: GenerationSettings,
+        long_video: LongVideo | None,
+        source_latents: torch.Tensor | None = None,
+        callback_inputs: Sequence[str] = (),
+    ) -> tuple[Window, ...]:
+        """
+        The windows of a call: one, unless the video is longer than a window and `long_video` asks for windows.
+
+        Args:
+            settings: settings of the call.
+            long_video: of [`resolve_long_video`].
+            source_latents: latents of the source, if the caller passed them.
+            callback_inputs: names of the tensors that `callback_on_step_end` gets.
+
+        Raises:
+            ValueError: for several windows together with what is made for one.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.media.sources import Source
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+            >>> settings, _ = pipe.prepare_settings("t2v", Source(), None, None, 65, *[None] * 4)
+            >>> len(pipe.plan_windows(settings, pipe.resolve_long_video("t2v", "windows")))
+            5
+        """
+        whole = (Window(0, self.grid.latent_frames(settings.num_frames)),)
+        windows = whole if long_video is None else long_video.plan(self.grid, settings.num_frames)
+        if len(windows) == 1:
+            return whole
+        if source_latents is not None:
+            raise ValueError(
+                f"`source_latents` are those of {settings.num_frames} frames, but every window encodes its own frames "
+                "with `long_video='windows'`: pass `video` instead."
+            )
+        asked = set(callback_inputs) - {"latents"}
+        if asked and get_task(settings.task).latents == "source_latents" and self.adapter.takes_source_in_context:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {sorted(asked)}, but with `long_video='windows'` each of "
+                f"the {len(windows)} windows has a context of its own: ask for 'latents' only."
+            )
+        return windows
+
+    def check_first_frames(
+        self, first_frames: torch.Tensor | None, settings: GenerationSettings, num_samples: int
+    ) -> None:
+        """Refuse `first_frames` of the call that are no frames of this size, or more than the video has."""
+        if first_frames is None:
+            return
+        check_tensors(first_frames=first_frames)
+        size = (3, settings.height, settings.width)
+        given = tuple(first_frames.shape)
+        count = given[1] if len(given) == 5 else 0
+        fits = given[2:] == size and num_samples % max(1, given[0]) == 0 and 0 < count <= settings.num_frames
+        if not fits or (count - 1) % self.grid.temporal or first_frames.min() < 0 or first_frames.max() > 1:
+            raise ValueError(
+                f"`first_frames` must be [batch, frames, {', '.join(map(str, size))}] in 0..1, with 1 or "
+                f"{num_samples} samples, {self.grid.temporal}n+1 frames, at most {settings.num_frames}, got {given}."
+            )
 
     def prepare_settings(
         self,
@@ -163,6 +255,7 @@ class OmniVideoRequestMixin(Host):
         notes: list[str] | None = None,
         room: int | None = None,
         max_context_length: int | None = None,
+        long_video: LongVideo | None = None,
     ) -> tuple[GenerationSettings, Source]:
         """
         All settings of the generation: those of the caller, else of the source, else of the task's preset.
@@ -170,6 +263,7 @@ class OmniVideoRequestMixin(Host):
         Args:
             room: number of free context tokens for the source; `None` for no limit.
             max_context_length: maximum length of the context, for messages. Default: that of the adapter.
+            long_video: windows or chunks, each of which must fit instead of the whole video.
 
         Returns:
             The settings, and the source cut to their number of frames. Roundings go to `notes`.
@@ -237,13 +331,14 @@ class OmniVideoRequestMixin(Host):
                 flow_shift if flow_shift is not None else chosen_shift(self.scheduler, self.config.scheduler_shift),
             ),
         )
+        frames, in_window = _frames_at_once(settings.num_frames, long_video)
         if source.kind is not None and room is not None:
-            frames = settings.num_frames if source.videos is not None else 1
             limit = max_context_length or self.adapter.config.max_context_length
-            check_source_fits(self.grid, height, width, frames, room, limit, preset)
+            of_source = frames if source.videos is not None else 1
+            check_source_fits(self.grid, height, width, of_source, room, limit, preset, in_window and of_source > 1)
         room = room if source.videos is not None or settings.num_frames == 1 else None
         check_positions(
-            self.grid, settings.height, settings.width, settings.num_frames, preset, source_size is not None, room
+            self.grid, settings.height, settings.width, frames, preset, source_size is not None, room, in_window
         )
         return settings, source
 
@@ -321,9 +416,39 @@ class OmniVideoRequestMixin(Host):
         return vision_tokens * config.num_query_tokens + text + (6 if config.use_markers else 0)
 
 
+def _frames_at_once(num_frames: int, long_video: LongVideo | None) -> tuple[int, bool]:
+    """Frames that the decoder sees in one pass, and whether they are one window of a longer video."""
+    if long_video is None or num_frames <= long_video.window_frames:
+        return num_frames, False
+    return long_video.window_frames, True
+
+
 def rows_of(embeds: torch.Tensor | Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor]:
     """Embeddings as a list with one entry per prompt; empty for `None`."""
     return () if embeds is None else list(embeds)
 
 
-__all__ = ["OmniVideoRequestMixin"]
+def seeded_generator(
+    generator: torch.Generator | list[torch.Generator] | None,
+) -> tuple[torch.Generator | list[torch.Generator], int | list[int] | None]:
+    """
+    A generator, and the seed that reproduces its numbers.
+
+    Returns:
+        The given generator, or a new one with a seed below 2^32 from torch's global generator. The seed is `None` for
+        a generator that was used before; a list of generators has a list of seeds.
+    """
+    if generator is None:
+        seed = int(torch.randint(2**32, ()))
+        return torch.Generator("cpu").manual_seed(seed), seed
+    seeds = [
+        entry.initial_seed()
+        for entry in (generator if isinstance(generator, list) else [generator])
+        if torch.equal(entry.get_state(), torch.Generator(entry.device).manual_seed(entry.initial_seed()).get_state())
+    ]
+    if isinstance(generator, list):
+        return generator, seeds if len(seeds) == len(generator) else None
+    return generator, seeds[0] if seeds else None
+
+
+__all__ = ["OmniVideoRequestMixin", "rows_of", "seeded_generator"]

@@ -16,6 +16,8 @@ NUMBERS: dict[str, tuple[bool, float, bool]] = {
     "width": (True, 1, True),
     "num_frames": (True, 1, True),
     "fps": (False, 0, False),
+    "window_frames": (True, 1, True),
+    "window_overlap": (True, 1, True),
     "num_inference_steps": (True, 1, True),
     "guidance_scale": (False, 0, True),
     "source_guidance_scale": (False, 0, True),

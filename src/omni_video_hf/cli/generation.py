@@ -123,6 +123,8 @@ def load(loading: Loading, printing: Printing | None = None) -> OmniVideoPipelin
     device = loading.device or _best_device()
     check_device(loading)
     arguments: dict[str, Any] = {} if loading.dtype is None else {"dtype": dtype_of(loading.dtype)}
+    if loading.dtype is None and torch.device(device).type == "cpu":
+        arguments = {"dtype": {"default": None}}  # as on a machine without an accelerator, also where there is one
     if loading.memory is not None:
         arguments |= {"memory": loading.memory, "memory_device": device}
     pipe = OmniVideoPipeline.from_pretrained(

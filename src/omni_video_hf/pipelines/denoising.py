@@ -15,7 +15,7 @@ from ..models.configuration_omni_video import check_source_channels
 from ..models.context_attention import ConstantContext, check_not_denoising, constant_context
 from ..utils.modules import Host
 from ..utils.turns import has_turn, in_turn, turn
-from .guidance import NO_SOURCE, Guidance
+from .guidance import NO_SOURCE, Guidance, warn_of_idle_cache
 from .request_checks import FiniteSteps
 
 
@@ -120,6 +120,7 @@ class OmniVideoDenoisingMixin(Host):
         """
         self._require("transformer")
         check_not_denoising(self.transformer)
+        warn_of_idle_cache(self.transformer)
         if null_context is not None and guidance_scale is None:
             raise ValueError("`null_context` is given, but `guidance_scale` is None: pass both, or neither.")
         if not has_turn(self):  # called by itself

@@ -89,7 +89,8 @@ class OmniVideoRepositoryMixin(Host):
                 f"`memory={memory!r}` sets `{'`, `'.join(chosen)}` itself: leave one of them out, or choose all "
                 "settings of the profile yourself."
             )
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **profiles.loading_arguments(profile), **kwargs)
+        settings = profiles.loading_arguments(profile, given=kwargs)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **settings, **kwargs)
         profiles.apply_memory_profile(pipe, profile, memory_device)
         return pipe
 

@@ -87,21 +87,26 @@ def get_memory_profile(name: str) -> MemoryProfile:
 # --- applying a profile -------------------------------------------------------------------------------------------
 
 
-def loading_arguments(profile: MemoryProfile) -> dict[str, Any]:
+def loading_arguments(profile: MemoryProfile, given: Iterable[str] = ()) -> dict[str, Any]:
     """
     Arguments of `from_pretrained` for a profile.
+
+    Args:
+        profile: one of [`PROFILES`].
+        given: names of components that are not loaded.
 
     Raises:
         ImportError: if the profile quantises and optimum-quanto is not installed.
     """
     arguments: dict[str, Any] = {"dtype": dict(DTYPES)}
-    if profile.quantized:
+    quantized = [name for name in profile.quantized if name not in set(given)]
+    if quantized:
         if not is_optimum_quanto_available():
             raise ImportError(
-                f"`memory={profile.name!r}` stores {' and '.join(profile.quantized)} in 8 bits with optimum-quanto: "
+                f"`memory={profile.name!r}` stores {' and '.join(quantized)} in 8 bits with optimum-quanto: "
                 "run `pip install optimum-quanto`, or use '8GB', which quantises nothing."
             )
-        mapping = {name: QuantoConfig(weights="int8") for name in profile.quantized}
+        mapping = {name: QuantoConfig(weights="int8") for name in quantized}
         arguments["quantization_config"] = PipelineQuantizationConfig(quant_mapping=mapping)
     return arguments
 
@@ -125,7 +130,7 @@ def apply_memory_profile(
             f"`memory={profile.name!r}` needs an accelerator, but torch finds none here: leave `memory` out."
         )
     device = torch.device(device or get_device())
-    if profile.tile_vae:
+    if profile.tile_vae and pipe.vae is not None:
         pipe.vae.enable_tiling()
     if profile.offload == "model":
         pipe.enable_model_cpu_offload(device=device)

@@ -1,6 +1,7 @@
 """Tables of raw training data, read with `datasets`: formats, columns, media files, and checks of rows."""
 
 import hashlib
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from ...tasks import TASKS, get_task
 from ...utils.names import check_known
 from .bad_data import Offender
 from .table_files import check_one_split, has_captions, no_such_data, read_captions, read_csv
+from .table_names import Places, media_names, repeated
 
 COLUMNS = {
     "id": "name of the sample, unique; by default its task and media",
@@ -35,6 +37,7 @@ VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov", "avi", "gif")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MEDIA_COLUMNS = ("video", "image", *VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
 PROMPT_COLUMNS = ("txt",)
+NAMED_AT_ONCE = 8192  # rows whose names are computed together
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,7 @@ class MediaTable:
     ) -> None:
         check_known("columns", columns or {}, COLUMNS)
         self.folder, self.task = Path(folder), task
+        self._places, self._root = Places(), f"{self.folder.resolve().as_posix().rstrip('/')}/"
         # In a tar, the other columns are the fields of the .json files.
         if "json" in rows.column_names and isinstance(rows.features["json"], dict):
             rows = rows.flatten().rename_columns({f"json.{name}": name for name in rows.features["json"]})
@@ -218,29 +222,41 @@ class MediaTable:
 
     def _name_rows(self) -> list[str]:
         """A name for every row that does not depend on other rows, so that a cache finds its entry again."""
-        if self.columns["id"]:
-            names = [str(value) for value in self.rows[self.columns["id"]]]
-            twice = (
-                sorted({name for name in names if names.count(name) > 1})[:8] if len(set(names)) < len(names) else []
-            )
+        column = self.columns["id"]
+        if column:
+            names = [str(value) for table in self._tables(column) for value in table[column].to_pylist()]
+            twice = sorted({names[row] for row in repeated(names)})[:8]
             if twice:
-                raise ValueError(f"`{self.columns['id']}` must be unique, but these occur twice: {', '.join(twice)}.")
+                raise ValueError(f"`{column}` must be unique, but these occur twice: {', '.join(twice)}.")
             return names
         chosen = [column for column in (self.columns["task"], self.columns["media"]) if column]
+        names = [f"{self.task}:-"] * len(self.rows) if not chosen else []
+        for table in self._tables(*chosen):
+            tasks = table[self.columns["task"]].to_pylist() if self.columns["task"] else [None] * len(table)
+            media = media_names(table[self.columns["media"]]) if self.columns["media"] else [None] * len(table)
+            names += [
+                f"{task or self.task}:{'-' if name is None else self._relative(name)}"
+                for task, name in zip(tasks, media, strict=True)
+            ]
         counts: Counter[str] = Counter()
-        names = []
-        for values in self.rows.select_columns(chosen) if chosen else [{}] * len(self.rows):
-            task = (values.get(self.columns["task"]) if self.columns["task"] else None) or self.task
-            media = self._media(values.get(self.columns["media"]))
-            name = f"{task}:{self._relative(media.name) if media else '-'}"
+        for row in repeated(names):
+            name = names[row]
             counts[name] += 1
-            names.append(name if counts[name] == 1 else f"{name}#{counts[name]}")
+            if counts[name] > 1:
+                names[row] = f"{name}#{counts[name]}"
         return names
 
+    def _tables(self, *columns: str) -> Iterator[Any]:
+        """Some columns as Arrow tables of a few thousand rows each; none without a column."""
+        if columns:
+            yield from self.rows.select_columns(list(columns)).with_format("arrow").iter(batch_size=NAMED_AT_ONCE)
+
     def _relative(self, name: str) -> str:
-        path = Path(name)
-        root = self.folder.resolve()
-        return path.resolve().relative_to(root).as_posix() if path.resolve().is_relative_to(root) else name
+        """The name of a file in the folder of the table from there; another name as it is."""
+        if not os.path.isabs(name):  # noqa: PTH117 - a Path takes ten times as long
+            return name
+        path = self._places.real_path(name)
+        return path.removeprefix(self._root) if path.startswith(self._root) else name
 
 
 def load_media_table(

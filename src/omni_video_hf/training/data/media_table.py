@@ -4,7 +4,7 @@ import hashlib
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -339,13 +339,16 @@ def _media_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
 
 
-def check_row(row: Row, processor: OmniVideoProcessor | None = None) -> Iterator[Offender]:
+def check_row(
+    row: Row, processor: OmniVideoProcessor | None = None, look: Callable[[Media], MediaInfo] = probe
+) -> Iterator[Offender]:
     """
     Yield all problems of a row: unknown task, empty text, and missing, damaged or unsuitable media.
 
     Args:
         row: the row.
         processor: processor whose control tokens texts must not contain; `None` skips this check.
+        look: returns the properties of a file, or raises as [`probe`].
     """
     if row.task not in TASKS:
         yield Offender(row.id, f"unknown task {row.task!r}; known: {', '.join(TASKS)}")
@@ -360,9 +363,9 @@ def check_row(row: Row, processor: OmniVideoProcessor | None = None) -> Iterator
     if row.source is None and spec.source is not None:
         yield Offender(row.id, f"`source` is empty; the task {row.task!r} needs a {spec.source}")
     elif row.source is not None and spec.source is not None:
-        yield from _media_problems(row, "source", row.source, spec.source)
+        yield from _media_problems(row, "source", row.source, spec.source, look)
     if row.media is not None:
-        yield from _media_problems(row, "media", row.media, None if asks else spec.output)
+        yield from _media_problems(row, "media", row.media, None if asks else spec.output, look)
     elif not asks:
         yield Offender(row.id, f"`media` is empty; the task {row.task!r} needs the target {spec.output}")
 
@@ -376,12 +379,14 @@ def _text_problems(text: Any, processor: OmniVideoProcessor | None) -> Iterator[
                 yield f"contains {token.content!r}, which is a control token"
 
 
-def _media_problems(row: Row, column: str, media: Media, wanted: str | None) -> Iterator[Offender]:
+def _media_problems(
+    row: Row, column: str, media: Media, wanted: str | None, look: Callable[[Media], MediaInfo]
+) -> Iterator[Offender]:
     if media.data is None and "://" in media.name:
         yield Offender(row.id, f"`{column}` {media.name}: is a URL; download the file and write its path there")
         return
     try:
-        kind = probe(media).kind
+        kind = look(media).kind
     except MediaError as error:
         yield Offender(row.id, f"`{column}` {error}")
         return

@@ -133,6 +133,20 @@ def test_parts_load_as_stored_and_the_vae_in_float32(pipe, tmp_path, monkeypatch
     assert loaded_from(tmp_path, dtype=torch.float32, variant=variant).adapter.dtype == torch.float32
 
 
+def test_dtypes_of_a_hub_repository_come_from_its_download(pipe, tmp_path, monkeypatch):
+    pipe.to(dtype=torch.bfloat16)
+    pipe.save_pretrained(tmp_path)
+    calls = []
+    download = classmethod(lambda cls, name, **options: calls.append((name, options)) or str(tmp_path))
+    monkeypatch.setattr(OmniVideoPipeline, "download", download)
+    options = {"token": "secret", "force_download": True, "vae": None}
+    found = OmniVideoPipeline._with_dtypes("owner/name", {"dtype": "auto", **options})
+    assert calls == [("owner/name", options)]
+    assert found.keys() == {"token", "vae", "dtype"}  # what was downloaded is not downloaded again
+    assert {found["dtype"][name] for name in ("mllm", "text_encoder", "adapter", "transformer")} == {torch.bfloat16}
+    assert found["dtype"]["vae"] == torch.float32
+
+
 def test_rounding_of_stored_float32_weights_is_said(pipe, tmp_path, monkeypatch):
     pipe.mllm.mllm.to(torch.bfloat16)  # a trained vision head in float32 beside an MLLM in bfloat16
     pipe.save_pretrained(tmp_path)

@@ -165,12 +165,13 @@ def prepare_scheduler(
     if "sigmas" not in inspect.signature(own.set_timesteps).parameters:
         own.set_timesteps(num_inference_steps, device=device)
         return own
+    levels = sampling_sigmas(num_inference_steps)
     if timesteps is not None:
         shifted = np.asarray([float(value) for value in timesteps]) / NUM_TRAIN_TIMESTEPS
-        sigmas = shifted / (flow_shift - (flow_shift - 1) * shifted)  # which the scheduler's shift undoes
-    elif sigmas is None:
-        sigmas = sampling_sigmas(num_inference_steps)
-    own.set_timesteps(sigmas=np.asarray([float(value) for value in sigmas]), device=device)
+        levels = shifted / (flow_shift - (flow_shift - 1) * shifted)  # which the scheduler's shift undoes
+    elif sigmas is not None:
+        levels = np.asarray([float(value) for value in sigmas])
+    own.set_timesteps(sigmas=levels, device=device)
     if timesteps is not None:  # some schedulers round down to whole numbers
         own.timesteps = torch.tensor([float(value) for value in timesteps], device=device)
     return own

@@ -162,15 +162,16 @@ def test_target_features_are_the_mean_of_pooled_frames(data, pipeline, tmp_path)
     built = encoder(pipeline, target_encoder=tmp_path / "siglip")
     precompute(load_media_table(data), built, tmp_path / "cache")
     cache = FeatureCache(tmp_path / "cache")
+    records = cache.records
     frames = load_video(CLIP, fps=8, num_frames=5).frames[:, 40:680]
     with torch.no_grad():
         pooled = model(**processor([Image.fromarray(frame) for frame in frames], return_tensors="pt")).pooler_output
     torch.testing.assert_close(by_task(cache)["t2v"]["target_features"], pooled.mean(dim=0))
-    assert cache.records[0]["target_encoder"] == built.provenance["target_encoder"]
-    assert all(record["target_encoder"] is None for record in cache.records if record["task"] == "understand")
+    assert records[0]["target_encoder"] == built.provenance["target_encoder"]
+    assert all(record["target_encoder"] is None for record in records if record["task"] == "understand")
     built.target_processor.do_normalize = False
     assert precompute(load_media_table(data), built, tmp_path / "cache").changed == {
-        record["key"]: ["template"] for record in cache.records if record["task"] != "understand"
+        record["key"]: ["template"] for record in records if record["task"] != "understand"
     }
 
 

@@ -27,7 +27,7 @@ def missing_shards(folder: Path, names: Sequence[str]) -> list[str]:
     """
     shards = folder / "shards"
     check_inside(folder, shards)
-    wanted, there = set(names), set()
+    wanted, there = set(names), set[str]()
     if shards.is_dir():
         with os.scandir(shards) as entries:
             for entry in entries:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import activations, loading, operations, sampling, training
+from benchmarks import activations, data, folding, loading, operations, sampling, training
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.measure import Timing
 from benchmarks.results import Results
@@ -78,6 +78,10 @@ def smallest(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(training, "REPETITIONS", 1)
     monkeypatch.setattr(training, "LATENTS", (16, 1, 6, 6))
     monkeypatch.setattr(loading, "REPETITIONS", 1)
+    monkeypatch.setattr(folding, "CASES", {"small": (20, 8)})
+    monkeypatch.setattr(folding, "REPETITIONS", 1)
+    monkeypatch.setattr(data, "ROWS", 200)
+    monkeypatch.setattr(data, "CHECKED", 1000)
     monkeypatch.setattr(loading, "SMALL", TINY)
     # What a command may set for its process.
     libraries, threads = (transformers, diffusers), torch.get_num_threads()
@@ -101,6 +105,8 @@ def test_a_benchmark_runs_and_writes_its_table(name, tmp_path):
     assert all(line in text for line in (f"| {' | '.join(module.COLUMNS)} |", *lines))
     if module is sampling:
         assert all(0 < row["difference"] < 1e-5 for row in rows)
+    if module is folding:
+        assert all(0 < row["error"] < 1e-5 for row in rows)
     if module is training:
         assert len({round(row["loss"], 5) for row in rows}) == 1
     if module in (operations, activations):  # counted: the same everywhere

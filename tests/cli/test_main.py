@@ -2,10 +2,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from golden import DATA
 from PIL import Image
 from typer.testing import CliRunner
 
+from omni_video_hf import OmniVideoPipeline
 from omni_video_hf.cli import generation as cli_generation
 from omni_video_hf.cli.main import app
 from omni_video_hf.cli.output import OutputFile
@@ -95,6 +97,28 @@ def test_ask(run, tmp_path):
     Image.new("L", (30, 20)).save(tmp_path / "grey.jpeg")
     ok(run("ask", "grey.jpeg", "what is it?", "--max-new-tokens", 5))
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".mp4"]
+
+
+def test_ask_loads_only_what_answers(run, converted, monkeypatch):
+    loaded = []
+
+    class Recorded(OmniVideoPipeline):
+        @classmethod
+        def from_pretrained(cls, *arguments, **options):
+            loaded.append(OmniVideoPipeline.from_pretrained(*arguments, **options))
+            return loaded[0]
+
+    monkeypatch.setattr(cli_generation, "OmniVideoPipeline", Recorded)
+    arguments = {"max_new_tokens": 4, "generator": torch.Generator().manual_seed(0)}
+    whole = OmniVideoPipeline.from_pretrained(converted)("what is it?", task="understand", **arguments, video=CLIP)
+    answer = ok(
+        run("ask", CLIP, "what is it?", "--max-new-tokens", 4, "--seed", 0, "--quiet", "--device", "cpu")
+    ).stdout
+    assert answer.strip() == whole.text[0]
+    (pipe,) = loaded
+    assert pipe.text_encoder is pipe.tokenizer is pipe.transformer is pipe.vae is None
+    assert not list(pipe.adapter.query_transformer.encoder_layers)
+    assert not list(pipe.adapter.query_transformer.decoder_layers)
 
 
 @pytest.mark.parametrize(("answer", "note"), [("a fox", ""), ("", "the answer of the model is empty")])

@@ -5,13 +5,15 @@ import tiny
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import WanTransformer3DModel
-from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from golden import CORE_EXPECTED, TASKS, relative_error
 from optimum.quanto import freeze, qfloat8, qint8, quantize
 from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
-from omni_video_hf.models.context_attention import _biases, constant_context, fold_padding
+from omni_video_hf.models.attention_backends import attention_with_padding
+from omni_video_hf.models.context_attention import _biases, constant_context, fold_padding, folded_context
 
 LATENTS = torch.randn(2, 16, 2, 8, 4, generator=torch.Generator().manual_seed(1))
 CONTEXTS = {
@@ -220,15 +222,100 @@ def plain_outside(decoder, context):
         return plain(twin, context, 40, 20.0)
 
 
-def test_backends_without_masks_keep_the_padding(decoder):
-    with attention_backend("_native_cudnn"), constant_context(decoder, CONTEXTS, 40) as constant:
-        assert constant.contexts["cond"].shape[1] == 40
-        assert constant.biases["cond"] is None
-    with attention_backend("native"):  # which puts back the process's default that the next line changes
-        decoder.set_attention_backend("_native_cudnn")
-    with constant_context(decoder, CONTEXTS, 40) as constant:
-        assert constant.contexts["cond"].shape[1] == 40
-        assert all(processor._attention_backend == "_native_cudnn" for processor in constant.processors)
+@pytest.fixture
+def use():
+    """Sets the backend of a decoder, and puts back the process's default, which that changes."""
+    with attention_backend("native"):
+        yield lambda decoder, backend: decoder.set_attention_backend(backend) or decoder
+
+
+def test_native_flash_folds_by_the_log_sum_exp(decoder, use):
+    use(decoder, "_native_flash")
+    for length in (9, 10, 40, 2560):
+        check(decoder, length=length)
+    with torch.no_grad(), constant_context(decoder, CONTEXTS, 40) as constant:
+        assert {branch: states.shape[1] for branch, states in constant.contexts.items()} == {"cond": 10, "uncond": 6}
+        assert set(constant.biases.values()) == {None}  # which would shut the fast kernel out
+    rows = CONTEXTS["cond"].clone()
+    rows[1, 4:] = 0
+    check(decoder, {"cond": rows})
+
+
+def test_native_flash_in_half_precision(decoder, use):
+    use(decoder, "_native_flash")
+    test_half_precision(decoder)
+
+
+def test_backends_without_bias_and_log_sum_exp_leave_cross_attention_to_torch(decoder, use):
+    use(decoder, "flex")
+    check(decoder)
+    with torch.no_grad(), constant_context(decoder, CONTEXTS, 40) as constant:
+        assert constant.contexts["cond"].shape[1] == 10
+        assert decoder.blocks[0].attn1.processor.own._attention_backend == "flex"
+        assert all(processor.bias_backend == "native" for processor in constant.processors)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("backend", ["_native_flash", "flex"])
+def test_training_folds_on_every_backend(decoder, use, backend, checkpointing):
+    """With a bias on torch's own backend: the log-sum-exp has no gradients."""
+    use(decoder, "_native_flash")
+    if checkpointing:
+        decoder.enable_gradient_checkpointing()
+    decoder.train()
+    context = CONTEXTS["cond"].clone().requires_grad_()
+    plain(decoder, context, 40, 500.0).square().sum().backward()
+    for block in decoder.blocks:  # flex has no gradients on a CPU, so cross-attention would fail with it
+        block.attn2.processor._attention_backend = AttentionBackendName(backend)
+    wanted = [context.grad, *(weight.grad.clone() for weight in decoder.parameters())]
+    decoder.zero_grad()
+    context.grad = None
+    with folded_context(decoder, context, 40) as states:
+        assert states.shape[1] == 10
+        decoder(LATENTS, torch.tensor([500.0, 500.0]), states).sample.square().sum().backward()
+    found = [context.grad, *(weight.grad for weight in decoder.parameters())]
+    assert all(relative_error(ours, theirs) < 1e-4 for ours, theirs in zip(found, wanted, strict=True))
+
+
+def reference(query, key, value, scale):
+    """Attention of `[batch, tokens, heads, width]`, and its log-sum-exp `[batch, heads, queries]`."""
+    logits = torch.einsum("bqhd,bkhd->bhqk", query, key).float() * scale
+    return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1).to(value.dtype), value), logits.logsumexp(-1)
+
+
+def flash_attn(q, k, v, softmax_scale, return_attn_probs=False, **_):
+    """The signature and results of `flash_attn_func`, of versions 2 and 3: documented at their repository."""
+    output, log_sum = reference(q, k, v, softmax_scale)
+    return (output, log_sum, None) if return_attn_probs else output
+
+
+def flash_attn_3(q, k, v, softmax_scale, **_):
+    """diffusers' operator around version 3, which moves the heads to the end."""
+    output, log_sum = reference(q, k, v, softmax_scale)
+    return output, log_sum.permute(0, 2, 1)
+
+
+@pytest.mark.parametrize("backend", ["flash", "flash_hub", "_flash_3", "_flash_3_hub"])
+def test_the_log_sum_exp_of_packages(backend, monkeypatch):
+    """diffusers calls the packages, which need a GPU; here with their documented results computed by torch."""
+    monkeypatch.setattr(attention_dispatch, "flash_attn_func", flash_attn)
+    name = AttentionBackendName(backend)
+    if name in attention_dispatch._HUB_KERNELS_REGISTRY:
+        monkeypatch.setattr(attention_dispatch._HUB_KERNELS_REGISTRY[name], "kernel_fn", flash_attn)
+    monkeypatch.setattr(attention_dispatch, "_wrapped_flash_attn_3", flash_attn_3)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 3, 3, 8, generator=generator)  # as many queries as heads: layouts cannot be told apart
+    key, value = torch.randn(2, 2, 5, 3, 8, generator=generator)
+    padded = [torch.cat([states, states[:, -1:].expand(-1, 6, -1, -1)], dim=1) for states in (key, value)]
+    wanted, _ = reference(query, *padded, 8**-0.5)
+    ours = attention_with_padding(query, key, value, torch.tensor(7.0).log(), backend)
+    assert relative_error(ours, wanted) < 1e-5
+
+
+def test_the_log_sum_exp_gives_no_gradients_in_silence():
+    query, key, value = torch.randn(3, 1, 5, 2, 8).requires_grad_()
+    with pytest.raises(RuntimeError, match="no gradients"):
+        attention_with_padding(query, key, value, torch.tensor(0.0), "_native_flash")
 
 
 def test_later_steps_do_less(decoder):

@@ -18,6 +18,7 @@ from PIL import Image
 
 from omni_video_hf import OmniVideoPipeline
 from omni_video_hf.media.sources import Source
+from omni_video_hf.pipelines import repository_mixin
 
 STEPS = 8
 ARGUMENTS = {"task": "t2v", "num_inference_steps": 2, "output_type": "latent"}
@@ -110,6 +111,52 @@ def test_half_precision_and_variants_are_kept(pipe, tmp_path, variant):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key].float(), theirs[key].float()) for key in ours), name
     assert loaded.text_encoder.dtype == loaded.vae.dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [None, "auto"])
+@pytest.mark.parametrize("variant", [None, "bf16"])
+def test_parts_load_as_stored_and_the_vae_in_float32(pipe, tmp_path, monkeypatch, dtype, variant):
+    """Without a dtype on a machine with an accelerator, and with "auto" on every machine."""
+    pipe.to(dtype=torch.bfloat16)
+    pipe.transformer.scale_shift_table.data = pipe.transformer.scale_shift_table.data.float()  # as Wan stores it
+    pipe.save_pretrained(tmp_path, variant=variant)
+    if dtype is None:
+        on_cpu = loaded_from(tmp_path, variant=variant)
+        assert on_cpu.transformer.dtype == on_cpu.adapter.dtype == on_cpu.vae.dtype == torch.float32
+        monkeypatch.setattr(repository_mixin, "get_device", lambda: "cuda")
+    loaded = loaded_from(tmp_path, dtype=dtype, variant=variant)
+    dtypes = {name: getattr(loaded, name).dtype for name in WEIGHTED}
+    assert dtypes == dict.fromkeys(WEIGHTED, torch.bfloat16) | {"vae": torch.float32}
+    assert torch.isfinite(run(loaded)).all()
+    given = loaded_from(tmp_path, dtype=dtype, variant=variant, transformer=pipe.transformer, vae=None)
+    assert given.transformer is pipe.transformer
+    assert loaded_from(tmp_path, dtype=torch.float32, variant=variant).adapter.dtype == torch.float32
+
+
+def test_dtypes_of_a_hub_repository_come_from_its_download(pipe, tmp_path, monkeypatch):
+    pipe.to(dtype=torch.bfloat16)
+    pipe.save_pretrained(tmp_path)
+    calls = []
+    download = classmethod(lambda cls, name, **options: calls.append((name, options)) or str(tmp_path))
+    monkeypatch.setattr(OmniVideoPipeline, "download", download)
+    options = {"token": "secret", "force_download": True, "vae": None}
+    found = OmniVideoPipeline._with_dtypes("owner/name", {"dtype": "auto", **options})
+    assert calls == [("owner/name", options)]
+    assert found.keys() == {"token", "vae", "dtype"}  # what was downloaded is not downloaded again
+    assert {found["dtype"][name] for name in ("mllm", "text_encoder", "adapter", "transformer")} == {torch.bfloat16}
+    assert found["dtype"]["vae"] == torch.float32
+
+
+def test_rounding_of_stored_float32_weights_is_said(pipe, tmp_path, monkeypatch):
+    pipe.mllm.mllm.to(torch.bfloat16)  # a trained vision head in float32 beside an MLLM in bfloat16
+    pipe.save_pretrained(tmp_path)
+    warnings = []
+    monkeypatch.setattr(repository_mixin.logger, "warning", warnings.append)
+    assert loaded_from(tmp_path, dtype="auto").mllm.dtype == torch.bfloat16
+    values = sum(tensor.numel() for tensor in pipe.mllm.vision_head.state_dict().values())
+    (warning,) = warnings
+    assert warning.startswith(f"`mllm`: {values:,} values are stored in float32")
+    assert "dtype={'mllm': torch.float32" in warning
 
 
 def test_to_changes_every_part(pipe):

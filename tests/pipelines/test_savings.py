@@ -13,15 +13,15 @@ from diffusers import (
 )
 from golden import relative_error
 
+from omni_video_hf.pipelines import guidance
 from omni_video_hf.pipelines.request_checks import FiniteSteps
 
 STEPS = 6
 CACHES = {
     "first block": FirstBlockCacheConfig(threshold=1e3),
     "magnitude": MagCacheConfig(threshold=10.0, num_inference_steps=STEPS, mag_ratios=[1.0] * STEPS, max_skip_steps=2),
-    # diffusers' own patterns end in "attn" and find nothing in Wan's blocks
     "taylor": TaylorSeerCacheConfig(
-        cache_interval=2, disable_cache_before_step=2, cache_identifiers=[r"blocks\.\d+\.(attn[12]|ffn)"]
+        cache_interval=2, disable_cache_before_step=2, cache_identifiers=list(guidance.TAYLORSEER_LAYERS)
     ),
     "taylor lite": TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=2, use_lite_mode=True),
 }
@@ -67,6 +67,26 @@ def test_step_caches_skip_work_and_leave_nothing_behind(pipe, name, batched):
     assert torch.equal(again[1], cached)
     pipe.transformer.disable_cache()
     assert torch.equal(run(pipe, **arguments), exact)
+
+
+def test_a_cache_that_skips_nothing_is_warned_of(pipe, monkeypatch):
+    """diffusers' own patterns for TaylorSeer match no layer of Wan's decoder."""
+    warnings = []
+    monkeypatch.setattr(guidance.logger, "warning", warnings.append)
+    for name in ("taylor", "taylor lite"):
+        pipe.transformer.enable_cache(CACHES[name])
+        run(pipe)
+        pipe.transformer.disable_cache()
+    assert not warnings
+    exact = run(pipe)
+    for patterns in (None, ["blocks.9"]):
+        pipe.transformer.enable_cache(TaylorSeerCacheConfig(cache_interval=2, cache_identifiers=patterns))
+        assert torch.equal(run(pipe), exact)
+        pipe.transformer.disable_cache()
+    defaults, own = warnings
+    assert "TaylorSeer is enabled but skips nothing: the default patterns" in defaults
+    assert "`cache_identifiers=['blocks.9']` match no layer" in own
+    assert str(list(guidance.TAYLORSEER_LAYERS)) in own
 
 
 def test_cond_and_uncond_have_caches_of_their_own(pipe):

@@ -14,8 +14,9 @@ from diffusers import (
 )
 
 from omni_video_hf import OmniVideoAdapter, OmniVideoPipeline
+from omni_video_hf.diffusion.flow_matching import sampling_sigmas
 from omni_video_hf.pipelines.presets import PRESETS
-from omni_video_hf.pipelines.scheduling import chosen_shift, prepare_scheduler, preset_shift
+from omni_video_hf.pipelines.scheduling import check_schedule, chosen_shift, prepare_scheduler, preset_shift
 
 ARGUMENTS = {"task": "t2i", "num_inference_steps": 3, "output_type": "latent"}
 MIXED = {task: preset | {"flow_shift": 2.0 if task == "t2i" else 5.0} for task, preset in tiny.PRESETS.items()}
@@ -155,6 +156,72 @@ def test_schedulers_that_need_more_steps_or_noise(pipe, cls):
     assert torch.equal(first, second)  # the noise of every step comes from the call's generator
     assert torch.isfinite(first).all()
     assert first.std() > 0.05
+
+
+# --- noise levels of the call ---------------------------------------------------------------------------------------
+
+LEVELS = (1000.0, 937.5, 500, 250)
+TAKE_SIGMAS = [
+    tiny.scheduler(),
+    FlowMatchEulerDiscreteScheduler(shift=3.0),
+    FlowMatchLCMScheduler(shift=3.0),
+]
+
+
+@pytest.mark.parametrize("scheduler", TAKE_SIGMAS, ids=lambda scheduler: type(scheduler).__name__)
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_sigmas_are_shifted_and_timesteps_are_not(scheduler, shift):
+    base = torch.tensor([1.0, 0.75, 0.5])
+    used = prepare_scheduler(scheduler, 3, shift, sigmas=base)
+    assert torch.allclose(used.sigmas[:3].float(), shift * base / (1 + (shift - 1) * base), atol=1e-5)
+    used = prepare_scheduler(scheduler, 4, shift, timesteps=LEVELS)
+    assert used.timesteps.tolist() == list(LEVELS)
+    assert torch.allclose(1000 * used.sigmas[:4].float(), torch.tensor(LEVELS), atol=2e-3)
+    assert used.sigmas[4] == 0
+
+
+def test_a_call_uses_and_records_its_noise_levels(pipe):
+    frames = run(pipe)[0]
+    output = pipe("a cat", generator=torch.Generator().manual_seed(0), **(
+        ARGUMENTS | {"num_inference_steps": None, "sigmas": sampling_sigmas(3)}
+    ))  # fmt: skip
+    assert torch.equal(output.frames, frames)
+    assert output.settings["num_inference_steps"] == 3
+    assert output.settings["sigmas"] == list(sampling_sigmas(3))
+    times = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: times.append(float(kwargs["timestep"][0])), with_kwargs=True
+    )
+    few = pipe("a cat", task="t2i", timesteps=LEVELS, guidance_scale=1.0, output_type="latent")
+    assert times == list(LEVELS)
+    assert few.settings["timesteps"] == list(LEVELS)
+    assert "sigmas" not in few.settings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sigmas": [1.0], "timesteps": [1000]}, "`sigmas` and `timesteps` both"),
+        ({"sigmas": [1.0, 0.5], "num_inference_steps": 3}, "`num_inference_steps` is 3, but `sigmas` has 2 values"),
+        ({"sigmas": []}, "`sigmas` must be descending"),
+        ({"sigmas": [1.0, 1.0]}, "`sigmas` must be descending"),
+        ({"sigmas": [1.5, 0.5]}, "first at most 1 "),
+        ({"sigmas": [1.0, 0.0]}, "last greater than 0"),
+        ({"sigmas": [1.0, float("nan")]}, "`sigmas` must be descending"),
+        ({"timesteps": [1001, 2]}, "`timesteps` must be descending numbers, the first at most 1000"),
+        ({"timesteps": 4}, "`timesteps` must be a list of numbers, got 4"),
+        ({"timesteps": ["a"]}, "`timesteps` must be a list of numbers"),
+    ],
+)
+def test_noise_levels_that_make_no_schedule_are_refused(pipe, arguments, message):
+    runs = []
+    pipe.mllm.register_forward_hook(lambda *_: runs.append(1))
+    with pytest.raises(ValueError, match=message):
+        pipe("a cat", task="t2i", **arguments)
+    assert not runs
+    heun = FlowMatchHeunDiscreteScheduler(shift=5.0)
+    with pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler does not"):
+        check_schedule(heun, None, [1.0, 0.5])
 
 
 # --- presets go where the components go -----------------------------------------------------------------------------

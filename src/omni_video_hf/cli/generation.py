@@ -12,10 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..hub.remote_code import __version__
+from ..hub.repository import check_finished
 from ..media.images import save_image
 from ..media.video_loading import open_media
 from ..media.video_reader import check_pyav
 from ..media.video_writer import save_video
+from ..models.connectors import OmniVideoAdapter
 from ..pipelines.output import OmniVideoPipelineOutput
 from ..pipelines.pipeline_omni_video import OmniVideoPipeline
 from ..shapes import CHECKPOINT_NAME
@@ -100,7 +102,7 @@ def ask(
     check_device(loading)
     opened = [dict([open_media(source)]) for source in sources]
     (seed,) = _seeds(GenerationOptions(seed=seed))
-    pipe = load(loading, printing)
+    pipe = load(loading, printing, answering_parts(loading))
     for source, media in zip(sources, opened, strict=True):
         options = {"task": find_task(None, "text"), "max_new_tokens": max_new_tokens, "generator": _generator(seed)}
         text = pipe(question, **media, **options).text[0]
@@ -112,8 +114,32 @@ def ask(
             result(text if len(sources) == 1 else f"{source}: {text}")
 
 
-def load(loading: Loading, printing: Printing | None = None) -> OmniVideoPipeline:
-    """Load the pipeline and place it on its device, with the LoRA, backend and offloading of the flags."""
+def answering_parts(loading: Loading) -> dict[str, Any]:
+    """
+    Components for a pipeline that only answers: no text encoder, decoder and VAE, and an adapter without layers.
+
+    A LoRA may belong to any component, so with one the pipeline is loaded as a whole.
+    """
+    if loading.lora is not None:
+        return {}
+    origin = {"revision": loading.revision, "token": loading.token}
+    if Path(loading.place).is_dir():
+        check_finished(loading.place)
+    OmniVideoPipeline.load_config(loading.place, **origin)  # refuses what is no pipeline, as its loading does
+    adapter = OmniVideoAdapter.load_config(loading.place, subfolder="adapter", **origin)
+    left_out = dict.fromkeys(("text_encoder", "tokenizer", "transformer", "vae"))
+    return {**left_out, "adapter": OmniVideoAdapter.from_config(adapter, num_encoder_layers=0, num_decoder_layers=0)}
+
+
+def load(loading: Loading, printing: Printing | None = None, parts: dict[str, Any] | None = None) -> OmniVideoPipeline:
+    """
+    Load the pipeline and place it on its device, with the LoRA, backend and offloading of the flags.
+
+    Args:
+        loading: the flags.
+        printing: what is printed.
+        parts: components that are given, see [`answering_parts`].
+    """
     printing = printing or Printing()
     if loading.place == SHAPES and not printing.quiet:
         note(
@@ -123,10 +149,12 @@ def load(loading: Loading, printing: Printing | None = None) -> OmniVideoPipelin
     device = loading.device or _best_device()
     check_device(loading)
     arguments: dict[str, Any] = {} if loading.dtype is None else {"dtype": dtype_of(loading.dtype)}
+    if loading.dtype is None and torch.device(device).type == "cpu":
+        arguments = {"dtype": {"default": None}}  # as on a machine without an accelerator, also where there is one
     if loading.memory is not None:
         arguments |= {"memory": loading.memory, "memory_device": device}
     pipe = OmniVideoPipeline.from_pretrained(
-        loading.place, revision=loading.revision, token=loading.token, **arguments
+        loading.place, revision=loading.revision, token=loading.token, **arguments, **(parts or {})
     )
     pipe.set_progress_bar_config(disable=printing.quiet)
     lora = loading.lora_arguments()

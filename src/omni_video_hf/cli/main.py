@@ -71,7 +71,10 @@ Output = Annotated[
         help="File to write: .mp4, or .png .jpg .webp. Several results are numbered: fox.mp4, fox-1.mp4 ...",
     ),
 ]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="Dtype of the weights. Default: as stored.")]
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option(help="Dtype of the weights. Default: as stored; the VAE, and on a CPU also the decoder, in float32."),
+]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu ... Default: cuda, else mps, else cpu.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the noise and of sampled answers. Default: a random seed.")]
 Count = Annotated[

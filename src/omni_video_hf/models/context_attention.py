@@ -26,13 +26,7 @@ from diffusers.utils.torch_utils import is_compiled_module
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 from ..utils.turns import turn
-
-# Backends that take a mask of floats, which carries ln N. On the others the context stays padded.
-BACKENDS_WITH_BIAS = {
-    AttentionBackendName.NATIVE,
-    AttentionBackendName._NATIVE_MATH,
-    AttentionBackendName._NATIVE_EFFICIENT,
-}
+from .attention_backends import BACKENDS_WITH_BIAS, BACKENDS_WITH_LOG_SUM_EXP, attention_with_padding
 
 # Keys and values of later windows of a long video that are kept from step to step, in bytes.
 KEPT_BYTES = 64 * 2**20
@@ -95,10 +89,12 @@ class ConstantContextAttnProcessor:
 
     _attention_backend = None
     _parallel_config = None
+    bias_backend: AttentionBackendName | None = None  # with a bias, instead of a backend that takes none
 
     def __init__(self) -> None:
         self.projected: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values of the current branch
-        self.bias: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None  # logits that are added to those of the keys
+        self.log_count: torch.Tensor | None = None  # or ln of the number of keys that the last one stands for
         self.keeps = False  # outside of a branch's pass, as in a callback, a context is one like any other
 
     def __call__(
@@ -120,17 +116,25 @@ class ConstantContextAttnProcessor:
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         if len(key) == 2 * len(query):  # FasterCache runs the conditional half of a batch alone, the second one
             key, value = key[len(query) :], value[len(query) :]
-        output = dispatch_attention_fn(
+        output = self._attend(query, key, value).flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](output))
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        backend = self._attention_backend
+        if self.log_count is not None:
+            default, _ = _AttentionBackendRegistry.get_active_backend()
+            return attention_with_padding(query, key, value, self.log_count, backend or default)
+        if self.bias is not None and self.bias_backend is not None:
+            backend = self.bias_backend
+        return dispatch_attention_fn(
             query,
             key,
             value,
             attn_mask=None if self.bias is None else self.bias.to(query.device),  # blocks may lie on several
             dropout_p=0.0,
             is_causal=False,
-            backend=self._attention_backend,
+            backend=backend,
         )
-        output = output.flatten(2, 3).type_as(query)
-        return attn.to_out[1](attn.to_out[0](output))
 
 
 class SharedSelfAttnProcessor:
@@ -162,7 +166,7 @@ class ConstantContext:
         processors: processors of the blocks' cross-attention.
         first: processor of the first block's self-attention, `None` if branches do not share it.
         length: number of tokens of the padded contexts.
-        can_fold: whether padding may become a key with a bias.
+        by_log_sum_exp: the padding is folded by [`attention_with_padding`], else by a bias.
         compiled: blocks are compiled; see [`enter`].
     """
 
@@ -171,13 +175,14 @@ class ConstantContext:
         processors: list[ConstantContextAttnProcessor],
         first: SharedSelfAttnProcessor | None,
         length: int,
-        can_fold: bool,
+        by_log_sum_exp: bool,
         compiled: bool = False,
     ) -> None:
         self.processors, self.first = processors, first
-        self.length, self.can_fold, self.compiled = length, can_fold, compiled
+        self.length, self.by_log_sum_exp, self.compiled = length, by_log_sum_exp, compiled
         self.contexts: dict[str, torch.Tensor] = {}
         self.biases: dict[str, torch.Tensor | None] = {}
+        self.log_counts: dict[str, torch.Tensor | None] = {}
         self.projected: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.limited: set[str] = set()  # branches of later windows, whose keys and values are kept if there is room
 
@@ -196,11 +201,14 @@ class ConstantContext:
         """
         if not always_kept:
             self.limited.add(branch)
-        if self.can_fold:
-            self.contexts[branch], self.biases[branch] = fold_padding(context, self.length)
-        else:
-            missing = max(0, self.length - context.shape[1])
-            self.contexts[branch], self.biases[branch] = torch.nn.functional.pad(context, (0, 0, 0, missing)), None
+        missing = self.length - context.shape[1]
+        self.biases[branch] = self.log_counts[branch] = None
+        if not self.by_log_sum_exp:
+            context, self.biases[branch] = fold_padding(context, self.length)
+        elif missing > 0:
+            self.log_counts[branch] = torch.tensor(math.log(missing), device=context.device)
+            context = torch.nn.functional.pad(context, (0, 0, 0, 1))
+        self.contexts[branch] = context
         self.projected.pop(branch, None)
 
     def begin_step(self, passes: int) -> None:
@@ -227,7 +235,8 @@ class ConstantContext:
         known = self.projected.get(branch, [None] * len(self.processors))
         is_first = branch not in self.projected
         for processor, projected in zip(self.processors, known, strict=True):
-            processor.projected, processor.bias, processor.keeps = projected, self.biases[branch], True
+            processor.projected, processor.keeps = projected, True
+            processor.bias, processor.log_count = self.biases[branch], self.log_counts[branch]
         try:
             with _uncompiled() if is_first and self.compiled else nullcontext():
                 yield self.contexts[branch] if is_first else self.contexts[branch][:, :1]
@@ -238,7 +247,7 @@ class ConstantContext:
                     self._let_lengths_vary(branch)
         finally:
             for processor in self.processors:
-                processor.projected = processor.bias = None
+                processor.projected = processor.bias = processor.log_count = None
                 processor.keeps = False
 
     def _has_room(self, branch: str, made: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
@@ -311,11 +320,10 @@ def _replaced_processors(
     """[`constant_context`], for the thread whose turn it is."""
     check_not_denoising(transformer)
     own = {block.attn2: block.attn2.processor for block in transformer.blocks}
-    can_fold = _backends(transformer) <= BACKENDS_WITH_BIAS
-    replacements: dict[Any, Any] = {attn: ConstantContextAttnProcessor() for attn in own}
-    for attn, replacement in replacements.items():
-        replacement._attention_backend = getattr(own[attn], "_attention_backend", None)
-    constant = ConstantContext(list(replacements.values()), None, length, can_fold, is_compiled(transformer))
+    # Kernels do not return the gradients of the log-sum-exp.
+    by_log_sum_exp = _backends(transformer) <= BACKENDS_WITH_LOG_SUM_EXP and not torch.is_grad_enabled()
+    replacements: dict[Any, Any] = {attn: _replacement(processor) for attn, processor in own.items()}
+    constant = ConstantContext(list(replacements.values()), None, length, by_log_sum_exp, is_compiled(transformer))
     if not constant.compiled:  # a second graph of one block would cost more than its self-attention
         attn = transformer.blocks[0].attn1
         own[attn] = attn.processor
@@ -350,7 +358,7 @@ def folded_context(transformer: WanTransformer3DModel, context: torch.Tensor, le
         What to pass to the decoder.
     """
     wrapped = torch.is_grad_enabled() and any(isinstance(part, CheckpointWrapper) for part in transformer.modules())
-    if wrapped or is_compiled(transformer) or not _backends(transformer) <= BACKENDS_WITH_BIAS:
+    if wrapped or is_compiled(transformer):
         yield torch.nn.functional.pad(context, (0, 0, 0, max(0, length - context.shape[1])))
     elif torch.is_grad_enabled() and transformer.gradient_checkpointing:
         folded, bias = fold_padding(context, length)
@@ -368,8 +376,8 @@ def _checkpointed_with_bias(transformer: WanTransformer3DModel, bias: torch.Tens
 
     def run(block: Any, *args: torch.Tensor) -> torch.Tensor:
         processor = block.attn2.processor
-        replacement = ConstantContextAttnProcessor()
-        replacement._attention_backend, replacement.bias = getattr(processor, "_attention_backend", None), bias
+        replacement = _replacement(processor)
+        replacement.bias = bias
         block.attn2.set_processor(replacement)
         try:
             return block(*args)
@@ -381,6 +389,16 @@ def _checkpointed_with_bias(transformer: WanTransformer3DModel, bias: torch.Tens
         yield
     finally:
         transformer.enable_gradient_checkpointing(own)
+
+
+def _replacement(own: Any) -> ConstantContextAttnProcessor:
+    """The processor that stands in for a block's own one."""
+    made = ConstantContextAttnProcessor()
+    made._attention_backend = getattr(own, "_attention_backend", None)
+    default, _ = _AttentionBackendRegistry.get_active_backend()
+    if (made._attention_backend or default) not in BACKENDS_WITH_BIAS:
+        made.bias_backend = AttentionBackendName.NATIVE
+    return made
 
 
 def _backends(transformer: WanTransformer3DModel) -> set[AttentionBackendName]:

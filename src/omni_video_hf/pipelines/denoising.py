@@ -20,7 +20,7 @@ from ..models.context_attention import ConstantContext, check_not_denoising, con
 from ..models.source_channels import with_source_channels
 from ..utils.modules import Host
 from ..utils.turns import has_turn, in_turn, turn
-from .guidance import NO_SOURCE, Guidance
+from .guidance import NO_SOURCE, Guidance, warn_of_idle_cache
 from .presets import GenerationSettings
 from .request_checks import FiniteSteps
 
@@ -288,17 +288,15 @@ class OmniVideoDenoisingMixin(Host):
                 `source_conditioning`, or a callback that returns tensors of another batch size, or changes the context
                 while every window has its own.
         """
-        self._require("transformer")
-        check_not_denoising(self.transformer)
-        if null_context is not None and guidance_scale is None:
-            raise ValueError("`null_context` is given, but `guidance_scale` is None: pass both, or neither.")
+        self._check_can_denoise(null_context, guidance_scale)
         if not has_turn(self):  # called by itself
             self._begin_call(attention_kwargs=attention_kwargs)
         self._guidance_scale = guidance_scale or 0.0
         has_null_branch = null_context is not None and self.do_classifier_free_guidance
         guidance = (guidance or Guidance()).with_caches(self.transformer, has_null_branch)
         tensors: dict[str, Any] = {"latents": latents, "context": context, "null_context": null_context}
-        tensors["no_source_context"], config = no_source_context, self.transformer.config
+        tensors["no_source_context"] = no_source_context
+        config = self.transformer.config
         check_source_channels(self.adapter.config.source_conditioning, config.in_channels, config.out_channels)
         if source_channels is None and joint is None:
             source_channels = self.prepare_source_channels(latents)
@@ -348,6 +346,14 @@ class OmniVideoDenoisingMixin(Host):
             self.transformer._reset_stateful_cache()
         finite.check(len(timesteps))
         return tensors["latents"] if known is None else _begun_with(tensors["latents"], *known, torch.zeros(()))
+
+    def _check_can_denoise(self, null_context: torch.Tensor | None, guidance_scale: float | None) -> None:
+        """Refuse what cannot begin, and warn of caches that would skip nothing."""
+        self._require("transformer")
+        check_not_denoising(self.transformer)
+        warn_of_idle_cache(self.transformer)
+        if null_context is not None and guidance_scale is None:
+            raise ValueError("`null_context` is given, but `guidance_scale` is None: pass both, or neither.")
 
     def _branch_contexts(self, tensors: dict[str, Any], guidance: Guidance) -> dict[str, torch.Tensor]:
         """Contexts of the branches in the decoder's format."""

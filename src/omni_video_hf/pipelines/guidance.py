@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from diffusers.hooks.faster_cache import FasterCacheBlockHook, FasterCacheDenoiserHook
 from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastHook
+from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig, TaylorSeerCacheHook
+from diffusers.utils import logging
 from torch.nn.utils.rnn import pad_sequence
 
 from ..tasks import get_task
 
+logger = logging.get_logger(__name__)
+
+# Layers of Wan's decoder for `TaylorSeerCacheConfig(cache_identifiers=...)`; diffusers' own patterns fit none of them.
+TAYLORSEER_LAYERS = (r"blocks\.\d+\.(attn[12]|ffn)",)
 COND, UNCOND, NO_SOURCE, BOTH = "cond", "uncond", "no_source", "cond_uncond"
 
 
@@ -166,10 +172,27 @@ _CACHES = {
 }
 
 
+def warn_of_idle_cache(transformer: torch.nn.Module) -> None:
+    """Warn of a step cache that was enabled and skips nothing, because its patterns match no layer."""
+    config = getattr(transformer, "_cache_config", None)
+    if isinstance(config, TaylorSeerCacheConfig) and not any(
+        isinstance(hook, TaylorSeerCacheHook) for hook in _hooks(transformer)
+    ):
+        patterns = (
+            "the default patterns of TaylorSeerCacheConfig"
+            if config.cache_identifiers is None
+            else (f"`cache_identifiers={config.cache_identifiers}`")
+        )
+        logger.warning(
+            f"TaylorSeer is enabled but skips nothing: {patterns} match no layer of the decoder. Call "
+            f"`disable_cache()`, and enable it with `cache_identifiers={list(TAYLORSEER_LAYERS)}`."
+        )
+
+
 def _hooks(transformer: torch.nn.Module) -> list[Any]:
     """The diffusers hooks of a model and its layers."""
     registries = (getattr(module, "_diffusers_hook", None) for module in transformer.modules())
     return [hook for registry in registries if registry is not None for hook in registry.hooks.values()]
 
 
-__all__ = ["Guidance"]
+__all__ = ["TAYLORSEER_LAYERS", "Guidance", "warn_of_idle_cache"]

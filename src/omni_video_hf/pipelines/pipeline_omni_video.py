@@ -30,7 +30,7 @@ from .presets import (
 from .repository_mixin import OmniVideoRepositoryMixin
 from .request import OmniVideoRequestMixin, rows_of, seeded_generator
 from .request_checks import FiniteLogits, check_numbers, check_result
-from .scheduling import prepare_scheduler, preset_shift
+from .scheduling import check_schedule, given_levels, prepare_scheduler, preset_shift
 
 logger = logging.get_logger(__name__)
 
@@ -165,6 +165,8 @@ class OmniVideoPipeline(
         batch_guidance: bool = False,
         source_guidance_scale: float | None = None,
         flow_shift: float | None = None,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -224,6 +226,8 @@ class OmniVideoPipeline(
                 a model that was trained with source dropout, a task with a source, and guidance.
             flow_shift (`float`, *optional*): Shift of the scheduler's sigmas towards noise. By default the one that
                 the scheduler was given, see [`OmniVideoPipeline`], or else the preset's.
+            sigmas, timesteps (`list[float]`, *optional*): Noise levels of the steps, one of the two: sigmas in 0..1
+                before the shift, or timesteps in 0..1000 that are used as they are, e.g. of a few-step model.
             num_videos_per_prompt (`int`, defaults to 1): Samples per prompt.
             generator (`torch.Generator` or list, *optional*): One for all samples, or one per sample. Answers of the
                 MLLM are sampled from the first one's seed. By default one with a new seed, which `settings["seed"]`
@@ -315,6 +319,7 @@ class OmniVideoPipeline(
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         long = self.resolve_long_video(task, long_video, window_frames, window_overlap)
+        num_inference_steps = check_schedule(self.scheduler, num_inference_steps, sigmas, timesteps)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         batch_size = len(prompts) if prompts is not None else len(cast("Sized", mllm_hidden_states))
         notes, (generator, seed) = list[str](), seeded_generator(generator)
@@ -391,7 +396,9 @@ class OmniVideoPipeline(
         )  # fmt: skip
 
         # 6. Latents and schedule
-        scheduler = self.prepare_scheduler(settings.num_inference_steps, settings.flow_shift, device)
+        scheduler = self.prepare_scheduler(
+            settings.num_inference_steps, settings.flow_shift, device, sigmas, timesteps
+        )
         latents = self.prepare_latents(
             batch_size * num_videos_per_prompt, settings, generator, latents, device, windows
         )
@@ -417,7 +424,8 @@ class OmniVideoPipeline(
             | {"scheduler": type(scheduler).__name__, "negative_prompt": negative_prompt, "prompt": prompt}
             | {"guidance_interval": guidance_interval, "batch_guidance": guidance.batched, "seed": seed}
             | {"source_guidance_scale": source_guidance_scale, "long_video": long_video}
-            | {name: None if long is None else getattr(long, name) for name in ("window_frames", "window_overlap")},
+            | {name: None if long is None else getattr(long, name) for name in ("window_frames", "window_overlap")}
+            | given_levels(sigmas, timesteps),
             notes=notes,
         )
 
@@ -472,10 +480,15 @@ class OmniVideoPipeline(
     # --- 6. latents and schedule ------------------------------------------------------------------------------------
 
     def prepare_scheduler(
-        self, num_inference_steps: int, flow_shift: float, device: torch.device | None = None
+        self,
+        num_inference_steps: int,
+        flow_shift: float,
+        device: torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
     ) -> SchedulerMixin:
         """
-        Create a scheduler for one call, with the sigmas of the authors' code if its `set_timesteps` accepts sigmas.
+        Create a scheduler for one call, by default with the sigmas of the authors' code, see [`prepare_scheduler`].
 
         The scheduler of the pipeline is not changed.
 
@@ -487,7 +500,7 @@ class OmniVideoPipeline(
             4
         """
         check_numbers(num_inference_steps=num_inference_steps, flow_shift=flow_shift)
-        return prepare_scheduler(self.scheduler, num_inference_steps, flow_shift, device)
+        return prepare_scheduler(self.scheduler, num_inference_steps, flow_shift, device, sigmas, timesteps)
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 

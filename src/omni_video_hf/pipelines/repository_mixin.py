@@ -1,13 +1,18 @@
 """`from_pretrained`, `save_pretrained` and `push_to_hub` of the pipeline, as a repository for both libraries."""
 
+from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import get_device
 from huggingface_hub import CommitInfo
 
+from ..hub.headers import Header, read_header
 from ..hub.remote_code import COMPONENT_CLASSES, PIPELINE_CLASS, import_from_package
-from ..hub.repository import PUSHES, check_finished, check_indices, finalize_repository, staged
+from ..hub.repository import PUSHES, check_finished, check_indices, finalize_repository, staged, weight_files
 from ..models.connectors import OmniVideoAdapter
 from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
 from ..processing.processing_omni_video import OmniVideoProcessor
@@ -16,7 +21,13 @@ from ..utils.modules import Host, has_lora
 from ..utils.tokens import hub_call
 from ..utils.turns import turn
 
+logger = logging.get_logger(__name__)
+
 CLASSES = {cls.__name__: cls for cls in (OmniVideoForConditionalGeneration, OmniVideoAdapter, OmniVideoProcessor)}
+# Components that are loaded as they are stored. The VAE uses float32, because its errors are visible in the pixels.
+AS_STORED = ("mllm", "text_encoder", "adapter", "transformer")
+# Parts of them that their classes keep in float32 with every dtype.
+_KEPT_IN_FLOAT32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", ".wo.")
 
 
 class OmniVideoRepositoryMixin(Host):
@@ -42,6 +53,10 @@ class OmniVideoRepositoryMixin(Host):
 
         Args:
             pretrained_model_name_or_path: folder or Hub repository.
+            dtype: as in diffusers, a dtype for all components or a dictionary from names of components to dtypes; or
+                `"auto"`, every component as it is stored and the VAE in float32. Default: `"auto"` on a machine with
+                an accelerator. On other machines MLLM and text encoder have the dtype of their configuration, and
+                all other components float32, because most processors compute 16-bit formats several times slower.
             memory: `"24GB"`, `"16GB"`, `"12GB"` or `"8GB"`: a profile for an accelerator with this memory, which sets
                 dtype, quantisation, offloading and VAE tiling, see [`PROFILES`]. Default: no profile.
             memory_device: the accelerator for `memory`. Default: the current one.
@@ -63,7 +78,9 @@ class OmniVideoRepositoryMixin(Host):
         if memory is None:
             if memory_device is not None:
                 raise ValueError(f"`memory_device` is {memory_device!r}, but `memory` is missing: pass both.")
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            return super().from_pretrained(
+                pretrained_model_name_or_path, **cls._with_dtypes(pretrained_model_name_or_path, kwargs)
+            )
         profiles = import_from_package("pipelines.memory.profiles")
         profile = profiles.get_memory_profile(memory)
         chosen = sorted(kwargs.keys() & {"dtype", "torch_dtype", "quantization_config", "device_map"})
@@ -72,9 +89,31 @@ class OmniVideoRepositoryMixin(Host):
                 f"`memory={memory!r}` sets `{'`, `'.join(chosen)}` itself: leave one of them out, or choose all "
                 "settings of the profile yourself."
             )
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **profiles.loading_arguments(profile), **kwargs)
+        settings = profiles.loading_arguments(profile, given=kwargs)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **settings, **kwargs)
         profiles.apply_memory_profile(pipe, profile, memory_device)
         return pipe
+
+    @classmethod
+    def _with_dtypes(cls, place: str | Path, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `from_pretrained` with the dtypes of the stored weights, where none are chosen."""
+        chosen = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        if chosen != "auto" and (chosen is not None or get_device() == "cpu"):
+            return kwargs
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("dtype", "torch_dtype")}
+        if not Path(place).is_dir():  # the weights' headers are read from the files that are loaded next
+            download = dict(kwargs)
+            kwargs.pop("force_download", None)
+            folder = Path(cls.download(str(place), **download))
+        else:
+            folder = Path(place)
+        needed = [name for name in AS_STORED if name not in kwargs]
+        variant, dtypes = kwargs.get("variant"), dict[str, torch.dtype | None]()
+        for name in needed:  # a component without files of the variant is loaded without it
+            files = weight_files(folder / name, variant) or weight_files(folder / name)
+            header = {weight: entry for file in files for weight, entry in read_header(file).items()}
+            dtypes[name] = stored_dtype(header, name)
+        return kwargs | {"dtype": dtypes | {"vae": torch.float32, "default": torch.float32}}
 
     @classmethod
     @hub_call
@@ -202,6 +241,38 @@ class OmniVideoRepositoryMixin(Host):
             )
 
 
+def stored_dtype(header: Header, name: str = "") -> torch.dtype | None:
+    """
+    The dtype in which a component is loaded as stored: that of most of its values.
+
+    Args:
+        header: header of its weights, see [`read_header`].
+        name: name of the component. With it, a warning says when float32 weights are rounded.
+
+    Returns:
+        float32, bfloat16 or float16; `None` for weights in other formats.
+
+    Example:
+        >>> from omni_video_hf.pipelines.repository_mixin import stored_dtype
+        >>> stored_dtype({"proj.weight": ("BF16", (8, 8), 128), "norm1.weight": ("F32", (8,), 32)})
+        torch.bfloat16
+    """
+    formats = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    values: Counter[torch.dtype] = Counter()
+    for weight, (stored, shape, _) in header.items():
+        if stored in formats and not any(part in weight for part in _KEPT_IN_FLOAT32):
+            values[formats[stored]] += prod(shape)
+    if not values:
+        return None
+    most = values.most_common(1)[0][0]
+    if name and most != torch.float32 and torch.float32 in values:
+        logger.warning(
+            f"`{name}`: {values[torch.float32]:,} values are stored in float32, and most others in {most}, in which "
+            f"all are loaded. Pass a dtype, such as `dtype={{{name!r}: torch.float32, ...}}`, to round none of them."
+        )
+    return most
+
+
 class _ReadsWithoutCode(Host):
     """Reads an index without its references to code, so that diffusers does not ask for `trust_remote_code`."""
 
@@ -212,4 +283,4 @@ class _ReadsWithoutCode(Host):
         return index | without | {"_class_name": PIPELINE_CLASS}
 
 
-__all__ = ["OmniVideoRepositoryMixin"]
+__all__ = ["AS_STORED", "OmniVideoRepositoryMixin", "stored_dtype"]

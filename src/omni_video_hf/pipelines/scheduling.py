@@ -1,13 +1,15 @@
 """Schedulers: checks that a scheduler fits the model, the choice of its shift, and a copy for every call."""
 
 import inspect
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import SchedulerMixin
 
-from ..diffusion.flow_matching import sampling_sigmas
+from ..diffusion.flow_matching import NUM_TRAIN_TIMESTEPS, sampling_sigmas
 
 _SHIFTS = ("flow_shift", "shift")  # names of the shift in the classes of diffusers
 
@@ -86,21 +88,92 @@ def chosen_shift(scheduler: SchedulerMixin, preset_scheduler_shift: float | None
     return None if shift == preset_scheduler_shift else shift
 
 
+def check_schedule(
+    scheduler: SchedulerMixin | None,
+    num_inference_steps: int | None = None,
+    sigmas: Sequence[float] | None = None,
+    timesteps: Sequence[float] | None = None,
+) -> int | None:
+    """
+    Check the sigmas or timesteps of a call.
+
+    Args:
+        scheduler: scheduler of the pipeline.
+        num_inference_steps: number of steps of the call; may be left out when there are sigmas or timesteps.
+        sigmas: noise levels of the steps before the scheduler's shift, descending, greater than 0 and at most 1.
+        timesteps: timesteps of the steps as the decoder gets them, descending, greater than 0 and at most 1000.
+
+    Returns:
+        The number of steps; `None` when the preset decides.
+
+    Raises:
+        ValueError: for both of them, values out of range or order, another number of steps, or a scheduler that
+            accepts no sigmas.
+    """
+    if sigmas is not None and timesteps is not None:
+        raise ValueError("`sigmas` and `timesteps` both say at which noise levels the steps are: pass one of them.")
+    name, given, limit = ("sigmas", sigmas, 1) if timesteps is None else ("timesteps", timesteps, NUM_TRAIN_TIMESTEPS)
+    if given is None:
+        return num_inference_steps
+    try:
+        values = [float(value) for value in given]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` must be a list of numbers, got {given!r}.") from error
+    descending = all(first > second for first, second in itertools.pairwise(values))
+    if not values or not descending or not (values[0] <= limit and values[-1] > 0):
+        raise ValueError(
+            f"`{name}` must be descending numbers, the first at most {limit} and the last greater than 0, got "
+            f"{values}. The end, 0, is not one of them."
+        )
+    if num_inference_steps not in (None, len(values)):
+        raise ValueError(
+            f"`num_inference_steps` is {num_inference_steps}, but `{name}` has {len(values)} values, one per step: "
+            "leave `num_inference_steps` out."
+        )
+    if scheduler is not None and "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(
+            f"`{name}` needs a scheduler that accepts sigmas; {type(scheduler).__name__} does not. Use e.g. "
+            "UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler or FlowMatchLCMScheduler."
+        )
+    return len(values)
+
+
+def given_levels(sigmas: Sequence[float] | None, timesteps: Sequence[float] | None) -> dict[str, list[float]]:
+    """The noise levels that a call gave, by the name of the argument, as plain numbers for a record."""
+    given = {"sigmas": sigmas, "timesteps": timesteps}
+    return {name: [float(value) for value in values] for name, values in given.items() if values is not None}
+
+
 def prepare_scheduler(
-    scheduler: SchedulerMixin, num_inference_steps: int, flow_shift: float, device: torch.device | None = None
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    flow_shift: float,
+    device: torch.device | None = None,
+    sigmas: Sequence[float] | None = None,
+    timesteps: Sequence[float] | None = None,
 ) -> SchedulerMixin:
     """
     Copy a scheduler and set the timesteps of the copy; `scheduler` itself is not changed.
 
-    The sigmas are those of the authors' code if `set_timesteps` accepts sigmas.
+    Without `sigmas` and `timesteps`, see [`check_schedule`], the sigmas are those of the authors' code if
+    `set_timesteps` accepts sigmas. The scheduler shifts sigmas, but not timesteps.
     """
     check_scheduler(scheduler)
+    check_schedule(scheduler, num_inference_steps, sigmas, timesteps)
     shift = {name: flow_shift for name in [_shift_name(scheduler)] if name is not None}
     own = type(scheduler).from_config(scheduler.config, **shift)
-    if "sigmas" in inspect.signature(own.set_timesteps).parameters:
-        own.set_timesteps(sigmas=sampling_sigmas(num_inference_steps), device=device)
-    else:
+    if "sigmas" not in inspect.signature(own.set_timesteps).parameters:
         own.set_timesteps(num_inference_steps, device=device)
+        return own
+    levels = sampling_sigmas(num_inference_steps)
+    if timesteps is not None:
+        shifted = np.asarray([float(value) for value in timesteps]) / NUM_TRAIN_TIMESTEPS
+        levels = shifted / (flow_shift - (flow_shift - 1) * shifted)  # which the scheduler's shift undoes
+    elif sigmas is not None:
+        levels = np.asarray([float(value) for value in sigmas])
+    own.set_timesteps(sigmas=levels, device=device)
+    if timesteps is not None:  # some schedulers round down to whole numbers
+        own.timesteps = torch.tensor([float(value) for value in timesteps], device=device)
     return own
 
 
@@ -109,4 +182,12 @@ def _shift_name(scheduler: SchedulerMixin) -> str | None:
     return next((name for name in _SHIFTS if name in parameters), None)
 
 
-__all__ = ["check_scheduler", "chosen_shift", "prepare_scheduler", "preset_shift", "scheduler_shift"]
+__all__ = [
+    "check_schedule",
+    "check_scheduler",
+    "chosen_shift",
+    "given_levels",
+    "prepare_scheduler",
+    "preset_shift",
+    "scheduler_shift",
+]

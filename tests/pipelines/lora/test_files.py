@@ -165,6 +165,34 @@ def test_differences_of_weights_and_biases_are_applied_exactly(pipe):
         pipe.load_lora_weights(tensors | {"diffusion_model.blocks.0.norm3.diff": torch.ones(24)})
 
 
+def test_a_few_step_lora_runs_at_its_timesteps_without_guidance(pipe):
+    """As lightx2v and CausVid distribute them: matrices, alpha and biases under Wan's names, zeros for norms."""
+    layers, bias = matrices(pipe.transformer), torch.linspace(-1, 1, 48)
+    tensors = kohya(layers, "diffusion_model.", wan) | {
+        "diffusion_model.blocks.0.ffn.0.diff_b": bias,
+        "diffusion_model.blocks.0.self_attn.norm_q.diff": torch.zeros(24),
+    }
+
+    def call(own):
+        own.set_progress_bar_config(disable=True)
+        few = {"timesteps": [1000, 750, 500, 250], "guidance_scale": 1.0, "output_type": "latent"}
+        return own("a cat", task="t2v", generator=torch.Generator().manual_seed(0), **few).frames
+
+    changed, passes = tiny.pipeline(), []
+    with torch.no_grad():
+        for name, (down, up) in layers.items():
+            changed.transformer.get_submodule(name).weight += ALPHA / RANK * up @ down
+        changed.transformer.blocks[0].ffn.net[0].proj.bias += bias
+    plain = call(pipe)
+    pipe.load_lora_weights(tensors)
+    hook = pipe.transformer.register_forward_pre_hook(lambda *_: passes.append(1))
+    tuned = call(pipe)
+    hook.remove()
+    assert len(passes) == 4
+    assert not torch.allclose(tuned, plain, atol=0.1)
+    torch.testing.assert_close(tuned, call(changed), atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_peft_folder_has_its_scales(pipe, tmp_path, rslora):
     decoder = tiny.pipeline().transformer

@@ -85,7 +85,7 @@ def test_profiles_apply_their_settings(repository, name):
 @pytest.mark.parametrize("name", [None, *PROFILES])
 def test_estimates_are_what_is_loaded(repository, name):
     profile = PROFILES.get(name)
-    pipe = load(repository, **({"memory": name, "memory_device": "cpu"} if name else {"dtype": dict(DTYPES)}))
+    pipe = load(repository, **({"memory": name, "memory_device": "cpu"} if name else {"dtype": "auto"}))
     total = sum(stored_bytes(getattr(pipe, part)) for part in COMPONENTS)
     estimate = estimate_memory(repository_headers(repository), profile)
     if profile:
@@ -95,6 +95,16 @@ def test_estimates_are_what_is_loaded(repository, name):
         weights = {part: estimate.accelerator[part] - nothing.accelerator[part] for part in COMPONENTS}
         assert list(weights.values()) == pytest.approx([total] * len(COMPONENTS), rel=0.02)
         assert estimate.main == 0
+
+
+def test_without_a_profile_the_estimate_has_the_stored_formats():
+    def sizes(code, width):
+        headers = {f"{part}/x": {"x.weight": (code, (1000, 1000), width * 10**6)} for part in COMPONENTS}
+        return [estimate_memory(headers, profile).accelerator["mllm"] for profile in (None, PROFILES["24GB"])]
+
+    stored, profile = sizes("F32", 4)
+    assert stored - sizes("BF16", 2)[0] == 4 * 2 * 10**6  # of all parts but the VAE, which is float32 in both
+    assert profile == sizes("BF16", 2)[1]
 
 
 def test_a_call_runs_its_parts_one_after_the_other(repository):

@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from omni_video_hf.media.video_loading import load_video
 from omni_video_hf.training.data.bad_data import BadDataError
 from omni_video_hf.training.data.batch_sampler import OmniVideoBatchSampler
 from omni_video_hf.training.data.collator import OmniVideoDataCollator
-from omni_video_hf.training.data.framing import FramingRules
-from omni_video_hf.training.data.media_table import load_media_table
+from omni_video_hf.training.data.framing import Framing, FramingRules
+from omni_video_hf.training.data.media_table import Media, load_media_table
+from omni_video_hf.training.features import known_files
 from omni_video_hf.training.features.cache import FeatureCache, read_records
 from omni_video_hf.training.features.cache_files import WRITTEN_BY
 from omni_video_hf.training.features.encoder import FeatureEncoder, PrecomputeSettings, load_encoders
@@ -160,15 +162,16 @@ def test_target_features_are_the_mean_of_pooled_frames(data, pipeline, tmp_path)
     built = encoder(pipeline, target_encoder=tmp_path / "siglip")
     precompute(load_media_table(data), built, tmp_path / "cache")
     cache = FeatureCache(tmp_path / "cache")
+    records = cache.records
     frames = load_video(CLIP, fps=8, num_frames=5).frames[:, 40:680]
     with torch.no_grad():
         pooled = model(**processor([Image.fromarray(frame) for frame in frames], return_tensors="pt")).pooler_output
     torch.testing.assert_close(by_task(cache)["t2v"]["target_features"], pooled.mean(dim=0))
-    assert cache.records[0]["target_encoder"] == built.provenance["target_encoder"]
-    assert all(record["target_encoder"] is None for record in cache.records if record["task"] == "understand")
+    assert records[0]["target_encoder"] == built.provenance["target_encoder"]
+    assert all(record["target_encoder"] is None for record in records if record["task"] == "understand")
     built.target_processor.do_normalize = False
     assert precompute(load_media_table(data), built, tmp_path / "cache").changed == {
-        record["key"]: ["template"] for record in cache.records if record["task"] != "understand"
+        record["key"]: ["template"] for record in records if record["task"] != "understand"
     }
 
 
@@ -215,6 +218,41 @@ def test_only_what_changed_is_computed_again_and_the_field_is_named(data, pipeli
     now = {record["key"]: record["shard"] for record in FeatureCache(cache).records}
     assert now["v2v:target.mp4"] == kept["v2v:target.mp4"]
     assert now["t2i:a.png"] != kept["t2i:a.png"]
+
+
+def test_nothing_to_do_opens_no_file(data, pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(known_files, "SETTLED", -1)
+    first = precompute(load_media_table(data), encoder(pipeline), tmp_path / "cache")
+    before = (tmp_path / "cache" / "manifest.json").read_bytes()
+
+    def fail(*_):
+        raise AssertionError("a file is opened")
+
+    templates = []
+    template = FeatureEncoder._template
+    monkeypatch.setattr(FeatureEncoder, "_template", lambda self, task: templates.append(task) or template(self, task))
+    for owner, name in ((known_files, "probe"), (Media, "sha256"), (Media, "open"), (Framing, "load")):
+        monkeypatch.setattr(owner, name, fail)
+    second = precompute(load_media_table(data), encoder(pipeline), tmp_path / "cache")
+    assert second.kept == second.total == first.total == len(first.computed)
+    assert (tmp_path / "cache" / "manifest.json").read_bytes() == before
+    assert len(templates) == len(set(templates)) > 1  # of whole tokenizers: once a task, not once a row
+    FeatureCache(tmp_path / "cache").check(progress=False)
+
+
+def test_files_are_decoded_beside_the_encoders(data, pipeline, tmp_path, monkeypatch):
+    threads = {"decode": set(), "encode": set()}
+    load, encode = Framing.load, FeatureEncoder.encode
+
+    def note(kind, own):
+        return lambda *arguments: threads[kind].add(threading.current_thread().name) or own(*arguments)
+
+    monkeypatch.setattr(Framing, "load", note("decode", load))
+    monkeypatch.setattr(FeatureEncoder, "encode", note("encode", encode))
+    precompute(load_media_table(data), encoder(pipeline), tmp_path / "cache")
+    assert threads["encode"] == {threading.main_thread().name}
+    assert threads["decode"]
+    assert not threads["decode"] & threads["encode"]
 
 
 def test_what_was_not_asked_to_change_stays_bit_by_bit(data, pipeline, tmp_path):

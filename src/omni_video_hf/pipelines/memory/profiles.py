@@ -16,6 +16,8 @@ from diffusers.utils.torch_utils import get_device
 from transformers import QuantoConfig
 from transformers.utils import is_optimum_quanto_available
 
+from ..repository_mixin import AS_STORED, stored_dtype
+
 # All components with weights, in the order in which a call runs them.
 COMPONENTS = ("mllm", "text_encoder", "adapter", "transformer", "vae")
 # The VAE decodes in float32, as in the authors' code; everything else runs in bfloat16.
@@ -85,21 +87,26 @@ def get_memory_profile(name: str) -> MemoryProfile:
 # --- applying a profile -------------------------------------------------------------------------------------------
 
 
-def loading_arguments(profile: MemoryProfile) -> dict[str, Any]:
+def loading_arguments(profile: MemoryProfile, given: Iterable[str] = ()) -> dict[str, Any]:
     """
     Arguments of `from_pretrained` for a profile.
+
+    Args:
+        profile: one of [`PROFILES`].
+        given: names of components that are not loaded.
 
     Raises:
         ImportError: if the profile quantises and optimum-quanto is not installed.
     """
     arguments: dict[str, Any] = {"dtype": dict(DTYPES)}
-    if profile.quantized:
+    quantized = [name for name in profile.quantized if name not in set(given)]
+    if quantized:
         if not is_optimum_quanto_available():
             raise ImportError(
-                f"`memory={profile.name!r}` stores {' and '.join(profile.quantized)} in 8 bits with optimum-quanto: "
+                f"`memory={profile.name!r}` stores {' and '.join(quantized)} in 8 bits with optimum-quanto: "
                 "run `pip install optimum-quanto`, or use '8GB', which quantises nothing."
             )
-        mapping = {name: QuantoConfig(weights="int8") for name in profile.quantized}
+        mapping = {name: QuantoConfig(weights="int8") for name in quantized}
         arguments["quantization_config"] = PipelineQuantizationConfig(quant_mapping=mapping)
     return arguments
 
@@ -123,7 +130,7 @@ def apply_memory_profile(
             f"`memory={profile.name!r}` needs an accelerator, but torch finds none here: leave `memory` out."
         )
     device = torch.device(device or get_device())
-    if profile.tile_vae:
+    if profile.tile_vae and pipe.vae is not None:
         pipe.vae.enable_tiling()
     if profile.offload == "model":
         pipe.enable_model_cpu_offload(device=device)
@@ -161,7 +168,7 @@ def estimate_memory(headers: Headers, profile: MemoryProfile | None) -> MemoryEs
 
     Args:
         headers: headers of its weights by file; each file is in the folder of its component.
-        profile: one of [`PROFILES`], or `None` for all components on the accelerator.
+        profile: one of [`PROFILES`], or `None` for all components on the accelerator, as they are stored.
 
     Raises:
         ValueError: if a component has no weights.
@@ -174,11 +181,9 @@ def estimate_memory(headers: Headers, profile: MemoryProfile | None) -> MemoryEs
             "complete it first."
         )
     quantized = profile.quantized if profile else ()
+    dtypes = {name: _loaded_dtype(name, headers, profile) for name in COMPONENTS}
     sizes = {
-        name: [
-            _stored_bytes(weight, shape, DTYPES.get(name, DTYPES["default"]), name in quantized)
-            for weight, shape in found
-        ]
+        name: [_stored_bytes(weight, shape, dtypes[name], name in quantized) for weight, shape in found]
         for name, found in tensors.items()
     }
     totals = {name: sum(found) for name, found in sizes.items()}
@@ -200,8 +205,23 @@ def estimate_memory(headers: Headers, profile: MemoryProfile | None) -> MemoryEs
 
 def _tensors_of(component: str, headers: Headers) -> Iterable[tuple[str, tuple[int, ...]]]:
     for file, weights in headers.items():
-        if file.rpartition("/")[0] == component:
+        if _folder(file) == component:
             yield from ((name, shape) for name, (_, shape, _) in weights.items())
+
+
+def _loaded_dtype(component: str, headers: Headers, profile: MemoryProfile | None) -> torch.dtype:
+    """The dtype that a profile loads a component in; without a profile, the stored one."""
+    wanted = DTYPES.get(component, DTYPES["default"])
+    if profile is not None or component not in AS_STORED:
+        return wanted
+    weights = {
+        name: entry for file, found in headers.items() if _folder(file) == component for name, entry in found.items()
+    }
+    return stored_dtype(weights) or wanted
+
+
+def _folder(file: str) -> str:
+    return file.rpartition("/")[0]
 
 
 def _stored_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype, quantized: bool) -> int:

@@ -41,7 +41,7 @@ def memory_rows(headers: Mapping[str, Header]) -> list[dict[str, Any]]:
 
 def _switches(profile: "MemoryProfile | None") -> str:
     if profile is None:
-        return "bfloat16, everything on the accelerator"
+        return "as stored, everything on the accelerator"
     parts = [f"{profile.offload} offload"]
     parts += [f"8-bit {name}" for name in profile.quantized]
     return ", ".join(parts + (["VAE tiling"] if profile.tile_vae else []))

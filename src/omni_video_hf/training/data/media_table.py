@@ -1,9 +1,10 @@
 """Tables of raw training data, read with `datasets`: formats, columns, media files, and checks of rows."""
 
 import hashlib
+import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from ...tasks import TASKS, get_task
 from ...utils.names import check_known
 from .bad_data import Offender
 from .table_files import check_one_split, has_captions, no_such_data, read_captions, read_csv
+from .table_names import Places, media_names, repeated
 
 COLUMNS = {
     "id": "name of the sample, unique; by default its task and media",
@@ -35,6 +37,7 @@ VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov", "avi", "gif")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MEDIA_COLUMNS = ("video", "image", *VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
 PROMPT_COLUMNS = ("txt",)
+NAMED_AT_ONCE = 8192  # rows whose names are computed together
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,7 @@ class MediaTable:
     ) -> None:
         check_known("columns", columns or {}, COLUMNS)
         self.folder, self.task = Path(folder), task
+        self._places, self._root = Places(), f"{self.folder.resolve().as_posix().rstrip('/')}/"
         # In a tar, the other columns are the fields of the .json files.
         if "json" in rows.column_names and isinstance(rows.features["json"], dict):
             rows = rows.flatten().rename_columns({f"json.{name}": name for name in rows.features["json"]})
@@ -218,29 +222,41 @@ class MediaTable:
 
     def _name_rows(self) -> list[str]:
         """A name for every row that does not depend on other rows, so that a cache finds its entry again."""
-        if self.columns["id"]:
-            names = [str(value) for value in self.rows[self.columns["id"]]]
-            twice = (
-                sorted({name for name in names if names.count(name) > 1})[:8] if len(set(names)) < len(names) else []
-            )
+        column = self.columns["id"]
+        if column:
+            names = [str(value) for table in self._tables(column) for value in table[column].to_pylist()]
+            twice = sorted({names[row] for row in repeated(names)})[:8]
             if twice:
-                raise ValueError(f"`{self.columns['id']}` must be unique, but these occur twice: {', '.join(twice)}.")
+                raise ValueError(f"`{column}` must be unique, but these occur twice: {', '.join(twice)}.")
             return names
         chosen = [column for column in (self.columns["task"], self.columns["media"]) if column]
+        names = [f"{self.task}:-"] * len(self.rows) if not chosen else []
+        for table in self._tables(*chosen):
+            tasks = table[self.columns["task"]].to_pylist() if self.columns["task"] else [None] * len(table)
+            media = media_names(table[self.columns["media"]]) if self.columns["media"] else [None] * len(table)
+            names += [
+                f"{task or self.task}:{'-' if name is None else self._relative(name)}"
+                for task, name in zip(tasks, media, strict=True)
+            ]
         counts: Counter[str] = Counter()
-        names = []
-        for values in self.rows.select_columns(chosen) if chosen else [{}] * len(self.rows):
-            task = (values.get(self.columns["task"]) if self.columns["task"] else None) or self.task
-            media = self._media(values.get(self.columns["media"]))
-            name = f"{task}:{self._relative(media.name) if media else '-'}"
+        for row in repeated(names):
+            name = names[row]
             counts[name] += 1
-            names.append(name if counts[name] == 1 else f"{name}#{counts[name]}")
+            if counts[name] > 1:
+                names[row] = f"{name}#{counts[name]}"
         return names
 
+    def _tables(self, *columns: str) -> Iterator[Any]:
+        """Some columns as Arrow tables of a few thousand rows each; none without a column."""
+        if columns:
+            yield from self.rows.select_columns(list(columns)).with_format("arrow").iter(batch_size=NAMED_AT_ONCE)
+
     def _relative(self, name: str) -> str:
-        path = Path(name)
-        root = self.folder.resolve()
-        return path.resolve().relative_to(root).as_posix() if path.resolve().is_relative_to(root) else name
+        """The name of a file in the folder of the table from there; another name as it is."""
+        if not os.path.isabs(name):  # noqa: PTH117 - a Path takes ten times as long
+            return name
+        path = self._places.real_path(name)
+        return path.removeprefix(self._root) if path.startswith(self._root) else name
 
 
 def load_media_table(
@@ -323,13 +339,16 @@ def _media_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
 
 
-def check_row(row: Row, processor: OmniVideoProcessor | None = None) -> Iterator[Offender]:
+def check_row(
+    row: Row, processor: OmniVideoProcessor | None = None, look: Callable[[Media], MediaInfo] = probe
+) -> Iterator[Offender]:
     """
     Yield all problems of a row: unknown task, empty text, and missing, damaged or unsuitable media.
 
     Args:
         row: the row.
         processor: processor whose control tokens texts must not contain; `None` skips this check.
+        look: returns the properties of a file, or raises as [`probe`].
     """
     if row.task not in TASKS:
         yield Offender(row.id, f"unknown task {row.task!r}; known: {', '.join(TASKS)}")
@@ -344,9 +363,9 @@ def check_row(row: Row, processor: OmniVideoProcessor | None = None) -> Iterator
     if row.source is None and spec.source is not None:
         yield Offender(row.id, f"`source` is empty; the task {row.task!r} needs a {spec.source}")
     elif row.source is not None and spec.source is not None:
-        yield from _media_problems(row, "source", row.source, spec.source)
+        yield from _media_problems(row, "source", row.source, spec.source, look)
     if row.media is not None:
-        yield from _media_problems(row, "media", row.media, None if asks else spec.output)
+        yield from _media_problems(row, "media", row.media, None if asks else spec.output, look)
     elif not asks:
         yield Offender(row.id, f"`media` is empty; the task {row.task!r} needs the target {spec.output}")
 
@@ -360,12 +379,14 @@ def _text_problems(text: Any, processor: OmniVideoProcessor | None) -> Iterator[
                 yield f"contains {token.content!r}, which is a control token"
 
 
-def _media_problems(row: Row, column: str, media: Media, wanted: str | None) -> Iterator[Offender]:
+def _media_problems(
+    row: Row, column: str, media: Media, wanted: str | None, look: Callable[[Media], MediaInfo]
+) -> Iterator[Offender]:
     if media.data is None and "://" in media.name:
         yield Offender(row.id, f"`{column}` {media.name}: is a URL; download the file and write its path there")
         return
     try:
-        kind = probe(media).kind
+        kind = look(media).kind
     except MediaError as error:
         yield Offender(row.id, f"`{column}` {error}")
         return

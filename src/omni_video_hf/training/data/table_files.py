@@ -5,8 +5,10 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 from datasets import Dataset, Features, Value
 
+CSV_ROWS = 50_000  # that are kept as texts of Python
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?=[-_.])")
 
 
@@ -28,10 +30,14 @@ def read_csv(path: Path) -> Dataset:
             if not names or twice:
                 what = f"the column name {twice[0]!r} is empty or occurs twice" if twice else "the file is empty"
                 raise ValueError(f"{path}: the first line must contain every column name once; {what}.")
-            rows = []
+            rows: list[list[str | None]] = []
+            tables: list[pa.Table] = []
             for cells in reader:
                 if not cells:
                     continue
+                if len(rows) == CSV_ROWS:  # as texts of Python, all rows would take five times the file
+                    tables.append(_text_table(names, rows))
+                    rows = []
                 if len(cells) != len(names):
                     raise ValueError(
                         f"{path}: line {reader.line_num} has {len(cells)} cells instead of {len(names)}: put texts "
@@ -42,8 +48,12 @@ def read_csv(path: Path) -> Dataset:
         raise ValueError(f"{path}: cannot be read as CSV in UTF-8 ({error}).") from error
     if not rows:
         raise ValueError(f"{path}: contains no rows below its column names.")
-    columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
-    return Dataset.from_dict(columns, features=Features({name: Value("string") for name in names}))
+    return Dataset(pa.concat_tables([*tables, _text_table(names, rows)]))
+
+
+def _text_table(names: list[str], rows: list[list[str | None]]) -> pa.Table:
+    columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
+    return pa.table(columns, names=names)
 
 
 def has_captions(media: list[Path]) -> bool:

@@ -18,10 +18,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate.utils import tqdm
+from accelerate import PartialState
+from accelerate.utils import gather_object, tqdm
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
@@ -29,7 +31,7 @@ from torch.utils.data import Dataset
 from ...tasks import TASKS, get_task
 from ...utils.files import complete_or_absent, remove_abandoned
 from ..data.bad_data import BadDataError, Offender, stop_or_count
-from ..data.collator import PADDED, STACKED, TENSORS, bucket_of
+from ..data.collator import PADDED, STACKED, TENSORS
 from .cache_files import (
     FORMAT_VERSION,
     MANIFEST,
@@ -38,12 +40,15 @@ from .cache_files import (
     SHARD_NAME,
     WRITTEN_BY,
     check_inside,
+    index_path,
     one_error,
     read_index,
     read_manifest,
     read_table,
     remove_unused,
 )
+from .checked_shards import is_checked, missing_shards, remember_check, shards_stamp
+from .index_columns import IndexColumns
 
 OPEN_SHARDS = 64  # memory-mapped at a time by one process
 Record = dict[str, Any]  # a row of SCHEMA
@@ -76,44 +81,51 @@ class FeatureCache(Dataset):
                 f"{self.folder}: the run that computes these features did not finish ({len(left)} shards are not in "
                 "the index): run the same command again to resume it."
             )
-        records = read_index(self.folder, self.manifest)
-        self.records = [record for record in records if tasks is None or record["task"] in tasks]
-        if not self.records:
+        everything = IndexColumns.read(index_path(self.folder, self.manifest))
+        self._columns = everything if tasks is None else everything.with_tasks(tasks)
+        if not len(self._columns):
             raise ValueError(f"{self.folder}: has no entry" + (f" of the tasks {', '.join(tasks)}." if tasks else "."))
-        shards = sorted({record["shard"] for record in self.records})
-        for name in shards:
-            check_inside(self.folder, self._shard_path(name))
-        missing = [name for name in shards if not self._shard_path(name).is_file()]
+        missing = missing_shards(self.folder, self._columns.values("shard"))
         if missing:
             raise ValueError(
                 f"{self.folder}: {len(missing)} shards are missing ({', '.join(missing[:8])}): copy the cache again, "
                 "or compute the features again."
             )
-        self.buckets = [bucket_of(record["task"], stored_shapes(record)) for record in self.records]
+        self.buckets = self._columns.buckets()
         self._open_handles()
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self._columns)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.records[index]
-        with one_error(self._shard_path(record["shard"])):
-            shard = self._open(record["shard"])
-            tensors = {name: shard.get_tensor(f"{record['number']}.{name}") for name in stored_shapes(record)}
-        return {"task": record["task"]} | tensors
+        columns = self._columns
+        name, number = columns.word("shard", index), columns.numbers[index]
+        with one_error(self._shard_path(name)):
+            shard = self._open(name)
+            tensors = {name: shard.get_tensor(f"{number}.{name}") for name in columns.shapes_of(index)}
+        return {"task": columns.word("task", index)} | tensors
+
+    @property
+    def records(self) -> list[Record]:
+        """Everything the index says of the samples, read from the disk: a million take minutes and gigabytes."""
+        wanted = dict.fromkeys(self._columns.keys.to_pylist())
+        return [record for record in read_index(self.folder, self.manifest) if record["key"] in wanted]
 
     @property
     def is_precomputed(self) -> bool:
         """Whether all samples of generation tasks have MLLM states, so that only text answers need the MLLM."""
-        return all(
-            record["instruction"] == "states"
-            for record in self.records
-            if not get_task(record["task"]).answers_in_text
-        )
+        asking = [task for task in self._columns.values("task") if get_task(task).answers_in_text]
+        tasks, numbers = self._columns.words["task"]
+        answers = np.isin(numbers, [number for number, task in enumerate(tasks) if task in asking])
+        values, codes = self._columns.words["instruction"]
+        return bool((answers | np.isin(codes, [code for code, value in enumerate(values) if value == "states"])).all())
 
     def check(self, on_bad_data: str = "stop", progress: bool = True) -> "FeatureCache":
         """
         Read every tensor once: shapes as promised, one number of channels and one width throughout, no NaN.
+
+        The processes of a run share the reading. The manifest records which entries of which shards were found good,
+        by size and time of the files; what it vouches for is not read again.
 
         Args:
             on_bad_data: `"stop"` or `"skip"`, see [`stop_or_count`].
@@ -125,24 +137,40 @@ class FeatureCache(Dataset):
         Raises:
             BadDataError: with all bad entries.
         """
-        offenders = list(unequal_widths(self.records))
-        for index, record in enumerate(tqdm(self.records, desc="Checking features", disable=not progress)):
-            try:
-                offenders += [Offender(record["key"], problem) for problem in self._problems(index)]
-            except ValueError as error:
-                offenders.append(Offender(record["key"], str(error)))
+        state, columns = PartialState(), self._columns
+        offenders = list(_unequal_widths(columns))
+        stamp = shards_stamp(self.folder, columns.values("shard"))
+        if not is_checked(self.manifest, stamp):
+            shards = columns.words["shard"][1]
+            mine = np.flatnonzero(shards % state.num_processes == state.process_index)
+            mine = mine[np.argsort(shards[mine], kind="stable")]  # one shard after the other
+            found = [
+                (int(row), problem)
+                for row in tqdm(mine, desc="Checking features", disable=not progress)
+                for problem in self._problems(int(row))
+            ]
+            found = sorted(gather_object(found))
+            offenders += [Offender(columns.key(row), problem) for row, problem in found]
+            if not found and state.is_main_process:
+                remember_check(self.folder, self.manifest, stamp)
         left_out = stop_or_count(offenders, len(self), on_bad_data)
-        kept = [number for number, record in enumerate(self.records) if record["key"] not in left_out]
-        self.records = [self.records[number] for number in kept]
-        self.buckets = [self.buckets[number] for number in kept]
+        if left_out:
+            rows = [row for row, key in enumerate(columns.keys.to_pylist()) if key not in left_out]
+            self._columns = columns.take(np.asarray(rows))
+            self.buckets = [self.buckets[row] for row in rows]
         return self
 
-    def _problems(self, index: int) -> Iterator[str]:
-        sample = self[index]
-        for name, shape in stored_shapes(self.records[index]).items():
-            if list(sample[name].shape) != shape:
-                yield f"`{name}` is {list(sample[name].shape)}, the index says {shape}"
-        yield from tensor_problems(sample.pop("task"), sample)
+    def _problems(self, index: int) -> list[str]:
+        try:
+            sample = self[index]
+        except ValueError as error:
+            return [str(error)]
+        found = [
+            f"`{name}` is {list(sample[name].shape)}, the index says {shape}"
+            for name, shape in self._columns.shapes_of(index).items()
+            if list(sample[name].shape) != shape
+        ]
+        return [*found, *tensor_problems(sample.pop("task"), sample)]
 
     def _shard_path(self, name: str) -> Path:
         return self.folder / "shards" / f"{name}.safetensors"
@@ -182,7 +210,7 @@ def tensor_problems(task: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[
         wanted = dimensions.get(name, 4 if name in STACKED else 1)
         if tensor.ndim != wanted or 0 in tensor.shape:
             yield f"`{name}` must have {wanted} dimensions, none of them 0, got {list(tensor.shape)}"
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not _is_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             yield f"`{name}` contains {bad} values that are NaN or infinite, of {tensor.numel()}"
         if tensor.is_floating_point() == (name in ("input_ids", "attention_mask", "labels")):
@@ -193,6 +221,27 @@ def tensor_problems(task: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[
     output = TASKS[task].output
     if latents is not None and latents.ndim == 4 and output == "image" and latents.shape[1] != 1:
         yield f"`latents` have {latents.shape[1]} frames; the task {task!r} generates one image"
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; without a tensor of the answers, at the speed of the memory."""
+    if not tensor.numel():
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())  # NaN comes through
+
+
+def _unequal_widths(columns: IndexColumns) -> Iterator[Offender]:
+    """[`unequal_widths`] of columns."""
+    for name in (*STACKED, *PADDED):
+        axis = -1 if name in (*PADDED, "target_features") else 0
+        widths = columns.widths(name, axis)
+        values, counts = np.unique(widths[widths > 0], return_counts=True)
+        if len(values) > 1:
+            usual, most = values[counts.argmax()], counts.max()
+            what = "channels" if axis == 0 else "width"
+            for row in np.flatnonzero((widths > 0) & (widths != usual)).tolist():
+                problem = f"`{name}` has {what} {widths[row]}, {most} other entries have {usual}"
+                yield Offender(columns.key(row), problem)
 
 
 def unequal_widths(records: Sequence[Record]) -> Iterator[Offender]:

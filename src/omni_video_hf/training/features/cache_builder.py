@@ -1,6 +1,8 @@
 """`build_cache`: compute missing and stale entries of a feature cache, with several processes, resumable."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,8 @@ from .cache import (
 )
 from .cache_files import begin, check_output, only_run
 
+READERS = 3  # threads that read and decode files; so many samples are in memory beside the one that is computed
+
 
 class Sample(Protocol):
     """Protocol of a sample whose features are computed."""
@@ -33,11 +37,15 @@ class Sample(Protocol):
         ...
 
     def provenance(self) -> dict[str, Any]:
-        """Fields of `PROVENANCE`: everything the features depend on. Cheap next to [`compute`]."""
+        """Fields of `PROVENANCE`: everything the features depend on; runs in a thread. Cheap next to [`compute`]."""
         ...
 
-    def compute(self) -> dict[str, torch.Tensor]:
-        """The features, by name of `TENSORS`."""
+    def load(self) -> Any:
+        """What [`compute`] needs of the files; it runs in a thread, while another sample is computed."""
+        ...
+
+    def compute(self, loaded: Any) -> dict[str, torch.Tensor]:
+        """The features, by name of `TENSORS`, from what [`load`] returned."""
         ...
 
 
@@ -126,16 +134,14 @@ def _compute_share(
     """Every `num_processes`-th sample, so that neighbours of one size spread over the processes."""
     share = _Share(BuildReport(0), [])
     mine = range(state.process_index, len(samples), state.num_processes)
-    for number in tqdm(mine, desc=description, unit="sample"):
-        sample = samples[number]
+    for sample, prepared in tqdm(_prepared(samples, mine, known), desc=description, unit="sample", total=len(mine)):
+        record = known.get(sample.key)
         try:
-            provenance = sample.provenance()
-            record = known.get(sample.key)
-            changed = [] if record is None else changed_fields(record, provenance)
+            provenance, changed, loaded = prepared.result()
             if record is not None and not changed:
                 share.report.kept += 1
                 continue
-            tensors = sample.compute()
+            tensors = sample.compute(loaded)
         except ValueError as error:  # of the data; anything else is a fault and stops the run
             share.offenders += _offenders_of(sample.key, error)
             continue
@@ -150,6 +156,31 @@ def _compute_share(
             share.report.changed[sample.key] = changed
     writer.flush()
     return share
+
+
+def _prepared(
+    samples: Sequence[Sample], numbers: Iterable[int], known: Mapping[str, Record]
+) -> Iterator[tuple[Sample, Future]]:
+    """Samples in order, whose provenance and files threads read ahead, beside the computation."""
+    with ThreadPoolExecutor(READERS) as pool:
+        waiting: deque[tuple[Sample, Future]] = deque()
+        try:
+            for number in numbers:
+                waiting.append((samples[number], pool.submit(_prepare, samples[number], known)))
+                if len(waiting) > READERS:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+        finally:  # after an error, nothing more is read
+            for _, future in waiting:
+                future.cancel()
+
+
+def _prepare(sample: Sample, known: Mapping[str, Record]) -> tuple[dict[str, Any], list[str], Any]:
+    """Provenance of a sample, the fields that changed, and the content of its files if it must be computed."""
+    provenance, record = sample.provenance(), known.get(sample.key)
+    changed = [] if record is None else changed_fields(record, provenance)
+    return provenance, changed, sample.load() if record is None or changed else None
 
 
 def changed_fields(record: Record, provenance: Mapping[str, Any]) -> list[str]:

@@ -96,11 +96,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 def read_index(folder: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """The entries that a cache's index lists; a `ValueError` names the file and what is wrong with it."""
-    path = folder / manifest["index"]
-    if not path.is_file():
-        raise ValueError(f"{path}: is missing, but {MANIFEST} names it: copy the cache again.")
-    check_inside(folder, path)
-    return read_table(path)
+    return read_table(index_path(folder, manifest))
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
@@ -131,14 +127,23 @@ def _row_problem(row: dict[str, Any]) -> str | None:
     shapes = {name: row[f"{name}_shape"] for name in TENSORS if row[f"{name}_shape"] is not None}
     wrong["no tensor has a shape"] = not shapes
     for name, shape in shapes.items():
-        is_wrong = len(shape) != _dimensions(name) or any(size is None or size < 1 for size in shape)
-        wrong[f"`{name}_shape` is {shape}, which must be {_dimensions(name)} numbers above 0"] = is_wrong
+        is_wrong = len(shape) != dimensions(name) or any(size is None or size < 1 for size in shape)
+        wrong[f"`{name}_shape` is {shape}, which must be {dimensions(name)} numbers above 0"] = is_wrong
     return next((problem for problem, is_wrong in wrong.items() if is_wrong), None)
 
 
-def _dimensions(name: str) -> int:
+def dimensions(name: str) -> int:
     """Number of dimensions of a sample's tensor."""
     return {"target_features": 1, "pixel_values": 4}.get(name, 2 if name in PADDED else 4 if name in STACKED else 1)
+
+
+def index_path(folder: Path, manifest: dict[str, Any]) -> Path:
+    """The index that counts; a `ValueError` if it is missing or lies outside of the cache."""
+    path = folder / manifest["index"]
+    if not path.is_file():
+        raise ValueError(f"{path}: is missing, but {MANIFEST} names it: copy the cache again.")
+    check_inside(folder, path)
+    return path
 
 
 def check_inside(folder: Path, path: Path) -> None:
@@ -270,6 +275,8 @@ __all__ = [
     "begin",
     "check_inside",
     "check_output",
+    "dimensions",
+    "index_path",
     "is_written_here",
     "one_error",
     "only_run",

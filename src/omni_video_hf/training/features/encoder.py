@@ -132,27 +132,49 @@ class FeatureEncoder:
             parts.append(json.dumps(backend, sort_keys=True))
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
+    def decode(
+        self, row: Row, framing: Framing | None = None, source_framing: Framing | None = None
+    ) -> tuple[VideoClip, VideoClip | None] | None:
+        """
+        Decode target and source of one sample, for [`encode`]; `None` for a question. Any thread may do this.
+
+        Args:
+            row: its task and files.
+            framing: part of the target that is used; `None` for a question.
+            source_framing: part of the source that is used; `None` without a source.
+        """
+        if get_task(row.task).answers_in_text:
+            return None
+        if framing is None or row.media is None or (source_framing is not None and row.source is None):
+            raise ValueError(f"{row.id}: task {row.task!r} needs a file and `framing` for its target and its source.")
+        target = framing.load(row.media)
+        source = source_framing.load(row.source) if source_framing is not None and row.source is not None else None
+        return target, source
+
     @torch.no_grad()
     def encode(
-        self, row: Row, framing: Framing | None = None, source_framing: Framing | None = None
+        self,
+        row: Row,
+        framing: Framing | None = None,
+        source_framing: Framing | None = None,
+        decoded: tuple[VideoClip, VideoClip | None] | None = None,
     ) -> dict[str, torch.Tensor]:
         """
-        Decode the files of one sample and compute its features.
+        Compute the features of one sample.
 
         Args:
             row: its texts, task and files.
             framing: part of the target that is used; `None` for a question.
             source_framing: part of the source that is used; `None` without a source.
+            decoded: its frames, from [`decode`]. Default: they are decoded now.
 
         Returns:
             Tensors by name, on the CPU, with the dtypes of the components; latents in float32.
         """
-        if get_task(row.task).answers_in_text:
+        decoded = decoded or self.decode(row, framing, source_framing)
+        if decoded is None or framing is None:
             return self._question(row)
-        if framing is None or row.media is None or (source_framing is not None and row.source is None):
-            raise ValueError(f"{row.id}: task {row.task!r} needs a file and `framing` for its target and its source.")
-        target = framing.load(row.media)
-        source = source_framing.load(row.source) if source_framing is not None and row.source is not None else None
+        target, source = decoded
         shown: dict[str, Any] = {}
         if source is not None and source_framing is not None:
             is_image = source_framing.fps is None

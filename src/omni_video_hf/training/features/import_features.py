@@ -50,7 +50,10 @@ class FeatureFile:
             "code_version": IMPORT_VERSION,
         }
 
-    def compute(self) -> dict[str, torch.Tensor]:
+    def load(self) -> None:
+        """Nothing: a file is read when its features are taken over."""
+
+    def compute(self, loaded: None = None) -> dict[str, torch.Tensor]:  # noqa: ARG002 - of the protocol
         """
         The file's tensors under our names, in the formats they have.
 

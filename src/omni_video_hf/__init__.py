@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from .models.modeling_omni_video import OmniVideoForConditionalGeneration
     from .models.modeling_vila import VilaForConditionalGeneration
     from .pipelines.lora.loader import collect_lora_layers
-    from .pipelines.output import OmniVideoPipelineOutput
     from .pipelines.pipeline_omni_video import OmniVideoPipeline
+    from .pipelines.shared.output import OmniVideoPipelineOutput
     from .processing.processing_omni_video import OmniVideoProcessor
     from .utils.read_budget import read_budget
 
@@ -34,7 +34,7 @@ _HOMES = {
     "OmniVideoForConditionalGeneration": "models.modeling_omni_video",
     "OmniVideoLossConfig": "diffusion.losses",
     "OmniVideoPipeline": "pipelines.pipeline_omni_video",
-    "OmniVideoPipelineOutput": "pipelines.output",
+    "OmniVideoPipelineOutput": "pipelines.shared.output",
     "OmniVideoProcessor": "processing.processing_omni_video",
     "OmniVideoVisionHead": "models.connectors",
     "OmniVideoVisionHeadConfig": "models.configuration_omni_video",

@@ -16,8 +16,8 @@ from ..media.images import save_image
 from ..media.video_loading import open_media
 from ..media.video_reader import check_pyav
 from ..media.video_writer import save_video
-from ..pipelines.output import OmniVideoPipelineOutput
 from ..pipelines.pipeline_omni_video import OmniVideoPipeline
+from ..pipelines.shared.output import OmniVideoPipelineOutput
 from ..shapes import CHECKPOINT_NAME
 from ..tasks import find_task
 from ..utils.masking import mask_tokens

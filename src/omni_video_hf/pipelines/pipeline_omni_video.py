@@ -8,8 +8,6 @@ import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, SchedulerMixin, WanTransformer3DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import randn_tensor
-from diffusers.video_processor import VideoProcessor
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..media.sources import Source
@@ -23,17 +21,17 @@ from .denoising import OmniVideoDenoisingMixin, callback_inputs, register_with_c
 from .encoders import OmniVideoEncodersMixin, per_prompt
 from .guidance import Guidance
 from .lora.loader import OmniVideoLoraLoaderMixin, with_lora_scale, without_lora_scale
-from .output import OmniVideoPipelineOutput
 from .presets import (
-    GenerationSettings,
     LatentGrid,
     find_presets,
     keep_presets,
 )
-from .repository_mixin import OmniVideoRepositoryMixin
 from .request import OmniVideoRequestMixin, rows_of
-from .request_checks import FiniteLogits, check_numbers, check_result
-from .scheduling import prepare_scheduler, preset_shift
+from .request_checks import FiniteLogits, check_result
+from .scheduling import preset_shift
+from .shared.output import OmniVideoPipelineOutput
+from .shared.repository_mixin import OmniVideoRepositoryMixin
+from .shared.steps import OmniVideoStepsMixin, seeded_generator
 
 logger = logging.get_logger(__name__)
 
@@ -43,6 +41,7 @@ class OmniVideoPipeline(
     OmniVideoEncodersMixin,
     OmniVideoRepositoryMixin,
     OmniVideoDenoisingMixin,
+    OmniVideoStepsMixin,
     DiffusionPipeline,
     OmniVideoLoraLoaderMixin,
 ):
@@ -129,21 +128,6 @@ class OmniVideoPipeline(
             else None,
             positions=self.transformer.config.rope_max_seq_len,
         )
-
-    @property
-    def video_processor(self) -> VideoProcessor:
-        """Converts frames to inputs of the VAE, and its outputs to frames."""
-        self._require("vae")
-        return VideoProcessor(vae_scale_factor=self.vae.config.scale_factor_spatial)
-
-    def _require(self, *names: str) -> None:
-        """Refuse what needs a component that this pipeline was made without."""
-        missing = [name for name in names if getattr(self, name) is None]
-        if missing:
-            raise ValueError(
-                f"This pipeline was created without `{'` and `'.join(missing)}`, so it can only encode and answer. "
-                f"Load it with all components, or add them with `pipe.register_modules({missing[0]}=...)`."
-            )
 
     # --- the call ---------------------------------------------------------------------------------------------------
 
@@ -452,34 +436,7 @@ class OmniVideoPipeline(
             return find_task(None, "text")
         return find_task(source_kind, "video" if wants_video else "image")
 
-    # --- 6. latents and schedule ------------------------------------------------------------------------------------
-
-    def prepare_latents(
-        self,
-        batch_size: int,
-        settings: GenerationSettings,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        device: torch.device | None = None,
-    ) -> torch.Tensor:
-        """Initial noise `[batch, channels, frames, height, width]` in float32; one generator per sample or for all."""
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` has {len(generator)} entries for {batch_size} samples: pass one per sample."
-            )
-        shape = (
-            batch_size,
-            self.transformer.config.out_channels,
-            self.grid.latent_frames(settings.num_frames),
-            settings.height // self.grid.spatial,
-            settings.width // self.grid.spatial,
-        )
-        device = device or self._execution_device
-        if latents is None:
-            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        if tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` must be {shape} for these settings, got {tuple(latents.shape)}.")
-        return latents.to(device, torch.float32)
+    # --- 6. source channels ------------------------------------------------------------------------------------
 
     def prepare_source_channels(
         self,
@@ -517,53 +474,6 @@ class OmniVideoPipeline(
             for given in (source_latents, reference_latents)
         )
         return with_source_channels(latents, source_latents, reference_latents)[:, latents.shape[1] :]
-
-    def prepare_scheduler(
-        self, num_inference_steps: int, flow_shift: float, device: torch.device | None = None
-    ) -> SchedulerMixin:
-        """
-        Create a scheduler for one call, with the sigmas of the authors' code if its `set_timesteps` accepts sigmas.
-
-        The scheduler of the pipeline is not changed.
-
-        Example:
-            >>> from omni_video_hf import OmniVideoPipeline
-            >>> from omni_video_hf.shapes import CHECKPOINT
-            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
-            >>> len(pipe.prepare_scheduler(num_inference_steps=4, flow_shift=3.0).timesteps)
-            4
-        """
-        check_numbers(num_inference_steps=num_inference_steps, flow_shift=flow_shift)
-        return prepare_scheduler(self.scheduler, num_inference_steps, flow_shift, device)
-
-    # --- helpers ----------------------------------------------------------------------------------------------------
-
-    def _output(self, return_dict: bool, **fields: Any) -> OmniVideoPipelineOutput | tuple:
-        output = OmniVideoPipelineOutput(**fields)
-        return output if return_dict else (output.frames, output.text)
-
-
-def seeded_generator(
-    generator: torch.Generator | list[torch.Generator] | None,
-) -> tuple[torch.Generator | list[torch.Generator], int | list[int] | None]:
-    """
-    A generator, and the seed that reproduces its numbers.
-
-    Returns:
-        The given generator, or a new one with a seed below 2^32 from torch's global generator. The seed is `None` for
-        a generator that was used before; a list of generators has a list of seeds.
-    """
-    if generator is None:
-        seed = int(torch.randint(2**32, ()))
-        return torch.Generator("cpu").manual_seed(seed), seed
-    seeds = [
-        entry.initial_seed()
-        for entry in (generator if isinstance(generator, list) else [generator])
-        if torch.equal(entry.get_state(), torch.Generator(entry.device).manual_seed(entry.initial_seed()).get_state())
-    ]
-    if isinstance(generator, list):
-        return generator, seeds if len(seeds) == len(generator) else None
-    return generator, seeds[0] if seeds else None
 
 
 __all__ = ["OmniVideoPipeline"]

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo
 
-from ..hub.remote_code import COMPONENT_CLASSES, PIPELINE_CLASS, import_from_package
-from ..hub.repository import PUSHES, check_finished, check_indices, finalize_repository, staged
-from ..models.connectors import OmniVideoAdapter
-from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
-from ..processing.processing_omni_video import OmniVideoProcessor
-from ..utils.files import temporary_folder
-from ..utils.modules import Host, has_lora
-from ..utils.tokens import hub_call
-from ..utils.turns import turn
+from ...hub.remote_code import COMPONENT_CLASSES, PIPELINE_CLASS, import_from_package
+from ...hub.repository import PUSHES, check_finished, check_indices, finalize_repository, staged
+from ...models.connectors import OmniVideoAdapter
+from ...models.modeling_omni_video import OmniVideoForConditionalGeneration
+from ...processing.processing_omni_video import OmniVideoProcessor
+from ...utils.files import temporary_folder
+from ...utils.modules import Host, has_lora
+from ...utils.tokens import hub_call
+from ...utils.turns import turn
 
 CLASSES = {cls.__name__: cls for cls in (OmniVideoForConditionalGeneration, OmniVideoAdapter, OmniVideoProcessor)}
 

@@ -76,7 +76,7 @@ class OmniVideo2Adapter(ContextLayoutMixin, WeightsFromHubMixin, ModelMixin, Con
         visual_context_size: int = 5120,
         visual_context_patch_size: Sequence[int] = (1, 4, 4),
         use_markers: bool = True,
-        max_context_length: int = 6144,  # noqa: ARG002 - in the configuration
+        max_context_length: int = 6144,
         norm_eps: float = 1e-6,
         mllm_states: str = "before_final_norm",
     ) -> None:

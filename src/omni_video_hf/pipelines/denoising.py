@@ -82,6 +82,11 @@ class OmniVideoDenoisingMixin(Host):
         """Set `pipe._interrupt = True` in a callback to skip the remaining steps."""
         return self._interrupt
 
+    @property
+    def _decoder(self) -> Any:
+        """The decoder that denoises; a pipeline with several returns that of the running step."""
+        return self.transformer
+
     @in_turn("transformer")
     def denoise(
         self,
@@ -160,9 +165,12 @@ class OmniVideoDenoisingMixin(Host):
                     finite.add(step, latents)
                     if callback_on_step_end is not None:
                         given = {
-                            name: tensors[_ALIASES.get(name, name)] for name in callback_on_step_end_tensor_inputs
+                            name: tensors[CONTEXT_ALIASES.get(name, name)]
+                            for name in callback_on_step_end_tensor_inputs
                         }
-                        changed = _changes(callback_on_step_end(self, step, timestep, dict(given)), given, tensors)
+                        changed = changed_tensors(
+                            callback_on_step_end(self, step, timestep, dict(given)), given, tensors
+                        )
                         tensors |= changed
                         finite.add(step, tensors["latents"], "`callback_on_step_end`")
                         if changed.keys() & {"context", "null_context"}:
@@ -178,7 +186,7 @@ class OmniVideoDenoisingMixin(Host):
     def _branch_contexts(self, tensors: dict[str, Any], guidance: Guidance) -> dict[str, torch.Tensor]:
         """Contexts of the branches in the decoder's format."""
         contexts = guidance.contexts(tensors["context"], tensors["null_context"], tensors["no_source_context"])
-        return {branch: states.to(self.transformer.dtype) for branch, states in contexts.items()}
+        return {branch: states.to(self._decoder.dtype) for branch, states in contexts.items()}
 
     def _predict_velocity(
         self,
@@ -217,9 +225,9 @@ class OmniVideoDenoisingMixin(Host):
             nothing = torch.zeros_like(channels)
             has_source = [False, True, True][-parts:] if branch != NO_SOURCE else [False]
             states = torch.cat([states, torch.cat([channels if has else nothing for has in has_source])], dim=1)
-        states = states.to(self.transformer.dtype)
-        with self.transformer.cache_context(branch), constant.enter(branch) as context:
-            velocity = self.transformer(
+        states = states.to(self._decoder.dtype)
+        with self._decoder.cache_context(branch), constant.enter(branch) as context:
+            velocity = self._decoder(
                 hidden_states=states,
                 timestep=timestep.expand(len(states)),
                 encoder_hidden_states=context,
@@ -229,17 +237,19 @@ class OmniVideoDenoisingMixin(Host):
         return velocity.float().chunk(parts)[::-1]
 
 
-_ALIASES = {"prompt_embeds": "context", "negative_prompt_embeds": "null_context"}
+CONTEXT_ALIASES = {"prompt_embeds": "context", "negative_prompt_embeds": "null_context"}
 
 
-def _changes(returned: Any, given: dict[str, torch.Tensor | None], tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
+def changed_tensors(
+    returned: Any, given: dict[str, torch.Tensor | None], tensors: dict[str, Any]
+) -> dict[str, torch.Tensor]:
     """The tensors that a callback changed, by their names in the denoising loop."""
     if not isinstance(returned, dict):
         raise TypeError(f"`callback_on_step_end` must return a dictionary of what it changes, got {returned!r}.")
     changed: dict[str, torch.Tensor] = {}
     # Of two names for one tensor, the one that it was changed under counts.
     for name in sorted(returned, key=lambda name: returned[name] is not given.get(name)):
-        own, tensor = _ALIASES.get(name, name), returned[name]
+        own, tensor = CONTEXT_ALIASES.get(name, name), returned[name]
         if own not in tensors or tensors[own] is None:
             continue
         if tensor.shape[0] != tensors[own].shape[0]:
@@ -278,4 +288,10 @@ def register_with_cache_dit(pipeline: type) -> None:
         )
 
 
-__all__ = ["OmniVideoDenoisingMixin", "callback_inputs", "register_with_cache_dit", "whole_call"]
+__all__ = [
+    "OmniVideoDenoisingMixin",
+    "callback_inputs",
+    "changed_tensors",
+    "register_with_cache_dit",
+    "whole_call",
+]

@@ -221,4 +221,4 @@ def nn_resize(clip: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return torch.nn.functional.interpolate(clip, size=size, mode="bicubic", align_corners=False, antialias=True)
 
 
-__all__ = ["MllmFrames", "OmniVideo2Processor"]
+__all__ = ["END", "MllmFrames", "OmniVideo2Processor"]

@@ -100,8 +100,8 @@ def _load(
 
 
 def strided_numbers(total: int, num_frames: int, stride: int) -> list[int]:
-    """Every `stride`-th frame from the start, or the largest distance at which a video has `num_frames` frames."""
-    while stride > 1 and (num_frames - 1) * stride >= total:
+    """Every `stride`-th frame from the start, nearer ones in a video that is too short for that; rule of upstream."""
+    while stride > 1 and num_frames * stride > total:
         stride -= 1
     return list(range(0, total, stride))[:num_frames]
 
@@ -144,10 +144,10 @@ def crop_box(rows: int, columns: int, height: int, width: int) -> tuple[int, int
     """The largest part around the centre that has the shape of the output: left, top, right, bottom in pixels."""
     if columns * height > rows * width:
         kept = rows * width // height
-        left = (columns - kept) // 2
+        left = round((columns - kept) / 2)
         return left, 0, left + kept, rows
     kept = columns * height // width
-    top = (rows - kept) // 2
+    top = round((rows - kept) / 2)
     return 0, top, columns, top + kept
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from ...models.connectors import ContextOverflow
 from ...models.connectors_2 import get_mllm_states
-from ...models.context_layout import ContextOverflow
 from ...utils.turns import in_turn
 from ..encoders import OmniVideoEncodersMixin, per_prompt
 from ..presets import GenerationSettings

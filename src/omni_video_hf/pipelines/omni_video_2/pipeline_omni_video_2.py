@@ -9,8 +9,8 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, UMT5EncoderModel
 
+from ...models.connectors import ContextOverflow
 from ...models.connectors_2 import OmniVideo2Adapter
-from ...models.context_layout import ContextOverflow
 from ...processing.processing_omni_video_2 import OmniVideo2Processor
 from ..denoising import callback_inputs, register_with_cache_dit, whole_call
 from ..guidance import Guidance

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList
 
-from ...processing.processing_omni_video_2 import MllmFrames
+from ...processing.processing_omni_video_2 import END, MllmFrames
 from ...utils.modules import Host
 from ...utils.turns import OwnRandomNumbers, in_turn
 from ..request_checks import FiniteLogits, check_numbers
@@ -114,6 +114,9 @@ class OmniVideo2ThinkingMixin(Host):
         if "pixel_values_videos" in inputs:
             inputs["pixel_values_videos"] = inputs["pixel_values_videos"].to(self.mllm.dtype)
         sampling: dict[str, Any] = {"do_sample": temperature > 0, "temperature": temperature or None}
+        if self.mllm.generation_config.eos_token_id is None:  # diffusers does not download this file of a component
+            ends = [self.processor.special_ids[END], self.processor.tokenizer.eos_token_id]
+            sampling |= {"eos_token_id": list(dict.fromkeys(ends)), "pad_token_id": ends[0]}
         if temperature == 0:  # settings of sampling in the MLLM's own configuration would only cause a warning
             sampling |= {"top_p": None, "top_k": None}
         with nullcontext() if seed is None else OwnRandomNumbers(seed):

@@ -55,7 +55,7 @@ def read_prompts(path: Path) -> dict[str, str]:
     missing = [name for name, key in ATTRIBUTES.items() if key not in found]
     if missing:
         raise ValueError(
-            f"{path}: has no {', '.join(missing)}. Give upstream's `omnivideo/configs/shared_config.py`, or the folder "
-            "of its code."
+            f"{path}: has no {', '.join(missing)}. Give upstream's `omnivideo/configs/shared_config.py`, or the "
+            "folder of its code."
         )
     return found

@@ -169,9 +169,7 @@ def _notes(layout: str, own_prompts: bool) -> list[str]:
             "were trained with those in upstream's `omnivideo/configs/shared_config.py`."
         )
     if layout == "1.3B":
-        notes.append(
-            "the checkpoint of 1.3B does not say which Qwen3-VL it was trained with; only its width is known."
-        )
+        notes.append("the checkpoint of 1.3B does not say which Qwen3-VL it was trained with, only its width.")
     return notes
 
 

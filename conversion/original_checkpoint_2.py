@@ -1,4 +1,4 @@
-"""What upstream's folder of Omni-Video 2 holds, part by part, in our names, as tensors that stay on disk until used."""
+"""What upstream's folder of Omni-Video 2 holds, part by part, in our names; tensors stay on disk until used."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,9 +78,7 @@ class OriginalCheckpoint2:
         try:
             part.tensors, part.unknown = convert_wan_transformer(part.tensors)
         except (KeyError, IndexError, ValueError) as error:
-            raise CorruptCheckpointError(
-                f"{self.root / self.decoders[number]}: no Wan decoder ({error!r})."
-            ) from error
+            raise CorruptCheckpointError(f"{self.root / self.decoders[number]}: no Wan ({error!r}).") from error
         return part
 
     def adapter(self, number: int) -> Part:

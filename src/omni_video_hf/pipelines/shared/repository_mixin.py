@@ -84,7 +84,7 @@ class OmniVideoRepositoryMixin(Host):
                 raise ValueError(f"`memory_device` is {memory_device!r}, but `memory` is missing: pass both.")
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         profiles = import_from_package("pipelines.memory.profiles")
-        profile = profiles.get_memory_profile(memory)
+        profile = profiles.get_memory_profile(memory, cls._repository_class())
         chosen = sorted(kwargs.keys() & {"dtype", "torch_dtype", "quantization_config", "device_map"})
         if chosen:
             raise ValueError(
@@ -120,8 +120,12 @@ class OmniVideoRepositoryMixin(Host):
     @classmethod
     def _component_classes(cls) -> dict[str, str]:
         """Components of this pipeline that are classes of this project."""
-        own = next((base.__name__ for base in cls.__mro__ if base.__name__ in PIPELINE_COMPONENTS), None)
-        return PIPELINE_COMPONENTS.get(own or "", {})
+        return PIPELINE_COMPONENTS.get(cls._repository_class(), {})
+
+    @classmethod
+    def _repository_class(cls) -> str:
+        """Name of this pipeline's class in a repository."""
+        return next((base.__name__ for base in cls.__mro__ if base.__name__ in PIPELINE_COMPONENTS), "")
 
     @classmethod
     def _class_of(cls, place: str | Path, hub: dict[str, Any]) -> Any:

@@ -23,6 +23,18 @@ NEEDS_MORE_THAN_A_CHECKPOINT = {
     *("OmniVideoTrainer", "averaged_weights", "draw_previews", "gather_trained", "save_model", "train"),
     *("trained_parameters", "collect_lora_layers", "delete_adapters", "fuse_lora", "load_lora_weights"),
     *("save_lora_weights", "unfuse_lora", "set_adapters", "enable_lora", "disable_lora", "unload_lora_weights"),
+    # Omni-Video 2 has no checkpoint in the package.
+    *(
+        "OmniVideo2Pipeline",
+        "OmniVideo2Pipeline.__call__",
+        "OmniVideo2ThinkingMixin.think",
+        "OmniVideo2ThinkingMixin.answer",
+    ),
+    *("OmniVideo2RequestMixin.prepare_video_settings", "OmniVideo2DenoisingMixin.denoise"),
+    *("OmniVideo2EncodersMixin.encode_instruction", "OmniVideo2EncodersMixin.encode_texts"),
+    *("OmniVideo2EncodersMixin.encode_videos", "OmniVideo2EncodersMixin.encode_contexts"),
+    *("OmniVideo2Processor", "OmniVideo2Processor.chat_inputs", "OmniVideo2Processor.video_pixels"),
+    *("OmniVideo2Processor.clip_size", "OmniVideo2Processor.frame_numbers"),
 }
 # These still lack an example. The list may only become shorter.
 WITHOUT = {

@@ -16,6 +16,7 @@ from conversion.convert_omni_video import app
 from conversion.convert_omni_video_2 import convert
 from conversion.original_checkpoint_2 import find_layout
 from omni_video_hf import OmniVideo2Adapter, OmniVideo2Pipeline
+from omni_video_hf.hub.repository import read_header
 from omni_video_hf.pipelines.omni_video_2.prompts import DEFAULT_PROMPTS
 
 
@@ -70,8 +71,10 @@ def test_every_weight_comes_through(converted_2, layout, tmp_path):
 
 def test_dtype_and_own_prompts(folder, tmp_path):
     convert(folder, tmp_path / "out", str(MLLMS["A14B"]), dtype=torch.bfloat16, decoder_heads=DECODER_HEADS)
+    for name in ("adapter", "adapter_2", "transformer_2"):
+        header = read_header(tmp_path / "out" / name / "diffusion_pytorch_model.safetensors")
+        assert {dtype for dtype, _, _ in header.values()} == {"BF16"}
     adapter = OmniVideo2Adapter.from_pretrained(tmp_path / "out", subfolder="adapter")
-    assert adapter.dtype == torch.bfloat16
     assert adapter.config.max_context_length == 6144
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["prompts"] == DEFAULT_PROMPTS

@@ -133,7 +133,9 @@ def load(loading: Loading, printing: Printing | None = None) -> OmniVideoPipelin
     if lora is not None:
         pipe.load_lora_weights(lora.pop("pretrained_model_name_or_path_or_dict"), **lora)
     if loading.attention_backend is not None:
-        pipe.transformer.set_attention_backend(loading.attention_backend)
+        for decoder in (pipe.transformer, getattr(pipe, "transformer_2", None)):
+            if decoder is not None:
+                decoder.set_attention_backend(loading.attention_backend)
     if loading.memory is not None:
         return pipe
     if loading.cpu_offload is None:

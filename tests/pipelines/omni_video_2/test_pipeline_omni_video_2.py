@@ -57,6 +57,13 @@ def test_generation_from_text_without_thinking(pipe):
     assert not torch.equal(plain.frames, run(pipe).frames)
 
 
+def test_the_mllm_answers_questions(pipe):
+    about = pipe("what is it?", video=clip(), task="understand", max_new_tokens=3)
+    alone = pipe("what is it?", task="understand", max_new_tokens=3)
+    assert about.text[0] and alone.text[0]
+    assert about.text != alone.text
+
+
 def test_pixels_come_out(pipe):
     output = run(pipe, think=False, output_type="np", num_inference_steps=2)
     assert output.frames.shape == (1, 5, 32, 64, 3)
@@ -136,6 +143,7 @@ def test_frames_of_a_short_source():
     [
         ({"task": "t2i"}, "'t2v', 'v2v'"),
         ({"task": "v2v"}, "needs a source"),
+        ({"image": "a.png"}, "videos only"),
         ({"num_frames": 6}, "4n\\+1"),
         ({"height": 33}, "multiple"),
         ({"thought": ["one", "two"]}, "2 entries for 1 prompts"),

@@ -1,6 +1,7 @@
 """LoRA for the two experts of Omni-Video 2: a pair of files, or one file for both or for one of them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ class OmniVideo2LoraLoaderMixin(OmniVideoLoraLoaderMixin):
             )
         own = {part: components.get(component) for part, component in names.items()}
         found = super()._read_parts(given, own, **kwargs)
-        return {names[part]: lora for part, lora in found.items()}
+        return {names[part]: replace(lora, tensors=_copies(lora.tensors)) for part, lora in found.items()}
 
     @classmethod
     def save_lora_weights(
@@ -150,6 +151,11 @@ class OmniVideo2LoraLoaderMixin(OmniVideoLoraLoaderMixin):
                     lora_metadata={name: metadata[name] for name in layers},
                     weight_name=weight_name,
                 )
+
+
+def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies: of a file for both experts, layers in memory would otherwise be one and the same in both."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 __all__ = ["OmniVideo2LoraLoaderMixin"]

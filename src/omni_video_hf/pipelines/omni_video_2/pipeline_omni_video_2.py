@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, UMT5EncoderMo
 from ...models.connectors import ContextOverflow
 from ...models.connectors_2 import OmniVideo2Adapter
 from ...processing.processing_omni_video_2 import OmniVideo2Processor
+from ...tasks import get_task
 from ..denoising import callback_inputs, register_with_cache_dit, whole_call
 from ..guidance import Guidance
 from ..lora.loader import with_lora_scale, without_lora_scale
@@ -158,7 +159,7 @@ class OmniVideo2Pipeline(
     def _check_can_generate(self, task: str | None) -> None:
         """Refuse to generate without the parts for it, or with a scheduler that does not fit."""
         super()._check_can_generate(task)
-        if self.config.boundary_ratio is not None:
+        if task != "understand" and self.config.boundary_ratio is not None:
             self._require("transformer_2")
 
     # --- the call ---------------------------------------------------------------------------------------------------
@@ -169,6 +170,7 @@ class OmniVideo2Pipeline(
         self,
         prompt: str | list[str] | None = None,
         video: Any = None,
+        image: Any = None,
         task: str | None = None,
         negative_prompt: str | list[str] | None = None,
         think: bool = True,
@@ -209,7 +211,9 @@ class OmniVideo2Pipeline(
             prompt (`str` or `list[str]`): Prompt or edit instruction.
             video: Video to edit: path, URL, `VideoClip`, list of PIL images or arrays, or an array or tensor; or a
                 list of videos, one per prompt. A single video is used for all prompts.
-            task (`str`, *optional*): `t2v` or `v2v`. By default `v2v` with a source.
+            image: refused: this model takes videos.
+            task (`str`, *optional*): `t2v`, `v2v`, or `understand`, in which the MLLM answers the prompt in text. By
+                default `v2v` with a source, else `t2v`.
             negative_prompt (`str` or `list[str]`, *optional*): Text of the unconditional branch. By default the text
                 `negative` of the pipeline's `prompts`. Both branches contain the source.
             think (`bool`, defaults to `True`): Whether the MLLM first writes a description of the video, as the
@@ -257,6 +261,8 @@ class OmniVideo2Pipeline(
                 context. Nothing is cut, resized or replaced without a note or a warning.
         """
         # 1. Checks, before anything runs
+        if image is not None:
+            raise ValueError("`image` is given, but Omni-Video 2 takes videos only: pass `video`.")
         task = self._check_task(task, video, source_latents)
         self._begin_call(attention_kwargs=attention_kwargs)
         guidance = Guidance(guidance_interval, batch_guidance)
@@ -299,6 +305,10 @@ class OmniVideo2Pipeline(
         notes, (generator, seed) = list[str](), seeded_generator(generator)
 
         # 2. Source and settings
+        if get_task(task).answers_in_text:
+            answers = self.answer(prompts, video, max_new_tokens)
+            asked = {"task": task, "max_new_tokens": max_new_tokens, "seed": seed}
+            return self._output(return_dict, text=answers, task=task, settings=asked)
         room = self._least_source_room(max_context_length) if context_overflow == "error" else None
         videos = None
         if video is not None:

@@ -40,6 +40,8 @@ EDIT_REQUEST = (
 )
 EXPAND_REQUEST = "Expand this short prompt into a detailed, descriptive video caption: {prompt}"
 
+ANSWER_SYSTEM_PROMPT = "You are a helpful assistant."  # of `task="understand"`, which the authors' code does not have
+
 # Pixels of the frames that the MLLM sees, all frames together. The authors' code passes 480 and 1920 as if they were
 # sides; Qwen3-VL reads them as pixels, so a source of any size becomes a thumbnail of 32x32.
 CAPTION_PIXELS: PixelBudget = (230_400, 921_600)

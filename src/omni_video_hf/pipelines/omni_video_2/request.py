@@ -11,7 +11,7 @@ from ..request_checks import check_numbers
 from ..scheduling import chosen_shift
 from .edit_source import EditVideo, crop_box
 
-VIDEO_TASKS = ("t2v", "v2v")
+VIDEO_TASKS = ("t2v", "v2v", "understand")
 MARKERS_OF_TEXT_AND_SOURCE = 4
 
 

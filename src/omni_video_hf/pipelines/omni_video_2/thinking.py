@@ -12,7 +12,7 @@ from ...utils.turns import OwnRandomNumbers, in_turn
 from ..request_checks import FiniteLogits, check_numbers
 from ..shared.thought import OmniVideoThought
 from .edit_source import EditVideo, load_edit_videos
-from .prompts import CAPTION_PIXELS, CAPTION_REQUEST, EDIT_REQUEST, EXPAND_REQUEST, filled
+from .prompts import ANSWER_SYSTEM_PROMPT, CAPTION_PIXELS, CAPTION_REQUEST, EDIT_REQUEST, EXPAND_REQUEST, filled
 
 
 class OmniVideo2ThinkingMixin(Host):
@@ -57,6 +57,25 @@ class OmniVideo2ThinkingMixin(Host):
             videos = load_edit_videos(video, len(prompts), self.processor.frame_numbers, 1, None, 1)
         thoughts = self._think(prompts, videos, system_prompt, max_new_tokens, temperature, seed)
         return thoughts[0] if isinstance(prompt, str) else thoughts
+
+    def answer(self, prompts: list[str], video: Any = None, max_new_tokens: int = 512) -> list[str]:
+        """
+        Let the MLLM answer questions about a video, or without one.
+
+        Args:
+            prompts: the questions.
+            video: one video, or one per question, as in the pipeline's call.
+            max_new_tokens: maximum length of an answer, in tokens.
+
+        Returns:
+            The answers, without special tokens.
+        """
+        frames: list[Any] = [None] * len(prompts)
+        if video is not None:
+            numbers = self.processor.frame_numbers
+            frames = [source.mllm for source in load_edit_videos(video, len(prompts), numbers, 1, None, 1)]
+        pairs = zip(prompts, frames, strict=True)
+        return [self._write(ANSWER_SYSTEM_PROMPT, prompt, shown, max_new_tokens) for prompt, shown in pairs]
 
     def _think(
         self,

@@ -88,7 +88,7 @@ def adapter_component(checkpoint: OriginalCheckpoint, max_context_length: int, w
 
     part = load()
     sizes = _bridge_sizes(part, "query_transformer.")
-    patch = _tensor(part, "visual_context_adapter.patch_embedding.weight").shape
+    patch = needed_tensor(part, "visual_context_adapter.patch_embedding.weight").shape
     with torch.device("meta"):
         model = OmniVideoAdapter(
             vision_hidden_size=sizes.pop("input_size"),
@@ -115,17 +115,17 @@ def transformer_component(checkpoint: OriginalCheckpoint) -> Component:
     wrong += [] if isinstance(original.get("eps"), float) else ["eps"]
     if wrong:
         raise CorruptCheckpointError(f"{file}: has no usable {', '.join(wrong)}.")
-    layers = _count_layers(part, "blocks.")
+    layers = count_layers(part, "blocks.")
     if original["num_layers"] != layers:
         raise ValueError(f"{file}: num_layers is {original['num_layers']}, but there are weights of {layers} layers.")
     with torch.device("meta"):
         model = WanTransformer3DModel(
-            patch_size=list(_tensor(part, "patch_embedding.weight").shape[2:]),
+            patch_size=list(needed_tensor(part, "patch_embedding.weight").shape[2:]),
             num_attention_heads=original["num_heads"],
             attention_head_dim=original["dim"] // original["num_heads"],
             in_channels=original["in_dim"],
             out_channels=original["out_dim"],
-            text_dim=_tensor(part, "condition_embedder.text_embedder.linear_1.weight").shape[1],
+            text_dim=needed_tensor(part, "condition_embedder.text_embedder.linear_1.weight").shape[1],
             freq_dim=original["freq_dim"],
             ffn_dim=original["ffn_dim"],
             num_layers=layers,
@@ -136,36 +136,36 @@ def transformer_component(checkpoint: OriginalCheckpoint) -> Component:
     return Component("transformer", model, checkpoint.transformer, "diffusion_pytorch_model")
 
 
-def vae_component(checkpoint: OriginalCheckpoint) -> Component | None:
+def vae_component(checkpoint: Any, file: str = WAN_VAE) -> Component | None:
     """The Wan VAE, if the checkpoint has it."""
-    if not checkpoint.has(WAN_VAE):
+    if not checkpoint.has(file):
         return None
     part = checkpoint.vae()
-    channels = _tensor(part, "post_quant_conv.weight").shape[0]
+    channels = needed_tensor(part, "post_quant_conv.weight").shape[0]
     if channels != WAN_LATENT_CHANNELS:
         raise ValueError(
-            f"{checkpoint.root / WAN_VAE}: has {channels} latent channels; Wan 2.1's VAE has {WAN_LATENT_CHANNELS}. "
+            f"{checkpoint.root / file}: has {channels} latent channels; Wan 2.1's VAE has {WAN_LATENT_CHANNELS}. "
             "Remove the file and give a repository with the right one by `--wan-repo`."
         )
     with torch.device("meta"):
-        model = AutoencoderKLWan(base_dim=_tensor(part, "encoder.conv_in.weight").shape[0], z_dim=channels)
+        model = AutoencoderKLWan(base_dim=needed_tensor(part, "encoder.conv_in.weight").shape[0], z_dim=channels)
     return Component("vae", model, checkpoint.vae, "diffusion_pytorch_model")
 
 
-def text_encoder_component(checkpoint: OriginalCheckpoint) -> Component | None:
+def text_encoder_component(checkpoint: Any, file: str = TEXT_ENCODER) -> Component | None:
     """umT5, if the checkpoint has it."""
-    if not checkpoint.has(TEXT_ENCODER):
+    if not checkpoint.has(file):
         return None
     part = checkpoint.text_encoder()
-    vocab_size, width = _tensor(part, "shared.weight").shape
+    vocab_size, width = needed_tensor(part, "shared.weight").shape
     block = "encoder.block.0.layer."
-    buckets, heads = _tensor(part, f"{block}0.SelfAttention.relative_attention_bias.weight").shape
+    buckets, heads = needed_tensor(part, f"{block}0.SelfAttention.relative_attention_bias.weight").shape
     config = UMT5Config(
         vocab_size=vocab_size,
         d_model=width,
-        d_kv=_tensor(part, f"{block}0.SelfAttention.q.weight").shape[0] // heads,
-        d_ff=_tensor(part, f"{block}1.DenseReluDense.wi_0.weight").shape[0],
-        num_layers=_count_layers(part, "encoder.block."),
+        d_kv=needed_tensor(part, f"{block}0.SelfAttention.q.weight").shape[0] // heads,
+        d_ff=needed_tensor(part, f"{block}1.DenseReluDense.wi_0.weight").shape[0],
+        num_layers=count_layers(part, "encoder.block."),
         num_heads=heads,
         relative_attention_num_buckets=buckets,
         relative_attention_max_distance=UMT5_MAX_DISTANCE,
@@ -246,25 +246,25 @@ def _set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
 
 def _bridge_sizes(part: Part, prefix: str) -> dict[str, Any]:
     """Sizes of a query transformer."""
-    queries = _tensor(part, f"{prefix}query_tokens").shape
+    queries = needed_tensor(part, f"{prefix}query_tokens").shape
     return {
-        "input_size": _tensor(part, f"{prefix}input_proj_1.weight").shape[1],
+        "input_size": needed_tensor(part, f"{prefix}input_proj_1.weight").shape[1],
         "hidden_size": queries[2],
-        "intermediate_size": _tensor(part, f"{prefix}encoder_layers.0.mlp.fc1.weight").shape[0],
-        "num_encoder_layers": _count_layers(part, f"{prefix}encoder_layers."),
-        "num_decoder_layers": _count_layers(part, f"{prefix}decoder_layers."),
+        "intermediate_size": needed_tensor(part, f"{prefix}encoder_layers.0.mlp.fc1.weight").shape[0],
+        "num_encoder_layers": count_layers(part, f"{prefix}encoder_layers."),
+        "num_decoder_layers": count_layers(part, f"{prefix}decoder_layers."),
         "num_attention_heads": BRIDGE_HEADS,
         "hidden_act": BRIDGE_ACTIVATION,
         "num_query_tokens": queries[1],
     }
 
 
-def _count_layers(part: Part, prefix: str) -> int:
+def count_layers(part: Part, prefix: str) -> int:
     """How many layers there are weights of. A gap in their numbers shows as a missing weight."""
     return len({name.removeprefix(prefix).split(".")[0] for name in part.tensors if name.startswith(prefix)})
 
 
-def _tensor(part: Part, name: str) -> torch.Tensor:
+def needed_tensor(part: Part, name: str) -> torch.Tensor:
     """A tensor that a configuration is read from."""
     if name not in part.tensors:
         raise ValueError(f"{', '.join(sorted(part.files))}: the weight {name!r} is missing, in its upstream name.")

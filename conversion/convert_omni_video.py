@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections import Counter
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,7 @@ from .original_checkpoint import (
     OriginalCheckpoint,
     read_tokenizer,
 )
+from .original_checkpoint_2 import find_layout
 from .unfinished import Unfinished, alone, check_disk_space, fingerprint, forget
 from .vila_settings import generation_token_notes, vila_processor, vila_tokenizer
 from .wan_repository import find_wan, load_wan_component, wan_files
@@ -53,6 +55,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 # Parts that may come from a repository of Wan in diffusers' format: our folder -> upstream's file.
 OPTIONAL = {"text_encoder": TEXT_ENCODER, "vae": WAN_VAE, "tokenizer": TEXT_TOKENIZER}
 MAX_MAPPED_BYTES = 2**28
+MAX_CONTEXT_LENGTH = 2560
 console = Console(stderr=True)
 
 
@@ -61,7 +64,7 @@ def convert(
     output: Path,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
-    max_context_length: int = 2560,
+    max_context_length: int | None = None,
     wan_repo: str | None = None,
     with_markers: bool = True,
 ) -> None:
@@ -76,7 +79,7 @@ def convert(
         output: folder to make; it must not exist or be empty.
         dtype: number format of the weights; as stored by default. Parts from `wan_repo` are copied as they are.
         max_shard_size: of each file of weights, such as `"5GB"`.
-        max_context_length: tokens of the decoder's context.
+        max_context_length: tokens of the decoder's context; 2560 by default.
         wan_repo: folder or Hub repository of Wan in diffusers' format, for text encoder, tokenizer and VAE where
             `original` lacks them.
         with_markers: whether the context has marker embeddings; without, they are not looked for.
@@ -84,8 +87,8 @@ def convert(
     Raises:
         ValueError: for anything in the checkpoint that is missing, left over, of another shape, damaged or unsafe.
     """
-    _check_output(output)
-    checkpoint = OriginalCheckpoint(original)
+    check_output(output)
+    checkpoint, max_context_length = OriginalCheckpoint(original), max_context_length or MAX_CONTEXT_LENGTH
     missing = [folder for folder, name in OPTIONAL.items() if not checkpoint.has(name)]
     if missing and wan_repo is None:
         raise ValueError(
@@ -126,7 +129,7 @@ def convert(
     output.parent.mkdir(parents=True, exist_ok=True)
     working = output.with_name(f"{output.name}.incomplete")
     with alone(output), Unfinished(working, fingerprint(original, options)) as unfinished:
-        _check_output(output)  # once more: another run may just have ended
+        check_output(output)  # once more: another run may just have ended
         plans = {component.name: plan_shards(component, dtype, max_shard_size) for component in components}
         copied = [file for name in wan_models for file in wan_files(wan_source, name)]
         needed = sum(plan.metadata["total_size"] for plan in plans.values())
@@ -156,7 +159,8 @@ def report(components: list[Component], notes: list[str], output: Path) -> None:
     Console().print(repository_table(repository_parts(output), title=str(output)))
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
+    """Refuse an output folder that holds something."""
     forget(output)  # of a conversion that was killed when everything else was done
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output}: exists already and is not empty; choose another folder.")
@@ -307,11 +311,17 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder to make.")],
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; as stored by default.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights; memory stays near it.")] = "5GB",
-    max_context_length: Annotated[int, typer.Option(min=1, help="Tokens of the decoder's context.")] = 2560,
+    max_context_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the decoder's context; by default as released.")
+    ] = None,
     wan_repo: Annotated[
         str | None, typer.Option(help="Wan in diffusers' format, for a missing text encoder, tokenizer or VAE.")
     ] = None,
     without_markers: Annotated[bool, typer.Option("--without-markers", help="Join the context's parts bare.")] = False,
+    mllm: Annotated[str | None, typer.Option(help="Omni-Video 2: folder or repository of its Qwen3-VL.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Omni-Video 2: upstream's shared_config.py, which is parsed and not run.")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Convert upstream's checkpoint to a repository for transformers and diffusers."""
@@ -322,15 +332,25 @@ def main(
     try:
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"`--dtype {dtype}` must be one of {', '.join(DTYPES)}.")
-        convert(
-            original,
-            output,
-            dtype=DTYPES.get(dtype),
-            max_shard_size=max_shard_size,
-            max_context_length=max_context_length,
-            wan_repo=wan_repo,
-            with_markers=not without_markers,
-        )
+        options: dict[str, Any] = {
+            "dtype": DTYPES.get(dtype),
+            "max_shard_size": max_shard_size,
+            "max_context_length": max_context_length,
+            "wan_repo": wan_repo,
+        }
+        if find_layout(original) is None:
+            if mllm is not None or prompts is not None:
+                raise ValueError(
+                    f"{original}: is no checkpoint of Omni-Video 2, so `--mllm` and `--prompts` do not apply: leave "
+                    "them out, or check `--original`."
+                )
+            convert(original, output, with_markers=not without_markers, **options)
+        else:
+            if without_markers:
+                raise ValueError("`--without-markers` does not apply to Omni-Video 2: leave it out.")
+            import_module(".convert_omni_video_2", __package__).convert(
+                original, output, mllm=mllm, prompts=prompts, **options
+            )
     except Exception as error:  # one line whatever it is; `--verbose` shows where
         if verbose:
             console.print_exception()

@@ -40,7 +40,7 @@ VILA = "ar_model/checkpoint"
 NULL_STATES = "unconditioned_context/context.pkl"
 MARKERS = "special_tokens/tokens.pkl"
 MARKER_NAMES = ("<img_st>", "<img_ed>", "<ipl_st>", "<ipl_ed>", "<prp_st>", "<prp_ed>")
-WRAPPERS = ("model_state_dict", "module", "state_dict")
+WRAPPERS = ("model_state_dict", "module", "model", "state_dict")
 TRAINED_PREFIXES = ("wan_model.", "adapter.", "ar_vision_head.", "visual_context_adapter.")
 WEIGHT_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pt", ".pth", ".safetensors")
 
@@ -176,7 +176,7 @@ class OriginalCheckpoint:
             trained = self._weights(TRAINED)
             strangers = [name for name in trained.tensors if not name.startswith(TRAINED_PREFIXES)]
             if strangers:
-                raise CorruptCheckpointError(f"{self.root / TRAINED}: has unknown weights: {_some(strangers)}.")
+                raise CorruptCheckpointError(f"{self.root / TRAINED}: has unknown weights: {some_names(strangers)}.")
             trained.tensors = {
                 name.removeprefix(prefix): tensor
                 for name, tensor in trained.tensors.items()
@@ -197,7 +197,7 @@ class OriginalCheckpoint:
             weights = read_weights(path)
             twice = part.tensors.keys() & weights.keys()
             if twice:
-                raise CorruptCheckpointError(f"{path}: has weights that another file has, too: {_some(twice)}.")
+                raise CorruptCheckpointError(f"{path}: has weights that another file has, too: {some_names(twice)}.")
             part.tensors |= weights
             part.files.add(path.relative_to(self.root).as_posix())
         return part
@@ -225,8 +225,7 @@ class OriginalCheckpoint:
             raise CorruptCheckpointError(f"{path}: must hold the tensors {', '.join(MARKER_NAMES)} and no others.")
         rows = [markers[name] for name in MARKER_NAMES]
         for name, row in zip(MARKER_NAMES, rows, strict=True):
-            fits = isinstance(row, torch.Tensor) and row.is_floating_point() and row.ndim == 2 and len(row) == 1
-            if not fits or row.shape != rows[0].shape:
+            if not is_marker_row(row) or row.shape != rows[0].shape:
                 raise CorruptCheckpointError(f"{path}: {name!r} must be a tensor [1, width], got {_kind(row)}.")
         return torch.cat(rows)
 
@@ -300,7 +299,7 @@ def read_weights(path: Path) -> StateDict:
         raise CorruptCheckpointError(f"{path}: holds no weights.")
     others = [name for name, value in content.items() if not isinstance(name, str) or not _is_weight(value)]
     if others:
-        raise CorruptCheckpointError(f"{path}: has entries that are no plain tensors: {_some(others)}.")
+        raise CorruptCheckpointError(f"{path}: has entries that are no plain tensors: {some_names(others)}.")
     weights = {name.removeprefix("module."): tensor for name, tensor in content.items()}
     if len(weights) < len(content):
         raise CorruptCheckpointError(f"{path}: has weights twice, with and without the prefix 'module.'.")
@@ -312,10 +311,16 @@ def _is_weight(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.layout == torch.strided
 
 
+def is_marker_row(value: Any) -> bool:
+    """Whether `value` is a marker embedding `[1, width]`."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == 2 and len(value) == 1
+
+
 def _kind(value: Any) -> str:
     return str(list(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def _some(names: Iterable[Any], most: int = 20) -> str:
+def some_names(names: Iterable[Any], most: int = 20) -> str:
+    """Names for a message, the first `most` of them."""
     names = sorted(map(str, names))
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -45,3 +45,11 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("converted") / "omni-video-tiny"
     convert(CORE / "omni_ckpts", output, max_context_length=64)
     return output
+
+
+@pytest.fixture(scope="session")
+def converted_2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Upstream's golden checkpoints of Omni-Video 2 as our repositories, by layout."""
+    from golden_2 import MLLMS, converted  # noqa: PLC0415 - reads data that other tests do not need
+
+    return {layout: converted(tmp_path_factory.mktemp("converted_2"), layout) for layout in MLLMS}

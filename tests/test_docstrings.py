@@ -23,6 +23,18 @@ NEEDS_MORE_THAN_A_CHECKPOINT = {
     *("OmniVideoTrainer", "averaged_weights", "draw_previews", "gather_trained", "save_model", "train"),
     *("trained_parameters", "collect_lora_layers", "delete_adapters", "fuse_lora", "load_lora_weights"),
     *("save_lora_weights", "unfuse_lora", "set_adapters", "enable_lora", "disable_lora", "unload_lora_weights"),
+    # Omni-Video 2 has no checkpoint in the package.
+    *(
+        "OmniVideo2Pipeline",
+        "OmniVideo2Pipeline.__call__",
+        "OmniVideo2ThinkingMixin.think",
+        "OmniVideo2ThinkingMixin.answer",
+    ),
+    *("OmniVideo2RequestMixin.prepare_video_settings", "OmniVideo2DenoisingMixin.denoise"),
+    *("OmniVideo2EncodersMixin.encode_instruction", "OmniVideo2EncodersMixin.encode_texts"),
+    *("OmniVideo2EncodersMixin.encode_videos", "OmniVideo2EncodersMixin.encode_contexts"),
+    *("OmniVideo2Processor", "OmniVideo2Processor.chat_inputs", "OmniVideo2Processor.video_pixels"),
+    *("OmniVideo2Processor.clip_size", "OmniVideo2Processor.frame_numbers"),
 }
 # These still lack an example. The list may only become shorter.
 WITHOUT = {
@@ -35,7 +47,7 @@ WITHOUT = {
     *("VilaForConditionalGeneration", "VilaForConditionalGeneration.forward"),
     *("VilaForConditionalGeneration.get_image_features", "OmniVideoDenoisingMixin.denoise"),
     *("OmniVideoEncodersMixin.decode", "OmniVideoEncodersMixin.encode_null_instruction"),
-    *("OmniVideoEncodersMixin.encode_source", "OmniVideoPipeline.answer", "OmniVideoPipeline.prepare_latents"),
+    *("OmniVideoEncodersMixin.encode_source", "OmniVideoPipeline.answer", "OmniVideoStepsMixin.prepare_latents"),
     *("OmniVideoRequestMixin.check_inputs", "OmniVideoRequestMixin.check_videos_fit"),
     *("OmniVideoRequestMixin.prepare_settings", "OmniVideoProcessor.__call__"),
     "OmniVideoProcessor.apply_chat_template",

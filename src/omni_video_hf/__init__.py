@@ -19,23 +19,31 @@ if TYPE_CHECKING:
     from .models.configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig, OmniVideoVisionHeadConfig
     from .models.configuration_vila import VilaConfig
     from .models.connectors import OmniVideoAdapter, OmniVideoVisionHead
+    from .models.connectors_2 import OmniVideo2Adapter
     from .models.modeling_omni_video import OmniVideoForConditionalGeneration
     from .models.modeling_vila import VilaForConditionalGeneration
     from .pipelines.lora.loader import collect_lora_layers
-    from .pipelines.output import OmniVideoPipelineOutput
+    from .pipelines.omni_video_2.pipeline_omni_video_2 import OmniVideo2Pipeline
     from .pipelines.pipeline_omni_video import OmniVideoPipeline
+    from .pipelines.shared.output import OmniVideoPipelineOutput
+    from .pipelines.shared.thought import OmniVideoThought
     from .processing.processing_omni_video import OmniVideoProcessor
+    from .processing.processing_omni_video_2 import OmniVideo2Processor
     from .utils.read_budget import read_budget
 
 _HOMES = {
+    "OmniVideo2Adapter": "models.connectors_2",
+    "OmniVideo2Pipeline": "pipelines.omni_video_2.pipeline_omni_video_2",
+    "OmniVideo2Processor": "processing.processing_omni_video_2",
     "OmniVideoAdapter": "models.connectors",
     "OmniVideoAdapterConfig": "models.configuration_omni_video",
     "OmniVideoConfig": "models.configuration_omni_video",
     "OmniVideoForConditionalGeneration": "models.modeling_omni_video",
     "OmniVideoLossConfig": "diffusion.losses",
     "OmniVideoPipeline": "pipelines.pipeline_omni_video",
-    "OmniVideoPipelineOutput": "pipelines.output",
+    "OmniVideoPipelineOutput": "pipelines.shared.output",
     "OmniVideoProcessor": "processing.processing_omni_video",
+    "OmniVideoThought": "pipelines.shared.thought",
     "OmniVideoVisionHead": "models.connectors",
     "OmniVideoVisionHeadConfig": "models.configuration_omni_video",
     "VilaConfig": "models.configuration_vila",
@@ -64,6 +72,9 @@ if not is_command():
     import_module(".processing.registration", __name__).register_auto_classes()
 
 __all__ = [
+    "OmniVideo2Adapter",
+    "OmniVideo2Pipeline",
+    "OmniVideo2Processor",
     "OmniVideoAdapter",
     "OmniVideoAdapterConfig",
     "OmniVideoConfig",
@@ -72,6 +83,7 @@ __all__ = [
     "OmniVideoPipeline",
     "OmniVideoPipelineOutput",
     "OmniVideoProcessor",
+    "OmniVideoThought",
     "OmniVideoVisionHead",
     "OmniVideoVisionHeadConfig",
     "VilaConfig",

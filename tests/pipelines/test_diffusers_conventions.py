@@ -18,7 +18,7 @@ from PIL import Image
 
 from omni_video_hf import OmniVideoPipeline
 from omni_video_hf.media.sources import Source
-from omni_video_hf.pipelines import repository_mixin
+from omni_video_hf.pipelines.shared import repository_mixin
 
 STEPS = 8
 ARGUMENTS = {"task": "t2v", "num_inference_steps": 2, "output_type": "latent"}

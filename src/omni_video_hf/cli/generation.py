@@ -18,8 +18,8 @@ from ..media.video_loading import open_media
 from ..media.video_reader import check_pyav
 from ..media.video_writer import save_video
 from ..models.connectors import OmniVideoAdapter
-from ..pipelines.output import OmniVideoPipelineOutput
 from ..pipelines.pipeline_omni_video import OmniVideoPipeline
+from ..pipelines.shared.output import OmniVideoPipelineOutput
 from ..shapes import CHECKPOINT_NAME
 from ..tasks import find_task
 from ..utils.masking import mask_tokens
@@ -161,7 +161,9 @@ def load(loading: Loading, printing: Printing | None = None, parts: dict[str, An
     if lora is not None:
         pipe.load_lora_weights(lora.pop("pretrained_model_name_or_path_or_dict"), **lora)
     if loading.attention_backend is not None:
-        pipe.transformer.set_attention_backend(loading.attention_backend)
+        for decoder in (pipe.transformer, getattr(pipe, "transformer_2", None)):
+            if decoder is not None:
+                decoder.set_attention_backend(loading.attention_backend)
     if loading.memory is not None:
         return pipe
     if loading.cpu_offload is None:

@@ -12,14 +12,17 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
 
+from ..hub.remote_code import pipeline_class
 from ..hub.staging import check_finished
 from ..media.sources import Source
 from ..models.configuration_omni_video import OmniVideoConfig
 from ..models.connectors import OmniVideoAdapter
+from ..models.connectors_2 import OmniVideo2Adapter
 from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
 from ..pipelines.guidance import Guidance
+from ..pipelines.omni_video_2.pipeline_omni_video_2 import OmniVideo2Pipeline
 from ..pipelines.pipeline_omni_video import OmniVideoPipeline
-from ..pipelines.presets import check_num_frames
+from ..pipelines.presets import check_num_frames, check_source_fits
 from ..tasks import find_task, get_task
 from ..utils.files import read_json
 from .checks import GenerationOptions, Loading
@@ -60,6 +63,8 @@ class Outline:
                 f"{loading.model}: has no model_index.json, so it is not a complete pipeline. `--model` must be one."
             )
         index = read_json(index_file)
+        if pipeline_class(place) == OmniVideo2Pipeline.__name__:
+            return Outline2(_outline_2(place, index), revision)
         parts = {name: _read_config(cls_, place / name) for name, cls_ in _MODELS.items()}
         mllm = _without_layers(OmniVideoConfig.from_pretrained(place / "mllm"))
         left_out: Any = None  # nothing is tokenized for the MLLM, and nothing is denoised
@@ -132,6 +137,56 @@ class Outline:
             return
         numbers = {name: values[name] for name in ("height", "width", "num_frames", "fps")}
         self.pipe.check_videos_fit(source, **numbers, max_context_length=limit, room=room)
+
+
+class Outline2(Outline):
+    """The same for a repository of Omni-Video 2."""
+
+    def check(
+        self, task: str | None, prompts: Sequence[str], options: GenerationOptions, media: dict[str, Any]
+    ) -> None:
+        """As of [`Outline`]; the size of a source is checked when it is read."""
+        with as_usage():
+            if media.get("image") is not None:
+                raise UsageProblem("Omni-Video 2 edits videos only, but the source is an image: pass a video.")
+            pipe: Any = self.pipe
+            task = pipe._check_task(task, media.get("video"))
+            self._check_prompts(prompts)
+            values = options.settings()
+            values.pop("negative_prompt")
+            if options.frames is not None:
+                check_num_frames(pipe.grid, options.frames)
+            scale = options.guidance_scale
+            scale = pipe._preset(task)["guidance_scale"] if scale is None else scale
+            Guidance().with_source_scale(options.source_guidance_scale, task, scale)
+            settings, _ = pipe.prepare_video_settings(task, None, **values)
+            if media.get("video") is not None:
+                room = pipe._least_source_room(options.max_context_length)
+                size = settings.height, settings.width, settings.num_frames
+                check_source_fits(pipe.grid, *size, room, room, pipe._preset(task))
+
+
+def _outline_2(place: Path, index: dict[str, Any]) -> Any:
+    """The pipeline of Omni-Video 2 without layers, processor and MLLM."""
+    models: dict[str, Any] = {
+        "adapter": OmniVideo2Adapter,
+        "transformer": WanTransformer3DModel,
+        "vae": AutoencoderKLWan,
+    }
+    parts = {name: _read_config(kind, place / name) for name, kind in models.items()}
+    left_out: Any = None
+    with torch.device("meta"):
+        return OmniVideo2Pipeline(
+            processor=left_out,
+            mllm=left_out,
+            adapter=OmniVideo2Adapter.from_config(parts["adapter"]),
+            transformer=WanTransformer3DModel.from_config(parts["transformer"], num_layers=0),
+            text_encoder=None,
+            tokenizer=AutoTokenizer.from_pretrained(place / "tokenizer"),
+            vae=AutoencoderKLWan.from_config(parts["vae"]),
+            scheduler=left_out,
+            presets=index.get("presets"),
+        )
 
 
 _MODELS = {"adapter": OmniVideoAdapter, "transformer": WanTransformer3DModel, "vae": AutoencoderKLWan}

@@ -50,7 +50,9 @@ def repository_parts(
     for file, header in repository_headers(repository, revision, token).items():
         folder = file.rpartition("/")[0]
         for name, (dtype, shape, num_bytes) in header.items():
-            part = name.split(".")[0] if folder == "mllm" else folder or name.split(".")[0]
+            part = folder or name.split(".")[0]
+            if folder == "mllm" and name.startswith(("mllm.", "vision_head.")):  # MLLM and vision head of version 1
+                part = name.split(".")[0]
             groups.setdefault(part, []).append((dtype, math.prod(shape), num_bytes))
             files.setdefault(part, set()).add(file)
     parts = []

@@ -48,6 +48,9 @@ EXPORTS = {
     "OmniVideoAdapter": "models.connectors",
     "OmniVideoProcessor": "processing.processing_omni_video",
     "OmniVideoPipeline": "pipelines.pipeline_omni_video",
+    "OmniVideo2Adapter": "models.connectors_2",
+    "OmniVideo2Processor": "processing.processing_omni_video_2",
+    "OmniVideo2Pipeline": "pipelines.omni_video_2.pipeline_omni_video_2",
 }
 # Components of the pipeline that are classes of this project.
 COMPONENT_CLASSES = {
@@ -56,6 +59,15 @@ COMPONENT_CLASSES = {
     "adapter": "OmniVideoAdapter",
 }
 PIPELINE_CLASS = "OmniVideoPipeline"
+# The same by class of pipeline. The MLLM of Omni-Video 2 is a stock model of transformers.
+PIPELINE_COMPONENTS: dict[str, dict[str, str]] = {
+    PIPELINE_CLASS: COMPONENT_CLASSES,
+    "OmniVideo2Pipeline": {
+        "processor": "OmniVideo2Processor",
+        "adapter": "OmniVideo2Adapter",
+        "adapter_2": "OmniVideo2Adapter",
+    },
+}
 # Classes for the Auto classes of transformers, in `config.json` at the root. `AutoModel` needs its own entry.
 AUTO_MAP = {
     "AutoConfig": "OmniVideoConfig",
@@ -121,7 +133,8 @@ def write_remote_code(directory: Path) -> None:
     files = code_files()
     suffix = re.sub(rf"{ENTRY}({SUFFIX})\.py", r"\1", list(files)[-1])
     component = {f"{COMPONENT_ENTRY}{suffix}.py": _component_text(suffix)}
-    folders = [directory / name for name in COMPONENT_CLASSES if (directory / name).is_dir()]
+    classes = PIPELINE_COMPONENTS[pipeline_class(directory)]
+    folders = [directory / name for name in classes if (directory / name).is_dir()]
     outdated: list[Path] = []
     for folder, wanted in ((directory, files), *((folder, component) for folder in folders)):
         outdated += [path for path in folder.glob("*.py") if path.name not in wanted and is_written_code(path)]
@@ -129,13 +142,22 @@ def write_remote_code(directory: Path) -> None:
             write_text(folder / name, text)
     _write_model_index(directory, suffix)
     models = {name: f"{ENTRY}{suffix}.{cls}" for name, cls in AUTO_MAP.items() if name != "AutoProcessor"}
-    for folder in (directory, directory / "mllm"):
+    for folder in (directory, *([directory / "mllm"] if "mllm" in classes else [])):
         _update_json(folder / "config.json", auto_map=models)
     for folder in (directory, directory / "processor"):
-        processor = {"AutoProcessor": f"{ENTRY}{suffix}.{AUTO_MAP['AutoProcessor']}"}
+        processor = {"AutoProcessor": f"{ENTRY}{suffix}.{classes['processor']}"}
         _update_json(folder / "processor_config.json", auto_map=processor)
     for path in outdated:  # last, because other files refer to them before
         path.unlink(missing_ok=True)
+
+
+def pipeline_class(directory: Path) -> str:
+    """Class of the pipeline of a repository; that of version 1 where `model_index.json` names none of this project."""
+    path = directory / "model_index.json"
+    index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    name = name[-1] if isinstance(name, list) and name else name
+    return name if isinstance(name, str) and name in PIPELINE_COMPONENTS else PIPELINE_CLASS
 
 
 def is_written_code(path: Path) -> bool:
@@ -208,7 +230,8 @@ def _entry_text(files: list[str], suffix: str) -> str:
 
 
 def _component_text(suffix: str) -> str:
-    files = {name: _file_name(EXPORTS[name].partition(".")[0], suffix) for name in sorted(COMPONENT_CLASSES.values())}
+    names = sorted({name for classes in PIPELINE_COMPONENTS.values() for name in classes.values()})
+    files = {name: _file_name(EXPORTS[name].partition(".")[0], suffix) for name in names}
     lines = [
         f"# {PACKAGE} {__version__}, written when saving; edits get lost.",
         '"""Where diffusers looks for the class of a component. The code lies at the root, which is loaded before."""',
@@ -345,8 +368,8 @@ def _write_model_index(directory: Path, suffix: str) -> None:
     path = directory / "model_index.json"
     if not path.is_file():
         return
-    index = json.loads(path.read_text(encoding="utf-8"))
-    for name, expected in (COMPONENT_CLASSES | {"_class_name": PIPELINE_CLASS}).items():
+    index, own = json.loads(path.read_text(encoding="utf-8")), pipeline_class(directory)
+    for name, expected in (PIPELINE_COMPONENTS[own] | {"_class_name": own}).items():
         found = index.get(name)
         found = found[1] if isinstance(found, list) else found
         if found is None and name != "_class_name":
@@ -371,9 +394,11 @@ __all__ = [
     "CODE_FILE",
     "COMPONENT_CLASSES",
     "PIPELINE_CLASS",
+    "PIPELINE_COMPONENTS",
     "__version__",
     "code_files",
     "import_from_package",
     "is_written_code",
+    "pipeline_class",
     "write_remote_code",
 ]

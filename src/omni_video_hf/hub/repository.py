@@ -22,7 +22,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from ..utils.files import is_plain_name, read_json, visible_files, write_json, write_text
 from ..utils.tokens import hub_call
 from .headers import read_header
-from .remote_code import write_remote_code
+from .remote_code import PIPELINE_CLASS, pipeline_class, write_remote_code
 from .staging import (
     PIPELINE_INDEX_NAME,
     check_finished,
@@ -79,19 +79,25 @@ def finalize_repository(directory: str | Path, variant: str | None = None) -> No
         if content.keys() & _LOCAL_ENTRIES:
             kept = {name: value for name, value in content.items() if name not in _LOCAL_ENTRIES}
             write_json(path, kept, sort_keys=True)
-    if (directory / "mllm" / "config.json").is_file():
+    if (directory / "mllm" / "config.json").is_file() and is_whole_model(directory):
         write_root_index(directory, variant)
     _keep_presets(directory)
     write_remote_code(directory)
 
 
+def is_whole_model(directory: Path) -> bool:
+    """Whether the parts of a repository also make one model of transformers; Omni-Video 2's make a pipeline only."""
+    return pipeline_class(directory) == PIPELINE_CLASS
+
+
 def _keep_presets(directory: Path) -> None:
-    """Copy the presets of the pipeline into the adapter's configuration, so that a model saved alone keeps them."""
-    index, path = _read_json(directory / PIPELINE_INDEX_NAME), directory / "adapter" / "config.json"
-    adapter = _read_json(path)
-    if index and adapter and index.get("presets") and "_presets" not in adapter:
-        kept = {"presets": index["presets"], "scheduler_shift": index.get("scheduler_shift")}
-        write_json(path, adapter | {"_presets": kept}, sort_keys=True)
+    """Copy the presets of the pipeline into its adapters' configurations, so that a model saved alone keeps them."""
+    index = _read_json(directory / PIPELINE_INDEX_NAME)
+    for path in (directory / name / "config.json" for name in ("adapter", "adapter_2")):
+        adapter = _read_json(path)
+        if index and adapter and index.get("presets") and "_presets" not in adapter:
+            kept = {"presets": index["presets"], "scheduler_shift": index.get("scheduler_shift")}
+            write_json(path, adapter | {"_presets": kept}, sort_keys=True)
 
 
 def write_root_index(directory: str | Path, variant: str | None = None) -> None:
@@ -377,7 +383,8 @@ def index_entries(index: Path) -> list[str]:
 def missing_parts(directory: str | Path) -> list[str]:
     """Names of components and files that a folder needs to be loaded by transformers and diffusers, but lacks."""
     directory = Path(directory)
-    missing = [name for name in (PIPELINE_INDEX_NAME, "config.json") if not (directory / name).is_file()]
+    needed = (PIPELINE_INDEX_NAME, *(["config.json"] if is_whole_model(directory) else []))
+    missing = [name for name in needed if not (directory / name).is_file()]
     index = _read_json(directory / PIPELINE_INDEX_NAME) or {}
     components = [name for name, value in index.items() if isinstance(value, list) and name[0] != "_" and value[0]]
     missing += [name for name in components if not (directory / name).is_dir()]

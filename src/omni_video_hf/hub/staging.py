@@ -25,7 +25,7 @@ from ..utils.files import (
     workspaces,
     write_mark,
 )
-from .remote_code import CODE_FILE, PIPELINE_CLASS, is_written_code
+from .remote_code import CODE_FILE, PIPELINE_COMPONENTS, is_written_code
 
 MODEL_TYPE, PIPELINE_INDEX_NAME = "omni_video", "model_index.json"
 _WEIGHTS = re.compile(
@@ -260,7 +260,7 @@ def is_repository(directory: Path) -> bool:
     found = []
     if index is not None:
         name = index.get("_class_name")
-        found.append((name[-1] if isinstance(name, list) and name else name) == PIPELINE_CLASS)
+        found.append((name[-1] if isinstance(name, list) and name else name) in PIPELINE_COMPONENTS)
     if config is not None:
         found.append(config.get("model_type") == MODEL_TYPE)
     return bool(found) and all(found)

@@ -1,6 +1,6 @@
 """Loading of videos from files, URLs, frames, arrays and tensors, resampled to a frame rate or length."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,6 +138,26 @@ def load_sampled_video(source: Any, strategy: str, num_frames: int) -> np.ndarra
         return _decoded_frames(index, sample_indices(strategy, index.info.num_frames, num_frames))
 
 
+def load_chosen_frames(source: Any, choose: Callable[[int], Sequence[int]]) -> tuple[VideoClip, int]:
+    """
+    Load the frames of a video whose numbers a function chooses; of a file only these are decoded.
+
+    Args:
+        source: as of [`load_video`].
+        choose: gets the number of frames in the video, and gives the numbers of those to load, in any order.
+
+    Returns:
+        The chosen frames, with the frame rate of the whole video, and the number of its frames.
+    """
+    if not isinstance(source, (str, Path)):
+        clip = load_video(source)
+        return VideoClip(clip.frames[list(choose(len(clip.frames)))], clip.fps, clip.notes), len(clip.frames)
+    with local_file(source) as path:
+        index = read_index(path)
+        frames = _decoded_frames(index, choose(index.info.num_frames))
+        return VideoClip(frames, index.info.fps, index.info.notes), index.info.num_frames
+
+
 def _decoded_frames(index: VideoIndex, numbers: Sequence[int]) -> np.ndarray:
     _check_bytes(index, len(numbers))
     rows: dict[int, list[int]] = {}
@@ -227,4 +247,4 @@ def open_media(source: str | Path) -> tuple[Literal["image", "video"], Any]:
     return "video", source
 
 
-__all__ = ["load_sampled_video", "load_video", "open_media", "probe_frames"]
+__all__ = ["load_chosen_frames", "load_sampled_video", "load_video", "open_media", "probe_frames"]

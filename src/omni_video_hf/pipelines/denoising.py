@@ -14,14 +14,13 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..diffusion.flow_matching import NUM_TRAIN_TIMESTEPS, UncheckedSolve, add_noise
-from ..diffusion.window_plan import Window, blend_windows, pyramid_weights, shuffled_noise
+from ..diffusion.window_plan import Window, blend_windows, pyramid_weights
 from ..models.configuration_omni_video import check_source_channels
 from ..models.context_attention import ConstantContext, check_not_denoising, constant_context
 from ..models.source_channels import with_source_channels
 from ..utils.modules import Host
 from ..utils.turns import has_turn, in_turn, turn
 from .guidance import NO_SOURCE, Guidance, warn_of_idle_cache
-from .presets import GenerationSettings
 from .request_checks import FiniteSteps
 
 
@@ -118,56 +117,6 @@ class OmniVideoDenoisingMixin(Host):
         """Set `pipe._interrupt = True` in a callback to skip the remaining steps."""
         return self._interrupt
 
-    def prepare_latents(
-        self,
-        batch_size: int,
-        settings: GenerationSettings,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        device: torch.device | None = None,
-        windows: Sequence[Window] = (),
-    ) -> torch.Tensor:
-        """
-        Initial noise `[batch, channels, frames, height, width]` in float32.
-
-        Args:
-            batch_size: number of samples.
-            settings: size and length.
-            generator: one per sample, or one for all.
-            latents: noise of the caller, of that shape, instead of new noise.
-            device: device of the result. Default: the device that the pipeline runs on.
-            windows: windows of a long video. With several, noise of the length of the first one is drawn, and the
-                later ones get it in another order, see [`shuffled_noise`].
-
-        Example:
-            >>> from omni_video_hf import OmniVideoPipeline
-            >>> from omni_video_hf.shapes import CHECKPOINT
-            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
-            >>> from omni_video_hf.media.sources import Source
-            >>> settings, _ = pipe.prepare_settings("t2v", Source(), *[None] * 7)
-            >>> pipe.prepare_latents(1, settings).shape
-            torch.Size([1, 16, 5, 8, 8])
-        """
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` has {len(generator)} entries for {batch_size} samples: pass one per sample."
-            )
-        shape = (
-            batch_size,
-            self.transformer.config.out_channels,
-            self.grid.latent_frames(settings.num_frames),
-            settings.height // self.grid.spatial,
-            settings.width // self.grid.spatial,
-        )
-        device = device or self._execution_device
-        if latents is None:
-            drawn = (*shape[:2], windows[0].stop, *shape[3:]) if windows else shape
-            noise = randn_tensor(drawn, generator=generator, device=device, dtype=torch.float32)
-            return noise if drawn == shape else shuffled_noise(noise, windows, generator)
-        if tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` must be {shape} for these settings, got {tuple(latents.shape)}.")
-        return latents.to(device, torch.float32)
-
     def prepare_source_channels(
         self,
         latents: torch.Tensor,
@@ -243,6 +192,11 @@ class OmniVideoDenoisingMixin(Host):
             for window, own in zip_longest(windows, sources[: len(windows)], fillvalue={})
         ]
         return JointWindows(windows, lead_ins, contexts, channels)
+
+    @property
+    def _decoder(self) -> Any:
+        """The decoder that denoises; a pipeline with several returns that of the running step."""
+        return self.transformer
 
     @in_turn("transformer")
     def denoise(
@@ -335,10 +289,11 @@ class OmniVideoDenoisingMixin(Host):
                     finite.add(step, tensors["latents"])
                     if callback_on_step_end is not None:
                         given = {
-                            name: tensors[_ALIASES.get(name, name)] for name in callback_on_step_end_tensor_inputs
+                            name: tensors[CONTEXT_ALIASES.get(name, name)]
+                            for name in callback_on_step_end_tensor_inputs
                         }
                         returned = callback_on_step_end(self, step, timestep, dict(given))
-                        tensors |= (changed := _changes(returned, given, tensors))
+                        tensors |= (changed := changed_tensors(returned, given, tensors))
                         finite.add(step, tensors["latents"], "`callback_on_step_end`")
                         self._set_changed_contexts(constant, joint, guidance, tensors, changed)
         finally:
@@ -358,7 +313,7 @@ class OmniVideoDenoisingMixin(Host):
     def _branch_contexts(self, tensors: dict[str, Any], guidance: Guidance) -> dict[str, torch.Tensor]:
         """Contexts of the branches in the decoder's format."""
         contexts = guidance.contexts(tensors["context"], tensors["null_context"], tensors["no_source_context"])
-        return {branch: states.to(self.transformer.dtype) for branch, states in contexts.items()}
+        return {branch: states.to(self._decoder.dtype) for branch, states in contexts.items()}
 
     def _set_window_contexts(self, constant: ConstantContext, joint: JointWindows, guidance: Guidance) -> None:
         """Contexts of the later windows, where each has its own."""
@@ -466,9 +421,9 @@ class OmniVideoDenoisingMixin(Host):
             nothing = torch.zeros_like(channels)
             has_source = [False, True, True][-parts:] if branch != NO_SOURCE else [False]
             states = torch.cat([states, torch.cat([channels if has else nothing for has in has_source])], dim=1)
-        states = states.to(self.transformer.dtype)
-        with self.transformer.cache_context(of_window), constant.enter(name) as context:
-            velocity = self.transformer(
+        states = states.to(self._decoder.dtype)
+        with self._decoder.cache_context(of_window), constant.enter(name) as context:
+            velocity = self._decoder(
                 hidden_states=states,
                 timestep=timestep.expand(len(states)),
                 encoder_hidden_states=context,
@@ -504,17 +459,19 @@ def _begun_with(latents: torch.Tensor, known: torch.Tensor, noise: torch.Tensor,
     return torch.cat([first, latents[:, :, first.shape[2] :]], dim=2)
 
 
-_ALIASES = {"prompt_embeds": "context", "negative_prompt_embeds": "null_context"}
+CONTEXT_ALIASES = {"prompt_embeds": "context", "negative_prompt_embeds": "null_context"}
 
 
-def _changes(returned: Any, given: dict[str, torch.Tensor | None], tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
+def changed_tensors(
+    returned: Any, given: dict[str, torch.Tensor | None], tensors: dict[str, Any]
+) -> dict[str, torch.Tensor]:
     """The tensors that a callback changed, by their names in the denoising loop."""
     if not isinstance(returned, dict):
         raise TypeError(f"`callback_on_step_end` must return a dictionary of what it changes, got {returned!r}.")
     changed: dict[str, torch.Tensor] = {}
     # Of two names for one tensor, the one that it was changed under counts.
     for name in sorted(returned, key=lambda name: returned[name] is not given.get(name)):
-        own, tensor = _ALIASES.get(name, name), returned[name]
+        own, tensor = CONTEXT_ALIASES.get(name, name), returned[name]
         if own not in tensors or tensors[own] is None:
             continue
         if tensor.shape[0] != tensors[own].shape[0]:
@@ -553,4 +510,11 @@ def register_with_cache_dit(pipeline: type) -> None:
         )
 
 
-__all__ = ["JointWindows", "OmniVideoDenoisingMixin", "callback_inputs", "register_with_cache_dit", "whole_call"]
+__all__ = [
+    "JointWindows",
+    "OmniVideoDenoisingMixin",
+    "callback_inputs",
+    "changed_tensors",
+    "register_with_cache_dit",
+    "whole_call",
+]

@@ -8,7 +8,6 @@ import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, SchedulerMixin, WanTransformer3DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
-from diffusers.video_processor import VideoProcessor
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..media.sources import Source
@@ -21,16 +20,18 @@ from .denoising import OmniVideoDenoisingMixin, callback_inputs, register_with_c
 from .encoders import OmniVideoEncodersMixin, per_prompt
 from .guidance import Guidance
 from .lora.loader import OmniVideoLoraLoaderMixin, with_lora_scale, without_lora_scale
-from .output import OmniVideoPipelineOutput, OmniVideoStreamMixin, chunks_joined
 from .presets import (
     LatentGrid,
     find_presets,
     keep_presets,
 )
-from .repository_mixin import OmniVideoRepositoryMixin
-from .request import OmniVideoRequestMixin, rows_of, seeded_generator
-from .request_checks import FiniteLogits, check_numbers, check_result
-from .scheduling import check_schedule, given_levels, prepare_scheduler, preset_shift
+from .request import OmniVideoRequestMixin, rows_of
+from .request_checks import FiniteLogits, check_result
+from .scheduling import check_schedule, given_levels, preset_shift
+from .shared.output import OmniVideoPipelineOutput
+from .shared.repository_mixin import OmniVideoRepositoryMixin
+from .shared.steps import OmniVideoStepsMixin, seeded_generator
+from .shared.streaming import OmniVideoStreamMixin, chunks_joined
 
 logger = logging.get_logger(__name__)
 
@@ -41,6 +42,7 @@ class OmniVideoPipeline(
     OmniVideoRepositoryMixin,
     OmniVideoDenoisingMixin,
     OmniVideoStreamMixin,
+    OmniVideoStepsMixin,
     DiffusionPipeline,
     OmniVideoLoraLoaderMixin,
 ):
@@ -127,21 +129,6 @@ class OmniVideoPipeline(
             else None,
             positions=self.transformer.config.rope_max_seq_len,
         )
-
-    @property
-    def video_processor(self) -> VideoProcessor:
-        """Converts frames to inputs of the VAE, and its outputs to frames."""
-        self._require("vae")
-        return VideoProcessor(vae_scale_factor=self.vae.config.scale_factor_spatial)
-
-    def _require(self, *names: str) -> None:
-        """Refuse what needs a component that this pipeline was made without."""
-        missing = [name for name in names if getattr(self, name) is None]
-        if missing:
-            raise ValueError(
-                f"This pipeline was created without `{'` and `'.join(missing)}`, so it can only encode and answer. "
-                f"Load it with all components, or add them with `pipe.register_modules({missing[0]}=...)`."
-            )
 
     # --- the call ---------------------------------------------------------------------------------------------------
 
@@ -476,37 +463,6 @@ class OmniVideoPipeline(
         if not wants_video and not wants_image:
             return find_task(None, "text")
         return find_task(source_kind, "video" if wants_video else "image")
-
-    # --- 6. latents and schedule ------------------------------------------------------------------------------------
-
-    def prepare_scheduler(
-        self,
-        num_inference_steps: int,
-        flow_shift: float,
-        device: torch.device | None = None,
-        sigmas: Sequence[float] | None = None,
-        timesteps: Sequence[float] | None = None,
-    ) -> SchedulerMixin:
-        """
-        Create a scheduler for one call, by default with the sigmas of the authors' code, see [`prepare_scheduler`].
-
-        The scheduler of the pipeline is not changed.
-
-        Example:
-            >>> from omni_video_hf import OmniVideoPipeline
-            >>> from omni_video_hf.shapes import CHECKPOINT
-            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
-            >>> len(pipe.prepare_scheduler(num_inference_steps=4, flow_shift=3.0).timesteps)
-            4
-        """
-        check_numbers(num_inference_steps=num_inference_steps, flow_shift=flow_shift)
-        return prepare_scheduler(self.scheduler, num_inference_steps, flow_shift, device, sigmas, timesteps)
-
-    # --- helpers ----------------------------------------------------------------------------------------------------
-
-    def _output(self, return_dict: bool, **fields: Any) -> OmniVideoPipelineOutput | tuple:
-        output = OmniVideoPipelineOutput(**fields)
-        return output if return_dict else (output.frames, output.text)
 
 
 __all__ = ["OmniVideoPipeline"]

@@ -500,10 +500,12 @@ def keep_presets(
         _OF_PROCESSOR[processor] = kept
 
 
-def find_presets(adapter: Any, processor: Any) -> tuple[dict[str, dict[str, Any]], float | None]:
-    """Presets and scheduler shift stored in components; without them, the presets of the released model."""
+def find_presets(
+    adapter: Any, processor: Any, default: dict[str, dict[str, Any]] | None = None
+) -> tuple[dict[str, dict[str, Any]], float | None]:
+    """Presets and scheduler shift stored in components; without them `default`, by default the released model's."""
     kept = None if adapter is None else adapter.config.get(_ENTRY)
-    kept = kept or (None if processor is None else _OF_PROCESSOR.get(processor)) or {"presets": PRESETS}
+    kept = kept or (None if processor is None else _OF_PROCESSOR.get(processor)) or {"presets": default or PRESETS}
     return kept["presets"], kept.get("scheduler_shift")
 
 

@@ -428,27 +428,4 @@ def rows_of(embeds: torch.Tensor | Sequence[torch.Tensor] | None) -> Sequence[to
     return () if embeds is None else list(embeds)
 
 
-def seeded_generator(
-    generator: torch.Generator | list[torch.Generator] | None,
-) -> tuple[torch.Generator | list[torch.Generator], int | list[int] | None]:
-    """
-    A generator, and the seed that reproduces its numbers.
-
-    Returns:
-        The given generator, or a new one with a seed below 2^32 from torch's global generator. The seed is `None` for
-        a generator that was used before; a list of generators has a list of seeds.
-    """
-    if generator is None:
-        seed = int(torch.randint(2**32, ()))
-        return torch.Generator("cpu").manual_seed(seed), seed
-    seeds = [
-        entry.initial_seed()
-        for entry in (generator if isinstance(generator, list) else [generator])
-        if torch.equal(entry.get_state(), torch.Generator(entry.device).manual_seed(entry.initial_seed()).get_state())
-    ]
-    if isinstance(generator, list):
-        return generator, seeds if len(seeds) == len(generator) else None
-    return generator, seeds[0] if seeds else None
-
-
-__all__ = ["OmniVideoRequestMixin", "rows_of", "seeded_generator"]
+__all__ = ["OmniVideoRequestMixin", "rows_of"]

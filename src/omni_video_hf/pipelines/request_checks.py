@@ -23,6 +23,7 @@ NUMBERS: dict[str, tuple[bool, float, bool]] = {
     "source_guidance_scale": (False, 0, True),
     "flow_shift": (False, 0, False),
     "num_videos_per_prompt": (True, 1, True),
+    "frame_stride": (True, 1, True),
     "max_new_tokens": (True, 1, True),
     "max_sequence_length": (True, 1, True),
     "max_context_length": (True, 1, True),

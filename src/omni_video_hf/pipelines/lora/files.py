@@ -30,7 +30,13 @@ logger = logging.get_logger(__name__)
 
 
 # Component of the pipeline -> prefixes of its keys in the file. Those of `mllm` are the names of its children.
-PREFIXES = {"transformer": ("transformer",), "adapter": ("adapter",), "mllm": ("mllm", "vision_head")}
+PREFIXES = {
+    "transformer": ("transformer",),
+    "adapter": ("adapter",),
+    "mllm": ("mllm", "vision_head"),
+    "transformer_2": ("transformer_2",),
+    "adapter_2": ("adapter_2",),
+}
 
 
 LORA_NAME, PEFT_NAME, PEFT_CONFIG = (

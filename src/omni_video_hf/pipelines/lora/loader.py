@@ -143,15 +143,19 @@ class OmniVideoLoraLoaderMixin(WanLoraLoaderMixin):
         if unknown:
             raise TypeError(f"`load_lora_weights` has no arguments {unknown}; allowed are {FILE_ARGUMENTS}.")
         components: dict[str, Any] = {name: getattr(self, name, None) for name in PREFIXES}
-        file = read_lora_file(pretrained_model_name_or_path_or_dict, **kwargs)
-        check_lora_metadata(file.settings or file.peft_config, file.source)
-        parts = split_lora(file, components)
+        parts = self._read_parts(pretrained_model_name_or_path_or_dict, components, **kwargs)
         with turn(*components.values()):
             adapter_name = self._adapter_name(adapter_name, parts, hotswap)
             touched = {name: components[name] for name in parts}
             with self._without_offload(), _nothing_on_failure(touched, adapter_name):
                 for component, part in parts.items():
                     _load_part(components[component], part, adapter_name, hotswap, low_cpu_mem_usage)
+
+    def _read_parts(self, given: Any, components: Mapping[str, Any], **kwargs: Any) -> dict[str, LoraPart]:
+        """The LoRA of each component in a file, checked; no layer is loaded."""
+        file = read_lora_file(given, **kwargs)
+        check_lora_metadata(file.settings or file.peft_config, file.source)
+        return split_lora(file, components)
 
     @while_nobody_generates
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:

@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import get_device
 from transformers import QuantoConfig
 from transformers.utils import is_optimum_quanto_available
 
-from ..repository_mixin import AS_STORED, stored_dtype
+from ..shared.repository_mixin import AS_STORED, stored_dtype
 
 # All components with weights, in the order in which a call runs them.
 COMPONENTS = ("mllm", "text_encoder", "adapter", "transformer", "vae")
@@ -32,6 +32,11 @@ ACTIVATIONS = {
     "vae": 8_170_000_000,
 }
 TILED_VAE_ACTIVATIONS = 1_810_000_000
+# Omni-Video 2 has a second adapter and decoder, of which only one runs at a time. Its numbers are estimates: those of
+# a decoder grow with its width, and the MLLM has 4096 tokens in its cache.
+EXPERT_COMPONENTS = ("mllm", "text_encoder", "adapter", "adapter_2", "transformer", "transformer_2", "vae")
+MLLM_ACTIVATIONS_2 = 900_000_000
+MEASURED_DECODER_WIDTH = 1536
 LIBRARIES = 2**30  # approximate memory of the accelerator's libraries and of allocator fragmentation
 
 Headers = Mapping[str, Mapping[str, tuple[str, tuple[int, ...], int]]]  # file -> weight -> dtype, shape, bytes
@@ -69,19 +74,43 @@ PROFILES = {
 }
 
 
-def get_memory_profile(name: str) -> MemoryProfile:
+# The MLLM of Omni-Video 2 A14B alone has 62 GB in bfloat16, and each of its experts 28 GB.
+OMNI_VIDEO_2_PROFILES = {
+    profile.name: profile
+    for profile in (
+        MemoryProfile("80GB", 80),
+        MemoryProfile("24GB", 24, offload="group"),
+        MemoryProfile("16GB", 16, offload="group", tile_vae=True),
+    )
+}
+_BY_PIPELINE = {"OmniVideo2Pipeline": OMNI_VIDEO_2_PROFILES}
+
+
+def get_memory_profile(name: str, pipeline_class: str = "OmniVideoPipeline") -> MemoryProfile:
     """
-    Look a memory profile up by its name.
+    Look a memory profile up by its name, among those of a pipeline's class.
 
     Raises:
         ValueError: for an unknown name.
     """
-    if name not in PROFILES:
+    profiles = _BY_PIPELINE.get(pipeline_class, PROFILES)
+    if name not in profiles:
         raise ValueError(
-            f"`memory` must be one of {', '.join(map(repr, PROFILES))}, got {name!r}: choose the largest one that is "
+            f"`memory` must be one of {', '.join(map(repr, profiles))}, got {name!r}: choose the largest one that is "
             "not more than the memory of the accelerator."
         )
-    return PROFILES[name]
+    return profiles[name]
+
+
+def profiles_for(headers: Headers) -> dict[str, MemoryProfile]:
+    """The profiles for a repository: those of Omni-Video 2 where the MLLM is a stock model."""
+    return OMNI_VIDEO_2_PROFILES if _is_version_2(headers) else PROFILES
+
+
+def _is_version_2(headers: Headers) -> bool:
+    """Whether the MLLM is a stock model, whose weights have no vision head beside it."""
+    names = [name for name, _ in _tensors_of("mllm", headers)]
+    return bool(names) and not any(name.startswith(("mllm.", "vision_head.")) for name in names)
 
 
 # --- applying a profile -------------------------------------------------------------------------------------------
@@ -173,7 +202,8 @@ def estimate_memory(headers: Headers, profile: MemoryProfile | None) -> MemoryEs
     Raises:
         ValueError: if a component has no weights.
     """
-    tensors = {name: list(_tensors_of(name, headers)) for name in COMPONENTS}
+    tensors = {name: list(_tensors_of(name, headers)) for name in EXPERT_COMPONENTS}
+    tensors = {name: found for name, found in tensors.items() if found or name in COMPONENTS}
     missing = [name for name, found in tensors.items() if not found]
     if missing:
         raise ValueError(
@@ -187,20 +217,36 @@ def estimate_memory(headers: Headers, profile: MemoryProfile | None) -> MemoryEs
         for name, found in tensors.items()
     }
     totals = {name: sum(found) for name, found in sizes.items()}
-    activations = ACTIVATIONS | ({"vae": TILED_VAE_ACTIVATIONS} if profile and profile.tile_vae else {})
+    activations = _activations(tensors, headers)
+    if profile and profile.tile_vae:
+        activations["vae"] = TILED_VAE_ACTIVATIONS
     if profile is None:
-        there = dict.fromkeys(COMPONENTS, sum(totals.values()))
+        there = dict.fromkeys(tensors, sum(totals.values()))
     elif profile.offload == "model":
         # The encoder of an edit's source stays on the accelerator until the decoder has run.
-        there = {name: totals[name] + totals["vae"] * (name in ("adapter", "transformer")) for name in COMPONENTS}
+        there = {
+            name: total + totals["vae"] * name.startswith(("adapter", "transformer")) for name, total in totals.items()
+        }
     else:
         there = {
             name: 2 * max(found) for name, found in sizes.items()
         }  # one layer, and the next one, which is being loaded
     return MemoryEstimate(
-        accelerator={name: there[name] + activations[name] for name in COMPONENTS},
+        accelerator={name: there[name] + activations[name] for name in tensors},
         main=sum(totals.values()) if profile else 0,
     )
+
+
+def _activations(tensors: Mapping[str, list[tuple[str, tuple[int, ...]]]], headers: Headers) -> dict[str, int]:
+    """Peak bytes of activations by component; of the decoders of Omni-Video 2 by their width."""
+    activations = dict(ACTIVATIONS)
+    if not _is_version_2(headers):
+        return activations
+    widths = [shape[0] for name, shape in tensors["transformer"] if name == "patch_embedding.weight"]
+    scale = widths[0] / MEASURED_DECODER_WIDTH if widths else 1
+    decoder = int(ACTIVATIONS["transformer"] * scale)
+    second = {"adapter_2": ACTIVATIONS["adapter"], "transformer_2": decoder}
+    return activations | {"mllm": MLLM_ACTIVATIONS_2, "transformer": decoder} | second
 
 
 def _tensors_of(component: str, headers: Headers) -> Iterable[tuple[str, tuple[int, ...]]]:
@@ -234,6 +280,8 @@ def _stored_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype, quantiz
 
 __all__ = [
     "COMPONENTS",
+    "EXPERT_COMPONENTS",
+    "OMNI_VIDEO_2_PROFILES",
     "PROFILES",
     "MemoryEstimate",
     "MemoryProfile",
@@ -241,4 +289,5 @@ __all__ = [
     "estimate_memory",
     "get_memory_profile",
     "loading_arguments",
+    "profiles_for",
 ]

@@ -19,11 +19,11 @@ def memory_table(headers: Mapping[str, Header], title: str) -> Table:
     table = Table(title=escape(title), caption="GB; activations are the released model's for a video of 832x480x81")
     table.add_column("memory=")
     table.add_column("switches on")
-    for column in (*memory.COMPONENTS, "peak", "main memory"):
+    for column in (*memory.estimate_memory(headers, None).accelerator, "peak", "main memory"):
         table.add_column(column, justify="right")
-    for profile in (None, *memory.PROFILES.values()):
+    for profile in (None, *memory.profiles_for(headers).values()):
         estimate = memory.estimate_memory(headers, profile)
-        needs = [f"{estimate.accelerator[name] / 1e9:.1f}" for name in memory.COMPONENTS]
+        needs = [f"{need / 1e9:.1f}" for need in estimate.accelerator.values()]
         peak, main = f"{estimate.peak / 1e9:.1f}", f"{estimate.main / 1e9:.1f}"
         table.add_row(profile.name if profile else "none", _switches(profile), *needs, peak, main)
     return table
@@ -32,7 +32,7 @@ def memory_table(headers: Mapping[str, Header], title: str) -> Table:
 def memory_rows(headers: Mapping[str, Header]) -> list[dict[str, Any]]:
     """The memory that every profile needs, as plain values in bytes."""
     memory, rows = import_module(".profiles", __package__), []
-    for profile in (None, *memory.PROFILES.values()):
+    for profile in (None, *memory.profiles_for(headers).values()):
         estimate = memory.estimate_memory(headers, profile)
         row = {"memory": profile.name if profile else None, "switches_on": _switches(profile), "peak": estimate.peak}
         rows.append(row | {"main": estimate.main, "accelerator": dict(estimate.accelerator)})

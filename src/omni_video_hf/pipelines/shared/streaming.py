@@ -1,51 +1,22 @@
-"""`OmniVideoPipelineOutput`: what a pipeline call returns, at once or, for a long video, chunk by chunk."""
+"""A long video in chunks, one after the other: `OmniVideoPipeline.stream`."""
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 
-from ..media.sources import Source
-from ..tasks import find_task, get_task
-from ..utils.modules import Host
-from .presets import LongVideo, check_num_frames, trim_num_frames
-from .request import seeded_generator
-from .request_checks import check_numbers
-
-
-@dataclass
-class OmniVideoPipelineOutput(BaseOutput):
-    """
-    Output of [`OmniVideoPipeline`].
-
-    Args:
-        frames: generated videos: one list of PIL images per sample, or `[batch, frames, height, width, 3]` in 0..1
-            (`"np"`), `[batch, frames, 3, height, width]` in 0..1 (`"pt"`), or latents. An image is a video of one
-            frame. `None` for a text answer.
-        text: text answers, one per prompt; `None` if images or videos were generated.
-        task: the task of the call, chosen by the MLLM if the caller did not pass one.
-        fps: frame rate of the videos; `None` for images and text answers.
-        settings: all settings that were used.
-        notes: decisions that were made for the caller, one sentence each, such as a rounded size.
-
-    Example:
-        >>> from omni_video_hf import OmniVideoPipelineOutput
-        >>> OmniVideoPipelineOutput(text=["red"], task="understand").text
-        ['red']
-    """
-
-    frames: Any = None
-    text: list[str] | None = None
-    task: str | None = None
-    fps: float | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+from ...media.sources import Source
+from ...tasks import find_task, get_task
+from ...utils.modules import Host
+from ..presets import LongVideo, check_num_frames, trim_num_frames
+from ..request_checks import check_numbers
+from .output import OmniVideoPipelineOutput
+from .steps import seeded_generator
 
 
 def chunks_joined(call: Callable) -> Callable:

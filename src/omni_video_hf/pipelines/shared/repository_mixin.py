@@ -10,20 +10,33 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import get_device
 from huggingface_hub import CommitInfo
 
-from ..hub.headers import Header, read_header
-from ..hub.remote_code import COMPONENT_CLASSES, PIPELINE_CLASS, import_from_package
-from ..hub.repository import PUSHES, check_finished, check_indices, finalize_repository, staged, weight_files
-from ..models.connectors import OmniVideoAdapter
-from ..models.modeling_omni_video import OmniVideoForConditionalGeneration
-from ..processing.processing_omni_video import OmniVideoProcessor
-from ..utils.files import temporary_folder
-from ..utils.modules import Host, has_lora
-from ..utils.tokens import hub_call
-from ..utils.turns import turn
+from ...hub.headers import Header, read_header
+from ...hub.remote_code import PIPELINE_COMPONENTS, import_from_package
+from ...hub.repository import PUSHES, check_finished, check_indices, finalize_repository, staged, weight_files
+from ...models.connectors import OmniVideoAdapter
+from ...models.connectors_2 import OmniVideo2Adapter
+from ...models.modeling_omni_video import OmniVideoForConditionalGeneration
+from ...processing.processing_omni_video import OmniVideoProcessor
+from ...processing.processing_omni_video_2 import OmniVideo2Processor
+from ...utils.files import temporary_folder
+from ...utils.modules import Host, has_lora
+from ...utils.tokens import hub_call
+from ...utils.turns import turn
 
 logger = logging.get_logger(__name__)
 
-CLASSES = {cls.__name__: cls for cls in (OmniVideoForConditionalGeneration, OmniVideoAdapter, OmniVideoProcessor)}
+CLASSES = {
+    cls.__name__: cls
+    for cls in (
+        OmniVideoForConditionalGeneration,
+        OmniVideoAdapter,
+        OmniVideoProcessor,
+        OmniVideo2Adapter,
+        OmniVideo2Processor,
+    )
+}
+# Arguments of `from_pretrained` that say where the files of a Hub repository lie.
+_PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 # Components that are loaded as they are stored. The VAE uses float32, because its errors are visible in the pixels.
 AS_STORED = ("mllm", "text_encoder", "adapter", "transformer")
 # Parts of them that their classes keep in float32 with every dtype.
@@ -49,7 +62,7 @@ class OmniVideoRepositoryMixin(Host):
         **kwargs: Any,
     ) -> Any:
         """
-        Load a pipeline, as in diffusers.
+        Load a pipeline, as in diffusers. A repository of the other version gives the pipeline of that version.
 
         Args:
             pretrained_model_name_or_path: folder or Hub repository.
@@ -75,6 +88,12 @@ class OmniVideoRepositoryMixin(Host):
         """
         if Path(pretrained_model_name_or_path).is_dir():
             check_finished(pretrained_model_name_or_path)
+        place = {name: kwargs[name] for name in _PLACE if name in kwargs}
+        pipeline = cls._class_of(pretrained_model_name_or_path, place)
+        if pipeline is not cls:
+            return pipeline.from_pretrained(
+                pretrained_model_name_or_path, memory=memory, memory_device=memory_device, **kwargs
+            )
         if memory is None:
             if memory_device is not None:
                 raise ValueError(f"`memory_device` is {memory_device!r}, but `memory` is missing: pass both.")
@@ -82,7 +101,7 @@ class OmniVideoRepositoryMixin(Host):
                 pretrained_model_name_or_path, **cls._with_dtypes(pretrained_model_name_or_path, kwargs)
             )
         profiles = import_from_package("pipelines.memory.profiles")
-        profile = profiles.get_memory_profile(memory)
+        profile = profiles.get_memory_profile(memory, cls._repository_class())
         chosen = sorted(kwargs.keys() & {"dtype", "torch_dtype", "quantization_config", "device_map"})
         if chosen:
             raise ValueError(
@@ -131,11 +150,36 @@ class OmniVideoRepositoryMixin(Host):
             check_indices(pretrained_model_name_or_path)
         config = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
         index = config[0] if isinstance(config, tuple) else config
-        for component, name in COMPONENT_CLASSES.items():
+        for component, name in cls._component_classes().items():
             if index.get(component, [None])[-1] == name:
                 index[component] = [CLASSES[name].__module__, name]
         index["_class_name"] = cls.__name__
         return config
+
+    @classmethod
+    def _component_classes(cls) -> dict[str, str]:
+        """Components of this pipeline that are classes of this project."""
+        return PIPELINE_COMPONENTS.get(cls._repository_class(), {})
+
+    @classmethod
+    def _repository_class(cls) -> str:
+        """Name of this pipeline's class in a repository."""
+        return next((base.__name__ for base in cls.__mro__ if base.__name__ in PIPELINE_COMPONENTS), "")
+
+    @classmethod
+    def _class_of(cls, place: str | Path, hub: dict[str, Any]) -> Any:
+        """The class of the pipeline that a repository names, if it is the other one of this project; else this one."""
+        from ..omni_video_2.pipeline_omni_video_2 import OmniVideo2Pipeline  # noqa: PLC0415 - imports this module
+        from ..pipeline_omni_video import OmniVideoPipeline  # noqa: PLC0415 - imports this module
+
+        try:
+            name = super().load_config(place, **hub).get("_class_name")
+        except OSError:  # whatever it is, loading says it
+            return cls
+        name = name[-1] if isinstance(name, list) and name else name
+        known: dict[Any, Any] = {known.__name__: known for known in (OmniVideoPipeline, OmniVideo2Pipeline)}
+        found = known.get(name, cls)
+        return cls if issubclass(cls, found) else found
 
     @classmethod
     @hub_call
@@ -253,7 +297,7 @@ def stored_dtype(header: Header, name: str = "") -> torch.dtype | None:
         float32, bfloat16 or float16; `None` for weights in other formats.
 
     Example:
-        >>> from omni_video_hf.pipelines.repository_mixin import stored_dtype
+        >>> from omni_video_hf.pipelines.shared.repository_mixin import stored_dtype
         >>> stored_dtype({"proj.weight": ("BF16", (8, 8), 128), "norm1.weight": ("F32", (8,), 32)})
         torch.bfloat16
     """
@@ -279,8 +323,8 @@ class _ReadsWithoutCode(Host):
     @classmethod
     def _dict_from_json_file(cls, json_file: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         index = super()._dict_from_json_file(json_file, *args, **kwargs)
-        without = {name: [None, None] for name in COMPONENT_CLASSES if name in index}
-        return index | without | {"_class_name": PIPELINE_CLASS}
+        without = {name: [None, None] for name in cls._component_classes() if name in index}
+        return index | without | {"_class_name": cls.__name__}
 
 
 __all__ = ["AS_STORED", "OmniVideoRepositoryMixin", "stored_dtype"]

@@ -1,0 +1,1 @@
+"""What the pipelines of both versions share: steps, output, loading and saving."""

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import omni_video_hf
 from omni_video_hf.cli import checks as cli_checks
 from omni_video_hf.cli import main as cli
-from omni_video_hf.media import output_file, video_writer
+from omni_video_hf.media import images, video_writer
 from omni_video_hf.media import record as media_record
 from omni_video_hf.pipelines.memory.profiles import PROFILES
 from omni_video_hf.shapes import CHECKPOINT
@@ -97,7 +97,7 @@ def test_the_package_has_every_name_it_promises():
 def test_what_the_command_knows_without_importing_it_is_right():
     assert [member.value for member in cli.Memory] == list(PROFILES)
     assert cli_checks.FPS_RANGE == video_writer.FPS_RANGE
-    assert media_record.KEY == output_file.METADATA_KEY
+    assert media_record.KEY == images.METADATA_KEY
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------------------------------------

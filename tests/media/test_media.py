@@ -13,7 +13,7 @@ import torch
 from av.video.reformatter import ColorRange
 from PIL import Image
 
-from omni_video_hf.media import download, video_loading
+from omni_video_hf.media import download, video_loading, video_reader
 from omni_video_hf.media.clip import VideoClip
 from omni_video_hf.media.frame_sampling import FRAME_SAMPLING, sample_indices
 from omni_video_hf.media.images import contact_sheet, load_image, save_image
@@ -412,6 +412,30 @@ class TestFramesInMemory:
     )
     def test_refused(self, frames, word):
         assert word in error_of(load_video, frames)
+
+
+@pytest.fixture(scope="module")
+def moving(tmp_path_factory):
+    noise = np.random.default_rng(0).integers(0, 255, (16, 80, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+    frames = [noise[:, 4 * number : 4 * number + 96] for number in range(50)]
+    return write(tmp_path_factory.mktemp("media") / "moving.mp4", frames, g=25, bf=3)
+
+
+class TestSkipping:
+    """On the way to a selected frame, frames that no other frame refers to are not decoded."""
+
+    @pytest.mark.parametrize("wanted", [[49], [3, 24, 25, 26], [7, 8, 30, 44], list(range(0, 50, 7))])
+    def test_the_selected_frames_are_those_of_a_full_decode(self, moving, wanted):
+        index = read_index(moving)
+        everything = dict(decode_frames(index, range(50)))
+        selected = dict(decode_frames(index, wanted))
+        assert sorted(selected) == wanted
+        assert all(np.array_equal(selected[number], everything[number]) for number in wanted)
+
+    def test_less_is_decoded(self, moving):
+        index = read_index(moving)
+        decoded = [list(video_reader._decode(index, [(0, [24])], may_skip)) for may_skip in (False, True)]
+        assert len(decoded[1]) < 0.7 * len(decoded[0])
 
 
 class TestBrokenFiles:

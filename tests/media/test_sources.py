@@ -37,7 +37,7 @@ def test_one_video_per_prompt(clips):
 def test_files_are_read_when_they_are_needed(tmp_path):
     save_video(FRAMES, tmp_path / "clip.mp4", fps=8)
     source = Source.of(tmp_path / "clip.mp4", None, 1)
-    assert source.videos == [tmp_path / "clip.mp4"]
+    assert source.videos == [str(tmp_path / "clip.mp4")]
     assert source.load(num_frames=3).videos[0].frames.shape[0] == 3
 
 

@@ -7,6 +7,7 @@ Users write `from omni_video_hf.media import load_video`; modules of the package
 from importlib import import_module
 
 _HOMES = {
+    "MediaFile": "download",
     "VideoClip": "clip",
     "contact_sheet": "images",
     "load_image": "images",
@@ -27,6 +28,7 @@ def __getattr__(name: str) -> object:
 
 
 __all__ = [
+    "MediaFile",
     "VideoClip",
     "contact_sheet",
     "load_image",

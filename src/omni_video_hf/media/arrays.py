@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from .video_reader import MediaError, over_background
+from .animation import over_background
+from .download import MediaError
 
 
 def to_uint8_rgb(values: np.ndarray | torch.Tensor, name: str, ndim: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .video_reader import MediaError
+from .download import MediaError
 
 
 def _upstream_edit(total: int, num_frames: int) -> list[int]:

@@ -1,6 +1,8 @@
 """Reading and writing of images, and contact sheets of videos."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,23 +10,16 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
+from ..utils.files import complete_or_absent
+from .animation import BACKGROUND, STRIP, open_picture, over_background, picture_format
 from .arrays import to_uint8_rgb
 from .clip import VideoClip
-from .download import local_file
-from .output_file import METADATA_KEY, metadata_text, output_file
-from .video_reader import (
-    BACKGROUND,
-    STRIP,
-    MediaError,
-    check_file,
-    open_picture,
-    over_background,
-    picture_format,
-)
+from .download import MediaError, check_file, opened
 
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
+METADATA_KEY = "omni_video"  # key of the JSON record that says how a file was generated
 MAX_EXIF_BYTES = 60_000  # JPEG allows 64 kB; PNG, WebP and mp4 can store more
 
 
@@ -51,7 +46,7 @@ def load_image(source: Any) -> Image.Image:
         return Image.fromarray(to_uint8_rgb(source, "image", 2))
     if not isinstance(source, (str, Path)):
         raise MediaError(f"An image must be a path, URL, PIL image, array or tensor, got {type(source).__name__}.")
-    with local_file(source) as path:
+    with opened(source) as path:
         check_file(path)
         found = picture_format(path)
         if found is None:
@@ -134,6 +129,25 @@ def _without_alpha(image: Image.Image) -> Image.Image:
             shown.paste(Image.fromarray(over_background(np.asarray(part))), (0, upper))
         return shown
     return image.convert("RGB")
+
+
+def metadata_text(metadata: Mapping[str, Any]) -> str:
+    """Encode metadata as one line of ASCII, which every format preserves."""
+    try:
+        return json.dumps({METADATA_KEY: dict(metadata)}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise MediaError(f"`metadata` must contain only values that JSON can represent ({error}).") from error
+
+
+@contextmanager
+def output_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path for an output file, see [`complete_or_absent`]; the folder of `path` must exist."""
+    if not path.parent.is_dir():
+        raise MediaError(f"{path}: the folder {path.parent} does not exist.")
+    if path.is_dir():
+        raise MediaError(f"{path}: is a folder; pass the path of a file.")
+    with complete_or_absent(path) as partial:
+        yield partial
 
 
 def contact_sheet(frames: Any, columns: int | None = None, max_frames: int = 8) -> Image.Image:

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-KEY = "omni_video"  # as `METADATA_KEY` in `media.output_file`
+KEY = "omni_video"  # as `METADATA_KEY` in `media.images`
 _IMAGE_DESCRIPTION = 0x010E  # in EXIF
 MAX_BYTES = 10**6  # maximum length of a record; longer texts were not written by this package
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from .clip import VideoClip
+from .download import MediaFile
 from .images import load_image
 from .video_loading import load_video
 
@@ -30,7 +31,7 @@ class Source:
             ValueError: if the number of entries is neither one nor `batch_size`.
         """
         if video is not None:
-            return cls(videos=_as_batch(video, _is_clip, batch_size, "video"))
+            return cls(videos=_opened_once(_as_batch(video, _is_clip, batch_size, "video")))
         if image is not None:
             return cls(images=[load_image(entry) for entry in _as_batch(image, _is_image, batch_size, "image")])
         return cls()
@@ -39,7 +40,8 @@ class Source:
         """Read the selected frames of the videos, see [`load_video`]; images were read by [`of`]."""
         if self.videos is None:
             return self
-        return Source(videos=[_load_clip(video, num_frames, fps) for video in self.videos])
+        clips = {id(video): _load_clip(video, num_frames, fps) for video in {id(v): v for v in self.videos}.values()}
+        return Source(videos=[clips[id(video)] for video in self.videos])
 
     @property
     def kind(self) -> Literal["image", "video"] | None:
@@ -75,6 +77,15 @@ class Source:
                     f"The sources of one call must have the same {what}, got {sorted(map(str, values))}: pass "
                     f"{argument}, or make one call per source."
                 )
+
+
+def _opened_once(videos: list[Any]) -> list[Any]:
+    """Make one [`MediaFile`] of each path or URL, so that checks and readers of one call share the open file."""
+    files = {video: MediaFile(video) for video in videos if isinstance(video, (str, Path))}
+    return [
+        video if isinstance(video, MediaFile) or not isinstance(video, (str, Path)) else files[video]
+        for video in videos
+    ]
 
 
 def _load_clip(clip: Any, num_frames: int | None, fps: float | None) -> VideoClip:

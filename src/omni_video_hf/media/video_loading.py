@@ -7,20 +7,12 @@ from typing import Any, Literal
 import numpy as np
 
 from ..utils.read_budget import current_budget, how_to_raise
+from .animation import picture_format
 from .clip import VideoClip
-from .download import local_file
+from .download import MediaError, MediaFile, opened
 from .frame_sampling import sample_frames, sample_indices
 from .images import load_image, stack_frames
-from .video_reader import (
-    MediaError,
-    VideoIndex,
-    VideoInfo,
-    check_file,
-    decode_frames,
-    picture_format,
-    probe_video,
-    read_index,
-)
+from .video_reader import VideoIndex, VideoInfo, decode_frames, read_index
 
 
 def load_video(
@@ -64,7 +56,7 @@ def load_video(
         if value is not None and not 0 < value < np.inf:
             raise MediaError(f"`{name}` must be positive, got {value}.")
     if isinstance(source, (str, Path)):
-        with local_file(source) as path:
+        with opened(source) as path:
             return _load_file(path, fps, num_frames, max_frames)
     clip = source if isinstance(source, VideoClip) else VideoClip(stack_frames(source), source_fps)
     total, rate = len(clip.frames), clip.fps
@@ -91,7 +83,7 @@ def probe_frames(path: str | Path, fps: float | None = None, num_frames: int | N
     return index.info, _plan(index, fps, num_frames)[0]
 
 
-def _load_file(path: Path, fps: float | None, num_frames: int | None, max_frames: int | None) -> VideoClip:
+def _load_file(path: MediaFile, fps: float | None, num_frames: int | None, max_frames: int | None) -> VideoClip:
     index = read_index(path)
     number, fps, notes = _plan(index, fps, num_frames)
     _check_number(number, max_frames)
@@ -133,7 +125,7 @@ def load_sampled_video(source: Any, strategy: str, num_frames: int) -> np.ndarra
     """
     if not isinstance(source, (str, Path)):
         return sample_frames(load_video(source).frames, strategy, num_frames)
-    with local_file(source) as path:
+    with opened(source) as path:
         index = read_index(path)
         return _decoded_frames(index, sample_indices(strategy, index.info.num_frames, num_frames))
 
@@ -238,12 +230,11 @@ def open_media(source: str | Path) -> tuple[Literal["image", "video"], Any]:
         ...     open_media(f"{folder}/video.mp4")[0]
         'video'
     """
-    with local_file(source) as path:
-        check_file(path)
+    with opened(source) as path:
         found = picture_format(path)
         if found is not None and found[1] == 1:
             return "image", load_image(path)
-        probe_video(path)
+        read_index(path)
     return "video", source
 
 

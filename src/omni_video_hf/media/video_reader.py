@@ -1,8 +1,9 @@
 """Reading of video files with PyAV: properties of a file, and selected frames as upright 8-bit RGB.
 
-A file is read in two passes. The first pass reads only the compressed packets, whose number and time stamps are
-reliable, unlike many headers; it refuses files that are cut short. The second pass decodes frames one at a time, and
-seeks to the key frame before a selected frame if that saves work.
+A file is opened once and read in two passes. The first pass reads only the compressed packets, whose number and time
+stamps are reliable, unlike many headers; it refuses files that are cut short. The second pass decodes frames one at a
+time. It seeks to the key frame before a selected frame if that saves work, and leaves out frames on the way that no
+other frame needs. Animated WebP, which FFmpeg cannot read, is read with Pillow in the same two passes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,17 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from transformers.utils import is_av_available
 
-from ..utils.read_budget import Stopwatch, current_budget, how_to_raise
+from ..utils.read_budget import Stopwatch, current_budget
+from .animation import check_pixels, is_animated_webp, over_background, picture_format, webp_frames, webp_header
+from .download import MediaError, MediaFile, check_file, opened
 
 if is_av_available():
     import av
-
-# Colour behind transparent parts of images and videos. Most viewers and papers use white; without a background, the
-# hidden colour of transparent pixels would appear, which is often black.
-BACKGROUND = (255, 255, 255)
 
 # Demuxers that may be opened. Without a list, FFmpeg also opens text, still images and playlists, and a playlist can
 # make it read other files and addresses. The last four contain only sound; they are listed for a clear error.
@@ -31,17 +29,13 @@ VIDEO_CONTAINERS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,gif,apng,asf,ogg,nut,mxf,ivf,h264,hevc,m4v,yuv4mpegpipe,"
     "wav,mp3,flac,aac"
 )
-PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 PICTURE_BRANDS = ("avif", "heic", "heix", "mif1")  # still images in an MP4 container
 
 TRANSFERS = {16: "pq", 18: "hlg"}  # codes of ITU-T H.273; all others are standard dynamic range
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own VP8 and VP9 decoders drop the alpha channel
-STRIP = 2**18  # pixels converted at a time, so that a large image is not in memory in several formats at once
+# Codecs whose decoders leave out a frame that no other frame refers to without changing any other frame.
+SKIPPING_CODECS = ("h264", "hevc")
 SEEK_GAP = 16  # frames; a shorter distance to the next key frame is decoded, because a seek restarts the decoder
-
-
-class MediaError(ValueError):
-    """An image or video cannot be read, written or used as requested; one line says what was found and what to do."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +83,7 @@ class VideoInfo:
 class VideoIndex:
     """A video file's frames in order of presentation, from its packets alone."""
 
-    path: Path
+    path: MediaFile
     info: VideoInfo
     stamps: np.ndarray  # int64 [T], presentation stamps in the stream's time base
     times: np.ndarray  # float64 [T], seconds from the first frame
@@ -121,7 +115,14 @@ def probe_video(path: str | Path) -> VideoInfo:
 
 def read_index(path: str | Path) -> VideoIndex:
     """Read number, times and geometry of all frames of a video file; for errors see `probe_video`."""
-    path = Path(path)
+    with opened(path) as file:
+        if file.index is None:
+            check_file(file)
+            file.index = _webp_index(file) if is_animated_webp(file) else _read_index(file)
+        return file.index
+
+
+def _read_index(path: MediaFile) -> VideoIndex:
     with open_video(path) as (container, stream):
         _check_ending(path, container.format.name)
         packets = _read_packets(path, container, stream, _stopwatch(path))
@@ -152,6 +153,43 @@ def read_index(path: str | Path) -> VideoIndex:
     )
 
 
+def _webp_index(path: MediaFile) -> VideoIndex:
+    """Index of an animated WebP, from the headers of its frames."""
+    starts, last, (width, height), has_alpha = webp_header(path)
+    stamps = np.array(starts, np.int64)
+    timing = _timing(stamps, last, 1e-3, 0.0)
+    times, slack = _times(stamps, 1e-3, timing)
+    info = VideoInfo(
+        width=width,
+        height=height,
+        fps=timing.fps,
+        num_frames=len(starts),
+        duration=timing.duration,
+        rotation=0,
+        is_mirrored=False,
+        is_variable_frame_rate=timing.is_variable,
+        is_interlaced=False,
+        has_alpha=has_alpha,
+        sample_aspect_ratio=Fraction(1),
+        bit_depth=8,
+        color_transfer="sdr",
+        codec="webp",
+        pixel_format="rgba" if has_alpha else "rgb24",
+    )
+    return VideoIndex(
+        path=path,
+        info=info,
+        stamps=stamps,
+        times=times,
+        slack=slack,
+        keyframes=np.zeros(1, np.int64),
+        has_exact_stamps=False,
+        is_seekable=False,
+        orientation=(False, False, False),
+        stored_size=(width, height),
+    )
+
+
 def decode_frames(index: VideoIndex, wanted: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
     """Yield `(number, frame)` once for each number in `wanted`; frames are uint8 `[height, width, 3]`, upright RGB.
 
@@ -161,15 +199,19 @@ def decode_frames(index: VideoIndex, wanted: Sequence[int]) -> Iterator[tuple[in
         MediaError: if a selected frame cannot be decoded or is damaged. No frame is replaced or omitted.
     """
     missing = sorted(set(wanted))
+    if index.info.codec == "webp":
+        yield from webp_frames(index.path, set(missing), _stopwatch(index.path))
+        return
     jumps = _groups(index, missing)
     decoded = 0
     # A seek can fail in unusual streams; frames that were not found are decoded again from the beginning.
-    for groups in [jumps, None] if jumps[0][0] or len(jumps) > 1 else [None]:
+    # The second pass leaves nothing out, so that its message counts every frame.
+    for groups in [jumps, None]:
         if not missing:
             return
         found = set()
         decoded = 0
-        for number, frame in _decode(index, groups or [(0, missing)]):
+        for number, frame in _decode(index, groups or [(0, missing)], groups is not None):
             decoded += 1
             if frame is not None:
                 found.add(number)
@@ -182,70 +224,8 @@ def decode_frames(index: VideoIndex, wanted: Sequence[int]) -> Iterator[tuple[in
         )
 
 
-def picture_format(path: Path) -> tuple[str, int] | None:
-    """Return format and number of frames of an image file, from its content; `None` if it is not an image.
-
-    Raises:
-        MediaError: if the image has more pixels than the read budget allows.
-    """
-    try:
-        with open_picture(path) as image:
-            # The other images in an MPO file of a phone are depth maps and similar data.
-            return image.format or "", 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    except MediaError:
-        raise
-    except Exception:  # the readers of Pillow can raise any error on damaged files
-        return None
-
-
-@contextmanager
-def open_picture(path: Path) -> Iterator[Image.Image]:
-    """Open an image of a known format, without decoding it, if the read budget allows its size."""
-    Image.init()
-    try:
-        image = Image.open(path, formats=[name for name in PICTURE_FORMATS if name in Image.OPEN])
-    except Image.DecompressionBombError as error:
-        raise MediaError(f"{path}: {_too_large(error)}") from error
-    with image:
-        check_pixels(path, *image.size)  # counting the frames of an animation decodes them
-        yield image
-
-
-def check_pixels(path: Path, width: int, height: int) -> None:
-    """Raise `MediaError` for an image or frame with more pixels than the read budget allows."""
-    limit = current_budget().max_pixels
-    if width * height > limit:
-        raise MediaError(
-            f"{path}: has {width}x{height} pixels, more than {limit:,}, and would take too much memory. Save it with "
-            "fewer pixels. "
-            f"{how_to_raise('max_pixels')}"
-        )
-
-
-def _too_large(error: Exception) -> str:
-    """Message for the error of Pillow, which has its own limit of 179 million pixels."""
-    found = str(error).partition(", could be")[0]
-    reason = found[:1].lower() + found[1:]
-    return (
-        f"{reason}: it would take too much memory. Save it with fewer pixels. {how_to_raise('max_pixels')} The limit "
-        "of Pillow, `PIL.Image.MAX_IMAGE_PIXELS`, must be raised as well."
-    )
-
-
-def _stopwatch(path: Path) -> Stopwatch:
+def _stopwatch(path: str) -> Stopwatch:
     return Stopwatch(lambda reason: MediaError(f"{path}: {reason}"))
-
-
-def check_file(path: Path) -> None:
-    """Raise `MediaError` unless `path` is a regular file that is not empty."""
-    if path.is_dir():
-        raise MediaError(f"{path}: is a folder; pass the path of one image or video file.")
-    if not path.exists():
-        raise MediaError(f"{path}: no such file.")
-    if not path.is_file():  # opening a pipe waits for its writer, and a device may never end
-        raise MediaError(f"{path}: is a pipe or a device; save its content as a file first.")
-    if path.stat().st_size == 0:
-        raise MediaError(f"{path}: the file is empty (0 bytes); download or export it again.")
 
 
 def check_pyav() -> None:
@@ -259,42 +239,35 @@ def check_pyav() -> None:
         )
 
 
-def over_background(rgba: np.ndarray) -> np.ndarray:
-    """Composite uint8 `[..., 4]` RGBA over `BACKGROUND`; returns uint8 `[..., 3]`."""
-    flat = rgba.reshape(-1, 4)
-    rgb = np.empty((len(flat), 3), np.uint8)
-    below = np.array(BACKGROUND, np.uint16)
-    for start in range(0, len(flat), STRIP):  # in strips, because the products need twice the memory of the image
-        strip = flat[start : start + STRIP]
-        if (strip[:, 3] == 255).all():
-            rgb[start : start + STRIP] = strip[:, :3]
-            continue
-        alpha = strip[:, 3:].astype(np.uint16)  # 255 * 255 + 127 fits
-        rgb[start : start + STRIP] = (strip[:, :3] * alpha + below * (255 - alpha) + 127) // 255
-    return rgb.reshape(*rgba.shape[:-1], 3)
-
-
 @contextmanager
-def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Open a local video file and yield `(container, stream)`; errors of FFmpeg become `MediaError`."""
+def open_video(path: str) -> Iterator[tuple[Any, Any]]:
+    """Open a video file and yield `(container, stream)`; errors of FFmpeg become `MediaError`."""
     check_pyav()
-    check_file(path)
     budget = current_budget()
     options = {"format_whitelist": VIDEO_CONTAINERS, "protocol_whitelist": "file"}
     # FFmpeg decodes a frame if the header is incomplete, so the decoder must know the limit before.
     options_of_decoders = {"max_pixels": str(int(budget.max_pixels))}
-    try:
-        container = av.open(
-            f"file:{path}",
-            options=options_of_decoders,
-            container_options=options,
-            metadata_errors="replace",
-            timeout=float(budget.max_seconds),
-        )
-    except av.error.ExitError as error:  # FFmpeg stopped because of the time limit
-        raise _stopwatch(path).overrun_error() from error
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(f"{path}: {_why_not_opened(path, error)}") from error
+    with opened(path) as file, file.reading() as source:
+        try:
+            container = av.open(
+                source,
+                options=options_of_decoders,
+                container_options=options,
+                metadata_errors="replace",
+                timeout=float(budget.max_seconds),
+            )
+        except av.error.ExitError as error:  # FFmpeg stopped because of the time limit
+            raise _stopwatch(path).overrun_error() from error
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise MediaError(f"{path}: {_why_not_opened(path, error)}") from error
+        with _errors_of_decoding(path, container) as stream:
+            stream.codec_context.options = options_of_decoders
+            yield container, stream
+
+
+@contextmanager
+def _errors_of_decoding(path: str, container: Any) -> Iterator[Any]:
+    """Yield the video stream of an open container and close it; errors of FFmpeg become `MediaError`."""
     with container:
         streams = [stream for stream in container.streams.video if "attached_pic" not in _disposition(stream)]
         if not streams:
@@ -309,16 +282,15 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         stream = streams[0]
         check_pixels(path, stream.codec_context.width, stream.codec_context.height)
         stream.thread_type = "AUTO"
-        stream.codec_context.options = options_of_decoders
         try:
-            yield container, stream
+            yield stream
         except av.error.ExitError as error:
             raise _stopwatch(path).overrun_error() from error
         except (av.FFmpegError, MemoryError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or type(error).__name__
             if not stream.codec_context.width:  # no frame was decoded, perhaps because of its size
                 picture_format(path)  # raises an error for an animation that is too large
-                reason += f", or a frame has more than {budget.max_pixels:,} pixels"
+                reason += f", or a frame has more than {current_budget().max_pixels:,} pixels"
             raise MediaError(f"{path}: the file is damaged or cut short; the decoder stopped ({reason}).") from error
 
 
@@ -326,7 +298,7 @@ def _disposition(stream: Any) -> str:
     return str(getattr(stream.disposition, "name", None) or stream.disposition).lower()
 
 
-def _why_not_opened(path: Path, error: Exception) -> str:
+def _why_not_opened(path: str, error: Exception) -> str:
     picture = picture_format(path)
     if picture is not None and picture[1] == 1:
         return f"is a still image ({picture[0]}), not a video; use an image task or `load_image`."
@@ -341,22 +313,19 @@ def _why_not_opened(path: Path, error: Exception) -> str:
     )
 
 
-def _check_ending(path: Path, container: str) -> None:
+def _check_ending(path: MediaFile, container: str) -> None:
     """Refuse a truncated Matroska, WebM or GIF file, because their demuxers do not report that."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if "matroska" in container:
-            promised = _matroska_size(file.read(4096))
-            if promised is not None and size < promised:
-                raise MediaError(
-                    f"{path}: cut short: the header promises {promised} bytes, the file has {size}; download it again."
-                )
-        elif container == "gif":
-            file.seek(-1, 2)
-            if file.read(1) not in (b"\x3b", b"\x00"):  # the trailer, which some writers pad with a zero
-                raise MediaError(
-                    f"{path}: cut short: the closing byte of the GIF is missing after {size} bytes; download it again."
-                )
+    head, tail, size = path.ends(4096)
+    if "matroska" in container:
+        promised = _matroska_size(head)
+        if promised is not None and size < promised:
+            raise MediaError(
+                f"{path}: cut short: the header promises {promised} bytes, the file has {size}; download it again."
+            )
+    elif container == "gif" and tail[-1:] not in (b"\x3b", b"\x00"):  # the trailer, padded with a zero by some
+        raise MediaError(
+            f"{path}: cut short: the closing byte of the GIF is missing after {size} bytes; download it again."
+        )
 
 
 def _matroska_size(head: bytes) -> int | None:
@@ -377,7 +346,7 @@ def _matroska_size(head: bytes) -> int | None:
     return None if segment is None else position + segment
 
 
-def _read_packets(path: Path, container: Any, stream: Any, watch: Stopwatch) -> list[tuple[int | None, int, bool]]:
+def _read_packets(path: str, container: Any, stream: Any, watch: Stopwatch) -> list[tuple[int | None, int, bool]]:
     """Return `(stamp, duration, is_key)` of each shown packet; refuse a file with fewer than its header promises."""
     shown, seen, broken = [], 0, 0
     for packet in watch.each(container.demux(stream)):
@@ -442,7 +411,7 @@ def _times(stamps: np.ndarray, tick: float, timing: _Timing) -> tuple[np.ndarray
 
 
 def _probe_first_frame(
-    path: Path, num_frames: int, timing: _Timing
+    path: MediaFile, num_frames: int, timing: _Timing
 ) -> tuple[VideoInfo, tuple[bool, bool, bool], tuple[int, int]]:
     with open_video(path) as (container, stream):
         context = stream.codec_context
@@ -477,7 +446,7 @@ def _probe_first_frame(
         return info, orientation, (frame.width, frame.height)
 
 
-def _orientation(path: Path, frame: Any) -> tuple[bool, bool, bool]:
+def _orientation(path: str, frame: Any) -> tuple[bool, bool, bool]:
     """Read the display matrix as (swap axes, then mirror x, then mirror y); only right angles are allowed."""
     data = next((bytes(item) for item in frame.side_data if item.type.name == "DISPLAYMATRIX"), None)
     if data is None:
@@ -508,8 +477,13 @@ def _decoder(stream: Any) -> Any:
     return decoder
 
 
-def _frames(container: Any, stream: Any, decoder: Any, watch: Stopwatch) -> Iterator[Any]:
+def _frames(
+    container: Any, stream: Any, decoder: Any, watch: Stopwatch, needed: set[int] | None = None
+) -> Iterator[Any]:
+    """Decode frames; with `needed` stamps, others are left out where no frame refers to them."""
     for packet in watch.each(container.demux(stream)):
+        if needed is not None:
+            decoder.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in needed else "NONREF"
         yield from watch.call(decoder.decode, packet)
 
 
@@ -526,17 +500,21 @@ def _groups(index: VideoIndex, wanted: Sequence[int]) -> list[tuple[int, list[in
     return [group for group in groups if group[1]]
 
 
-def _decode(index: VideoIndex, groups: list[tuple[int, list[int]]]) -> Iterator[tuple[int, np.ndarray | None]]:
+def _decode(
+    index: VideoIndex, groups: list[tuple[int, list[int]]], may_skip: bool
+) -> Iterator[tuple[int, np.ndarray | None]]:
     """Yield the number of every decoded frame, with its RGB (uint8 `[H, W, 3]`) if it is selected, else `None`."""
     numbers = {int(stamp): number for number, stamp in enumerate(index.stamps)} if index.has_exact_stamps else None
     with open_video(index.path) as (container, stream):
         decoder, watch = _decoder(stream), _stopwatch(index.path)
+        can_skip = may_skip and index.is_seekable and decoder.name in SKIPPING_CODECS
         for start, group in groups:
             if start:
                 container.seek(int(index.stamps[start]), stream=stream)
                 decoder.flush_buffers()
             left = set(group)
-            for count, frame in enumerate(_frames(container, stream, decoder, watch)):
+            needed = {int(index.stamps[number]) for number in group} if can_skip else None
+            for count, frame in enumerate(_frames(container, stream, decoder, watch, needed)):
                 number = numbers.get(frame.pts, -1) if numbers else count
                 yield number, _upright_rgb(index, number, frame) if number in left else None
                 left.discard(number)
@@ -571,3 +549,18 @@ def _upright_rgb(index: VideoIndex, number: int, frame: Any) -> np.ndarray:
     if swap:
         pixels = pixels.transpose(1, 0, 2)
     return pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+
+
+__all__ = [
+    "MediaError",
+    "VideoIndex",
+    "VideoInfo",
+    "check_file",
+    "check_pyav",
+    "decode_frames",
+    "open_video",
+    "over_background",
+    "picture_format",
+    "probe_video",
+    "read_index",
+]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import is_av_available
 
-from .output_file import metadata_text, output_file
+from .images import metadata_text, output_file
 from .video_loading import load_video
 from .video_reader import MediaError, check_pyav
 

@@ -1,5 +1,6 @@
 """Build the page for a pipeline, and serve it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,13 +47,16 @@ class Demo:
         return self.blocks.launch(**own | options)
 
 
-def make_demo(pipe: OmniVideoPipeline, model: str = CHECKPOINT_NAME) -> Demo:
+def make_demo(
+    pipe: OmniVideoPipeline, model: str = CHECKPOINT_NAME, on_gpu: Callable[[Callable], Callable] | None = None
+) -> Demo:
     """
     Build the page for a pipeline.
 
     Args:
         pipe: a pipeline with all its components, on its device.
         model: name of the model, for the heading and the records of the files.
+        on_gpu: decorator of the one function that needs the GPU, such as `spaces.GPU(duration=120)`.
 
     Raises:
         ValueError: for a pipeline that cannot generate.
@@ -61,7 +65,7 @@ def make_demo(pipe: OmniVideoPipeline, model: str = CHECKPOINT_NAME) -> Demo:
         raise ValueError("`pipe` cannot generate: load it with `transformer` and `vae`.")
     pipe.set_progress_bar_config(disable=True)
     files = SessionFiles(model)
-    workshop = Workshop(Runner(pipe), files)
+    workshop = Workshop(Runner(pipe), files, on_gpu)
     examples = shapes_examples(files.folder) if model == CHECKPOINT_NAME else plain_examples()
     return Demo(Page(workshop, model, examples).build(), workshop)
 

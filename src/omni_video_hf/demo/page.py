@@ -127,7 +127,10 @@ class Page:
             gr.Markdown("### Settings\nAn empty field has the value of the model.")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
             new_seed = gr.Checkbox(
-                True, label="New seed for every call", info="Off: the same call gives the same result", elem_id="new-seed"
+                True,
+                label="New seed for every call",
+                info="Off: the same call gives the same result",
+                elem_id="new-seed",
             )
             chosen = gr.Radio(list(PRESETS), value=MODEL, label="Preset", elem_id="preset")
             numbers = {
@@ -143,7 +146,11 @@ class Page:
         with gr.Row():
             with gr.Column(scale=5):
                 prompt = gr.Textbox(
-                    label="Prompt", placeholder=self.examples.prompts[0], lines=3, elem_id="create-prompt", autofocus=True
+                    label="Prompt",
+                    placeholder=self.examples.prompts[0],
+                    lines=3,
+                    elem_id="create-prompt",
+                    autofocus=True,
                 )
                 kind = gr.Radio(list(KINDS), value="Video", label="Result", elem_id="create-kind")
                 go, cancel = self._go("Create", "create")
@@ -178,7 +185,9 @@ class Page:
                     api_visibility="private",
                 )
             with gr.Column(scale=6):
-                stage = self._stage("edit", "Source and result appear here, side by side, under a slider, and as difference.")
+                stage = self._stage(
+                    "edit", "Source and result appear here, side by side, under a slider, and as difference."
+                )
                 with gr.Row():
                     download = gr.DownloadButton("Download", interactive=False, size="sm", elem_id="edit-download")
                     again = gr.Button("Edit the result", size="sm", interactive=False, elem_id="edit-to-edit")
@@ -257,7 +266,9 @@ class Page:
                 gr.Button(title, size="sm", elem_id=f"gallery-to-{target}")
                 for title, target in (("Edit the chosen result", "edit"), ("Ask about it", "ask"))
             ]
-        gr.Markdown("The files are removed when this tab is closed. They record prompt, seed and settings: `omni-video info FILE`.")
+        gr.Markdown(
+            "The files are removed when this tab is closed. They record prompt, seed and settings: `omni-video info FILE`."
+        )
 
     def _go(self, title: str, name: str) -> tuple[gr.Button, gr.Button]:
         with gr.Row():
@@ -299,7 +310,11 @@ class Page:
 
     def _work(self, way: Way, data: Updates, request: gr.Request) -> Iterator[Updates]:
         session = session_of(request)
-        yield {way.stage: views.progress(), way.go: gr.update(interactive=False), way.cancel: gr.update(interactive=True)}
+        yield {
+            way.stage: views.progress(),
+            way.go: gr.update(interactive=False),
+            way.cancel: gr.update(interactive=True),
+        }
         idle = {way.go: gr.update(interactive=True), way.cancel: gr.update(interactive=False)}
         try:
             asked = self.workshop.request(
@@ -420,7 +435,9 @@ class Page:
                     show_progress="hidden",
                     api_visibility="private",
                 )
-        self.shown_results.select(_chosen, None, [self.chosen_result], show_progress="hidden", api_visibility="private")
+        self.shown_results.select(
+            _chosen, None, [self.chosen_result], show_progress="hidden", api_visibility="private"
+        )
         for button in self.gallery_buttons:
             target = str(button.elem_id).rpartition("-")[2]
             button.click(

@@ -1,5 +1,6 @@
 """Calls of the pipeline for many visitors: one runs, the others wait in line, and everyone can cancel their own."""
 
+import os
 import queue
 import threading
 import time
@@ -89,8 +90,13 @@ class Runner:
     def __init__(self, pipe: OmniVideoPipeline) -> None:
         self.pipe = pipe
         self.decoder = PreviewDecoder(pipe)
+        self._begin()
+
+    def _begin(self) -> None:
+        """An empty line. A forked process, such as ZeroGPU's, has none of the threads and calls of its parent."""
         self._line: list[_Call] = []  # the first one runs
         self._changed = threading.Condition()
+        self._process = os.getpid()
 
     def run(self, request: Request, owner: str) -> Iterator[Event]:
         """
@@ -104,6 +110,8 @@ class Runner:
         Raises:
             Exception: what the pipeline raised.
         """
+        if self._process != os.getpid():
+            self._begin()
         call = _Call(request, owner)
         with self._changed:
             self._line.append(call)

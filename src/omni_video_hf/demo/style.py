@@ -62,7 +62,8 @@ CSS = """
 .ov-stage progress { width: min(100%, 22rem); height: 0.5rem; accent-color: var(--primary-600, #0d9488); }
 .ov-noise {
   width: min(100%, 16rem); aspect-ratio: 1; border-radius: 8px;
-  background: repeating-conic-gradient(var(--neutral-200) 0 25%, var(--neutral-300) 0 50%) 50% / 16px 16px; opacity: 0.6;
+  background: repeating-conic-gradient(var(--neutral-200) 0 25%, var(--neutral-300) 0 50%) 50% / 16px 16px;
+  opacity: 0.6;
 }
 @media (prefers-reduced-motion: no-preference) {
   .ov-noise { animation: ov-breathe 1.6s ease-in-out infinite alternate; }
@@ -78,10 +79,14 @@ CSS = """
   padding: 0.25rem 0.8rem; border: 1px solid var(--border-color-primary); border-radius: 999px; cursor: pointer;
   font-size: 0.9rem;
 }
-.ov-compare > input:checked + label { background: var(--primary-700, #0f766e); color: white; border-color: transparent; }
+.ov-compare > input:checked + label {
+  background: var(--primary-700, #0f766e); color: white; border-color: transparent;
+}
 .ov-compare > input:focus-visible + label { outline: 3px solid var(--primary-300, #5eead4); outline-offset: 2px; }
-.ov-pane { flex: 1 0 100%; display: none; gap: 0.8rem; justify-content: center; align-items: center; margin-top: 0.4rem; }
-.ov-pane { flex-wrap: wrap; }
+.ov-pane {
+  flex: 1 0 100%; display: none; flex-wrap: wrap; gap: 0.8rem; justify-content: center; align-items: center;
+  margin-top: 0.4rem;
+}
 .ov-pane > .ov-caption { flex-basis: 100%; }
 .ov-view-beside:checked ~ .ov-beside, .ov-view-slider:checked ~ .ov-slider,
 .ov-view-difference:checked ~ .ov-difference { display: flex; }

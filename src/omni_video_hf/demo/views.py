@@ -14,7 +14,13 @@ from .files import GAIN, Comparison, kind_of
 from .runner import Cancelled, Event, Started, Step, Waiting
 
 # gradio compiles the text as a template of JavaScript and of Handlebars; these characters would be code there.
-_TEMPLATE_CHARACTERS = {ord("{"): "&#123;", ord("}"): "&#125;", ord("$"): "&#36;", ord("`"): "&#96;", ord("\\"): "&#92;"}
+_TEMPLATE_CHARACTERS = {
+    ord("{"): "&#123;",
+    ord("}"): "&#125;",
+    ord("$"): "&#36;",
+    ord("`"): "&#96;",
+    ord("\\"): "&#92;",
+}
 
 
 def text(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,17 @@ class Workshop:
     Args:
         runner: runs the calls.
         files: keeps the files.
+        on_gpu: decorator of the one function that needs the GPU, such as `spaces.GPU` of the Hub's Spaces.
     """
 
-    def __init__(self, runner: Runner, files: SessionFiles) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        files: SessionFiles,
+        on_gpu: Callable[[Callable[..., Iterator[Event]]], Callable[..., Iterator[Event]]] | None = None,
+    ) -> None:
         self.runner, self.files = runner, files
+        self._run_call = runner.run if on_gpu is None else on_gpu(runner.run)
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
 
@@ -82,7 +89,7 @@ class Workshop:
 
     def run(self, request: Request, session: str) -> Iterator[Event | Finished]:
         """Run a call, and yield its events; instead of a [`Done`], the last one is a [`Finished`] or [`Cancelled`]."""
-        for event in self.runner.run(request, session):
+        for event in self._run_call(request, session):
             if not isinstance(event, Done):
                 yield event
                 continue

@@ -133,8 +133,8 @@ def push_space_command(
             check_repository(model)
             if not is_repository_name(model):
                 raise UsageProblem(
-                    f"`--model {place_of(model)}` is a folder of this machine, which a Space cannot read: push it with "
-                    "`omni-video push`, and pass its name on the Hub."
+                    f"`--model {place_of(model)}` is a folder of this machine, which a Space cannot read: push it "
+                    "with `omni-video push`, and pass its name on the Hub."
                 )
         start_libraries(verbose)
         spaces = import_module("..demo.space", __package__)

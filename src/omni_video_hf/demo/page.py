@@ -267,7 +267,7 @@ class Page:
                 for title, target in (("Edit the chosen result", "edit"), ("Ask about it", "ask"))
             ]
         gr.Markdown(
-            "The files are removed when this tab is closed. They record prompt, seed and settings: `omni-video info FILE`."
+            "The files are removed when this tab is closed. They record how they were made: `omni-video info FILE`."
         )
 
     def _go(self, title: str, name: str) -> tuple[gr.Button, gr.Button]:

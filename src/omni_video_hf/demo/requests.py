@@ -132,7 +132,10 @@ def _settings(
         settings.pop("fps", None)
     if negative := (form.get("negative_prompt") or "").strip():
         settings["negative_prompt"] = negative
-    factor = PRESETS[form.get("preset") or MODEL]
+    preset = form.get("preset") or MODEL
+    if preset not in PRESETS:
+        raise ValueError(f"`preset` must be one of {', '.join(map(repr, PRESETS))}, got {preset!r}.")
+    factor = PRESETS[preset]
     if factor != 1 and "num_inference_steps" not in settings:
         likely = task or find_task(next(iter(media), None), output)
         own = (presets.get(likely) or TASKS[likely].preset or {})["num_inference_steps"]

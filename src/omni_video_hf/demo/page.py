@@ -82,7 +82,11 @@ class Page:
     def build(self) -> gr.Blocks:
         """The whole page; `launch` serves it."""
         with gr.Blocks(
-            title="Omni-Video", analytics_enabled=False, elem_classes=self.look, delete_cache=(3600, 86400)
+            title="Omni-Video",
+            fill_width=True,
+            analytics_enabled=False,
+            elem_classes=self.look,
+            delete_cache=(3600, 86400),
         ) as blocks:
             gr.HTML(
                 f'<header class="ov-head"><h1>Omni-Video</h1><p>One model generates, edits and understands images and '

@@ -23,6 +23,11 @@ def theme() -> gradio.themes.Base:
         button_primary_background_fill_hover="*primary_800",
         button_primary_text_color="white",
         block_label_text_weight="600",
+        block_label_text_color="*neutral_700",
+        block_title_text_color="*neutral_700",
+        block_info_text_color="*neutral_600",
+        input_placeholder_color="*neutral_500",
+        color_accent="*primary_700",
     )
 
 
@@ -40,7 +45,16 @@ window.omniVideoInStep = function (clip) {
 """
 
 CSS = """
-.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
+.gradio-container main.app { max-width: 1120px !important; margin: 0 auto !important; }
+.gradio-container { --body-text-color-subdued: #475569; }
+.dark .gradio-container, .gradio-container.dark { --body-text-color-subdued: #cbd5e1; }
+#settings .toggle-button {
+  width: auto; height: auto; padding: 0.45rem 0.9rem; transform: none !important; border-radius: 999px 0 0 999px;
+  background: var(--background-fill-primary); font-weight: 600; font-size: 0.9rem;
+}
+#settings .toggle-button::before { content: "Settings"; }
+#settings .toggle-button > * { display: none; }
+.gradio-container table td, .gradio-container table th { text-align: left; }
 .ov-head h1 { font-size: 1.6rem; margin: 0; letter-spacing: -0.02em; }
 .ov-head p { margin: 0.25rem 0 0; color: var(--body-text-color-subdued); max-width: 46rem; }
 .ov-head code { font-size: 0.9em; }

@@ -33,7 +33,7 @@ class Demo:
         Returns:
             gradio's server, the local address, and the public address of `share=True`.
         """
-        own = {
+        own: dict[str, Any] = {
             "theme": theme(),
             "css": CSS,
             "head": SCRIPT,

@@ -105,7 +105,6 @@ class Page:
                     chat = self._chat()
                 with gr.Tab("Gallery", id="gallery"):
                     self._gallery()
-            self.edit_source, self.ask_source = edit.source, ask.source
             for way in (create, edit, ask):
                 self._connect(way)
             self._connect_chat(chat)
@@ -429,28 +428,15 @@ class Page:
 
     def _connect_sources(self, create: Way, edit: Way, ask: Way) -> None:
         """Send results to the tabs that edit them and ask about them."""
-        for way in (create, edit):
-            for button in way.buttons:
-                target = str(button.elem_id).rpartition("-")[2]
-                button.click(
-                    self._sender(target),
-                    None,
-                    [self.tabs, edit.source if target == "edit" else ask.source],
-                    show_progress="hidden",
-                    api_visibility="private",
-                )
-        self.shown_results.select(
-            _chosen, None, [self.chosen_result], show_progress="hidden", api_visibility="private"
-        )
+        sources: dict[str, Any] = {"edit": edit.source, "ask": ask.source}
+        hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        for button in (*create.buttons, *edit.buttons):
+            target = _target(button)
+            button.click(self._sender(target), None, [self.tabs, sources[target]], **hidden)
+        self.shown_results.select(_chosen, None, [self.chosen_result], **hidden)
         for button in self.gallery_buttons:
-            target = str(button.elem_id).rpartition("-")[2]
-            button.click(
-                self._sender(target),
-                [self.chosen_result],
-                [self.tabs, edit.source if target == "edit" else ask.source],
-                show_progress="hidden",
-                api_visibility="private",
-            )
+            target = _target(button)
+            button.click(self._sender(target), [self.chosen_result], [self.tabs, sources[target]], **hidden)
 
     def _sender(self, target: str) -> Callable[..., tuple[Any, str]]:
         """A function that opens a tab with a result of the session as source, by default the newest one."""
@@ -490,6 +476,11 @@ def _turn(finished: Finished) -> list[dict[str, Any]]:
     shown = {"role": "assistant", "content": {"path": str(Path(finished.path)), "alt_text": alt}}
     notes = [{"role": "assistant", "content": note} for note in finished.output.notes]
     return [thoughts, shown, *notes]
+
+
+def _target(button: gr.Button) -> str:
+    """Tab that a button sends a result to: the end of its name in the page."""
+    return str(button.elem_id).rpartition("-")[2]
 
 
 def _chosen(event: gr.SelectData) -> int:

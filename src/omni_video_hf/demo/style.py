@@ -31,7 +31,8 @@ def theme() -> gradio.themes.Base:
     )
 
 
-# All clips of a comparison follow its first one: they begin to play whenever each of them is loaded.
+# All clips of a comparison follow its first one: they begin to play whenever each of them is loaded. The button of the
+# drawer gets the name that it shows.
 SCRIPT = """
 <script>
 window.omniVideoInStep = function (clip) {
@@ -41,11 +42,16 @@ window.omniVideoInStep = function (clip) {
     if (other !== clip && Math.abs(other.currentTime - clip.currentTime) > 0.08) other.currentTime = clip.currentTime;
   }
 };
+(function nameTheDrawer() {
+  const button = document.querySelector("#settings .toggle-button");
+  if (button) button.setAttribute("aria-label", "Settings");
+  else setTimeout(nameTheDrawer, 200);
+})();
 </script>
 """
 
 CSS = """
-.gradio-container main.app { max-width: 1120px !important; margin: 0 auto !important; }
+.gradio-container main { max-width: 1120px !important; margin: 0 auto !important; }
 .gradio-container { --body-text-color-subdued: #475569; }
 .dark .gradio-container, .gradio-container.dark { --body-text-color-subdued: #cbd5e1; }
 #settings .toggle-button {

@@ -309,7 +309,7 @@ class OmniVideoPipeline(
         num_inference_steps = check_schedule(self.scheduler, num_inference_steps, sigmas, timesteps)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         batch_size = len(prompts) if prompts is not None else len(cast("Sized", mllm_hidden_states))
-        notes, (generator, seed) = list[str](), seeded_generator(generator)
+        notes, answers, (generator, seed) = list[str](), None, seeded_generator(generator)
 
         # 2. Source and task. For an answer only the frames that the MLLM sees are decoded.
         source = Source.of(video, image, batch_size)
@@ -414,6 +414,7 @@ class OmniVideoPipeline(
             | {name: None if long is None else getattr(long, name) for name in ("window_frames", "window_overlap")}
             | given_levels(sigmas, timesteps),
             notes=notes,
+            thought=answers,
         )
 
     # --- 2. source and task -----------------------------------------------------------------------------------------

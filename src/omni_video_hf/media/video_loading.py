@@ -144,7 +144,7 @@ def load_chosen_frames(source: Any, choose: Callable[[int], Sequence[int]]) -> t
     if not isinstance(source, (str, Path)):
         clip = load_video(source)
         return VideoClip(clip.frames[list(choose(len(clip.frames)))], clip.fps, clip.notes), len(clip.frames)
-    with local_file(source) as path:
+    with opened(source) as path:
         index = read_index(path)
         frames = _decoded_frames(index, choose(index.info.num_frames))
         return VideoClip(frames, index.info.fps, index.info.notes), index.info.num_frames

@@ -47,7 +47,7 @@ WITHOUT = {
     *("VilaForConditionalGeneration", "VilaForConditionalGeneration.forward"),
     *("VilaForConditionalGeneration.get_image_features", "OmniVideoDenoisingMixin.denoise"),
     *("OmniVideoEncodersMixin.decode", "OmniVideoEncodersMixin.encode_null_instruction"),
-    *("OmniVideoEncodersMixin.encode_source", "OmniVideoPipeline.answer", "OmniVideoStepsMixin.prepare_latents"),
+    *("OmniVideoEncodersMixin.encode_source", "OmniVideoPipeline.answer"),
     *("OmniVideoRequestMixin.check_inputs", "OmniVideoRequestMixin.check_videos_fit"),
     *("OmniVideoRequestMixin.prepare_settings", "OmniVideoProcessor.__call__"),
     "OmniVideoProcessor.apply_chat_template",

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -337,6 +338,15 @@ def test_a_call_can_be_interrupted_between_two_windows(pipe):
     assert len(passes) == 4
     assert len(first) == 1
     assert torch.equal(output.frames, first[0])
+
+
+def test_offloading_changes_nothing(in_context):
+    """Weights that a hook does not bring in are on the meta device, and would fail."""
+    other = made("context")
+    for name in ("text_encoder", "mllm", "adapter", "transformer", "vae"):
+        cpu_offload(getattr(other, name), torch.device("cpu"), offload_buffers=True)
+    found = generate(other, output_type="pt", **WINDOWS).frames
+    assert torch.equal(found, generate(in_context, output_type="pt", **WINDOWS).frames)
 
 
 def test_the_progress_bar_counts_windows(pipe, capsys):

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -187,9 +186,10 @@ class OmniVideoDenoisingMixin(Host):
         lead_ins = latents[:, :, :0]
         if len(windows) > 1:
             lead_ins = randn_tensor(shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        own = [*sources, *([{}] * (len(windows) - len(sources)))]
         channels = [
-            self.prepare_source_channels(window.take(latents, lead_ins), **own)
-            for window, own in zip_longest(windows, sources[: len(windows)], fillvalue={})
+            self.prepare_source_channels(window.take(latents, lead_ins), **given)
+            for window, given in zip(windows, own, strict=True)
         ]
         return JointWindows(windows, lead_ins, contexts, channels)
 
@@ -321,8 +321,7 @@ class OmniVideoDenoisingMixin(Host):
             return
         for number in range(1, len(joint.windows)):
             tensors = {
-                name: states[number % len(states)] if (states := joint.contexts.get(name)) else None
-                for name in _CONTEXTS
+                name: given[number % len(given)] if (given := joint.contexts.get(name)) else None for name in _CONTEXTS
             }
             for branch, states in self._branch_contexts(tensors, guidance).items():
                 constant.set(_of_window(branch, number), states, always_kept=False)

@@ -166,6 +166,15 @@ class OmniVideoEncodersMixin(Host):
 
         Returns:
             `source_latents` and `reference_latents`, one entry per window; a single entry if all windows share them.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.media.sources import Source
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
+            >>> settings, source = pipe.prepare_settings("t2v", Source(), *[None] * 7)
+            >>> pipe.encode_sources("t2v", source, settings, pipe.plan_windows(settings, None))
+            [{'source_latents': None, 'reference_latents': None}]
         """
         if source.kind is None:
             return [{"source_latents": source_latents, "reference_latents": reference_latents}]
@@ -177,7 +186,7 @@ class OmniVideoEncodersMixin(Host):
             return [{"source_latents": None, "reference_latents": latents} for latents in encoded]
         return [{"source_latents": latents, "reference_latents": None} for latents in encoded]
 
-    def encode_first_frames(self, first_frames: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    def _encode_first_frames(self, first_frames: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """Latents of `first_frames` of the pipeline's call, for every sample of the noise `latents`."""
         encoded = check_result(self.encode_frames(first_frames), "The VAE's encoder")
         return encoded.repeat_interleave(len(latents) // len(encoded), dim=0)

@@ -336,7 +336,7 @@ class OmniVideoPipeline(
             source_latents if source_latents is not None else reference_latents, notes, room, max_context_length, long,
         )  # fmt: skip
         windows = self.plan_windows(settings, long, source_latents, callback_on_step_end_tensor_inputs)
-        self.check_first_frames(first_frames, settings, batch_size * num_videos_per_prompt)
+        self._check_first_frames(first_frames, settings, batch_size * num_videos_per_prompt)
         self._guidance_scale = settings.guidance_scale
         guidance = guidance.with_source_scale(source_guidance_scale, task, settings.guidance_scale).with_caches(
             self.transformer, self.do_classifier_free_guidance, len(windows)
@@ -395,7 +395,7 @@ class OmniVideoPipeline(
             latents, scheduler, contexts["context"][0], contexts.get("null_context", [None])[0],
             without_lora_scale(attention_kwargs), callback_on_step_end, callback_on_step_end_tensor_inputs, guidance,
             settings.guidance_scale, generator, contexts.get("no_source_context", [None])[0], joint=joint,
-            first_latents=None if first_frames is None else self.encode_first_frames(first_frames, latents),
+            first_latents=None if first_frames is None else self._encode_first_frames(first_frames, latents),
         )  # fmt: skip
 
         # 8. Pixels

@@ -223,7 +223,7 @@ class OmniVideoRequestMixin(Host):
             )
         return windows
 
-    def check_first_frames(
+    def _check_first_frames(
         self, first_frames: torch.Tensor | None, settings: GenerationSettings, num_samples: int
     ) -> None:
         """Refuse `first_frames` of the call that are no frames of this size, or more than the video has."""

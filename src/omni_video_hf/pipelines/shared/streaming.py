@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -127,7 +127,7 @@ class OmniVideoStreamMixin(Host):
             if source.videos is None:
                 media |= {"num_frames": stop - first, "fps": fps}
             output = self._call_for_chunk(number, len(plan), given | {"task": task, "output_type": "pt"} | media)
-            task = output.task
+            task = cast("str", output.task)
             given |= {name: output.settings[name] for name in ("height", "width") if name in output.settings}
             if output.frames is None:  # the MLLM answers in text
                 yield output

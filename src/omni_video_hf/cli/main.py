@@ -20,6 +20,7 @@ from . import evaluate as shapes_cli
 from . import train as training_cli
 from .checks import (
     SHAPES,
+    ClipOptions,
     GenerationOptions,
     Loading,
     check_repository,
@@ -68,7 +69,8 @@ Output = Annotated[
     typer.Option(
         "--output",
         "-o",
-        help="File to write: .mp4, or .png .jpg .webp. Several results are numbered: fox.mp4, fox-1.mp4 ...",
+        help="Video: .mp4 .mov .mkv .webm .gif, %04d.png or a new folder for PNG files; image: .png .jpg .webp. "
+        "Several results are numbered: fox.mp4, fox-1.mp4 ...",
     ),
 ]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Dtype of the weights. Default: as stored.")]
@@ -103,6 +105,26 @@ MemoryOption = Annotated[
 ]
 AttentionBackend = Annotated[str | None, typer.Option(help="Attention backend of diffusers, e.g. flash, sage.")]
 Lora = Annotated[str | None, typer.Option(help="LoRA file or repository, or JSON arguments of load_lora_weights.")]
+Start = Annotated[
+    str | None, typer.Option(metavar="TIME", help="Start of the part to edit, in seconds or mm:ss. Default: 0.")
+]
+Duration = Annotated[
+    str | None, typer.Option(metavar="TIME", help="Length of the part, in seconds or mm:ss. Default: to the end.")
+]
+LongVideo = StrEnum("LongVideo", {"auto": "auto", "windows": "windows", "chunks": "chunks", "off": "off"})
+LongVideoOption = Annotated[
+    LongVideo,
+    typer.Option(help="How a clip longer than the training is edited: windows denoised together, chunks, or off."),
+]
+WindowFrames = Annotated[int | None, typer.Option(min=1, help="Frames of a window, 4n+1. Default: as in training.")]
+WindowOverlap = Annotated[int | None, typer.Option(min=1, help="Frames that two windows share, a multiple of 4.")]
+CodecOption = Annotated[
+    str | None, typer.Option("--codec", help="h264, hevc, av1, vp9, prores, as the format takes. Default: h264, vp9.")
+]
+Quality = Annotated[
+    float | None,
+    typer.Option(help="Quality of the video file, 0 to 100, the largest. Default: 65, CRF 18 of H.264."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print every result as a JSON object on one line.")]
@@ -150,6 +172,8 @@ def generate(
     lora: Lora = None,
     revision: Revision = None,
     token: Token = None,
+    codec: CodecOption = None,
+    quality: Quality = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -173,7 +197,8 @@ def generate(
         outputs = planned_outputs(output, len(prompts) * count, overwrite)
         with outputs[0]:
             work = _generation(verbose, quiet)
-            work.generate(prompts, outputs, task, loading, options, work.Printing(quiet, as_json))
+            clip = ClipOptions(codec=codec, quality=quality)
+            work.generate(prompts, outputs, task, loading, options, work.Printing(quiet, as_json), clip)
 
 
 @app.command()
@@ -191,6 +216,11 @@ def edit(
     source_guidance_scale: SourceGuidanceScale = None,
     flow_shift: FlowShift = None,
     max_context_length: MaxContextLength = None,
+    start: Start = None,
+    duration: Duration = None,
+    long_video: LongVideoOption = LongVideo.auto,
+    window_frames: WindowFrames = None,
+    window_overlap: WindowOverlap = None,
     seed: Seed = None,
     count: Count = 1,
     dtype: DtypeOption = None,
@@ -201,6 +231,8 @@ def edit(
     lora: Lora = None,
     revision: Revision = None,
     token: Token = None,
+    codec: CodecOption = None,
+    quality: Quality = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -209,9 +241,11 @@ def edit(
     """
     Edit videos or images by instruction.
 
-    By default the result has the size, frame rate and length of its source. --frames alone takes that many frames at
-    equal distances from the whole video; --frames with --fps takes them from its start, at that rate. Several sources
-    are edited one after the other with the same instruction.
+    The whole clip is edited: the result has the size, all frames with their times, the colours and the sound of its
+    source. A clip that is longer than those of the training is edited in windows. --start and --duration choose a
+    part. --frames alone takes that many frames at equal distances from the whole video, without sound; --frames with
+    --fps takes them from its start, at that rate. Several sources are edited one after the other with the same
+    instruction.
     """
     with one_line_errors(verbose, light=True):
         loading = Loading(model, dtype, device, cpu_offload, memory, attention_backend, lora, revision, token)
@@ -220,14 +254,16 @@ def edit(
             max_context_length=max_context_length, seed=seed, count=count, negative_prompt=negative_prompt,
             source_guidance_scale=source_guidance_scale,
         )  # fmt: skip
+        clip = ClipOptions(start, duration, long_video.value, window_frames, window_overlap, codec, quality)
         options.check_format(output)
         check_text("INSTRUCTION", instruction)
-        kind = None if output is None else output_kind(output)
+        # A .webp is an image or an animation, as its source.
+        kind = None if output is None or output.suffix.lower() == ".webp" else output_kind(output)
         check_sources(source)
         outputs = planned_outputs(output, len(source) * count, overwrite)
         with outputs[0]:
             work = _generation(verbose, quiet)
-            work.edit(source, instruction, outputs, kind, loading, options, work.Printing(quiet, as_json))
+            work.edit(source, instruction, outputs, kind, loading, options, work.Printing(quiet, as_json), clip)
 
 
 @app.command()

@@ -170,6 +170,8 @@ def test_info(run, converted):
         ),
         (["generate", "a", "-o", "x.mp4", "--quality", "101"], "`--quality` must be 0 to 100, got 101"),
         (["generate", "a", "-o", "x.png", "--quality", "50"], "`--quality` is for videos"),
+        (["generate", "a", "--resume"], "`--resume` keeps its steps beside the output"),
+        (["generate", "a", "b", "-o", "x.mp4", "--resume"], "`--resume` is for one result, but 2"),
         (["generate", "a", "-o", "folder"], "folder exists already"),
         (["generate", "a", "-o", "%02d.png"], "01.png exists already"),
         (["generate", "a", "-o", "frames", "--overwrite"], "several files, which `--overwrite` does not replace"),

@@ -183,6 +183,7 @@ class ClipOptions:
     window_overlap: int | None = None
     codec: str | None = None
     quality: float | None = None
+    resume: bool = False
 
     def __post_init__(self) -> None:
         for name in ("start", "duration"):
@@ -202,6 +203,13 @@ class ClipOptions:
     def writing(self) -> dict[str, Any]:
         """Arguments of the writer of videos."""
         return {"codec": self.codec, "quality": self.quality}
+
+    def check_resume(self, output: Path | None, number: int) -> None:
+        """Refuse `--resume` without a name for the steps, and for several results."""
+        if self.resume and output is None:
+            raise UsageProblem("`--resume` keeps its steps beside the output: pass `--output`.")
+        if self.resume and number > 1:
+            raise UsageProblem(f"`--resume` is for one result, but {number} are asked for: run one command for each.")
 
     def check_with(self, options: GenerationOptions, source: str, kind: str) -> None:
         """Refuse a span together with `--frames`, which chooses frames itself, and for a source that is an image."""

@@ -1,13 +1,17 @@
 """The work of `generate`, `edit` and `ask`: check the request, load the pipeline, run it, write files."""
 
+import hashlib
 import json
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from rich.markup import escape
 from rich.table import Table
 
@@ -23,6 +27,7 @@ from ..pipelines.output import OmniVideoPipelineOutput
 from ..pipelines.pipeline_omni_video import OmniVideoPipeline
 from ..shapes import CHECKPOINT_NAME
 from ..tasks import find_task
+from ..utils.kept_steps import KeptSteps, fingerprint, kept_settings
 from ..utils.masking import mask_tokens
 from ..utils.modules import dtype_of
 from .checks import SHAPES, ClipOptions, GenerationOptions, Loading
@@ -65,12 +70,12 @@ def generate(
     outline = Outline.of(loading)
     negative = [] if options.negative_prompt is None else [options.negative_prompt]
     outline.check(task, [*prompts, *negative], options, {})
-    seeds = _seeds(options)
+    seeds = _seeds(options, outputs, clip)
     jobs = [
         Job(prompt, seed, output, {}, writing=clip.writing)
         for (prompt, seed), output in zip(((p, s) for p in prompts for s in seeds), outputs, strict=True)
     ]
-    _run(jobs, task, outline, loading, options, printing)
+    _run(jobs, task, outline, loading, options, printing, clip)
 
 
 def edit(
@@ -94,7 +99,7 @@ def edit(
                 f"edit keeps it: choose a suffix for {kind} files."
             )
         plans.append(_plan(source, media, outline, texts, options, clip))
-    seeds = _seeds(options)
+    seeds = _seeds(options, outputs, clip)
     jobs = [
         Job(instruction, seed, output, media, source, *plan, clip.writing)
         for (source, media, plan, seed), output in zip(
@@ -107,7 +112,7 @@ def edit(
             strict=True,
         )
     ]
-    _run(jobs, None, outline, loading, options, printing)
+    _run(jobs, None, outline, loading, options, printing, clip)
 
 
 def _check_writing(outputs: Sequence[OutputFile], clip: ClipOptions) -> None:
@@ -234,9 +239,14 @@ def _edit_task(media: dict[str, Any]) -> str:
     return find_task(kind, kind)
 
 
-def _seeds(options: GenerationOptions) -> list[int]:
-    """The seeds of the results of a prompt: consecutive numbers from `--seed`, or from a random number."""
-    first = secrets.randbelow(SEEDS) if options.seed is None else options.seed
+def _seeds(
+    options: GenerationOptions, outputs: Sequence[OutputFile] = (), clip: ClipOptions | None = None
+) -> list[int]:
+    """The seeds of the results of a prompt: consecutive numbers from `--seed`, of kept steps, or random ones."""
+    first = options.seed
+    if first is None and clip is not None and clip.resume:
+        first = kept_settings(_steps_folder(outputs[0])).get("seed")
+    first = secrets.randbelow(SEEDS) if first is None else first
     return [first + number for number in range(options.count)]
 
 
@@ -251,6 +261,7 @@ def _run(
     loading: Loading,
     options: GenerationOptions,
     printing: Printing,
+    clip: ClipOptions,
 ) -> None:
     """Load the model, and run the jobs one by one. Files of finished jobs stay when a later job fails."""
     check_device(loading)
@@ -266,15 +277,65 @@ def _run(
     if options.source_guidance_scale is not None:
         settings["source_guidance_scale"] = options.source_guidance_scale
     for job in jobs:
-        with job.output:
+        steps = _kept_steps(job, loading, outline, options, clip) if clip.resume else None
+        with job.output, nullcontext() if steps is None else steps.used():
             job_task = _edit_task(job.media) if job.media else task
-            output = pipe(
-                job.prompt, task=job_task, generator=_generator(job.seed), **_arguments(job, settings, pipe, printing)
-            )
+            arguments = _arguments(job, settings, pipe, printing) | {"task": job_task}
+            output = _call(pipe, job, arguments, steps, printing)
             if output.text is not None:
                 _print_answer(job, output.text[0], printing)
             else:
                 _write(job, output, _record(job, output, loading, outline), options, printing)
+
+
+def _call(
+    pipe: OmniVideoPipeline, job: Job, arguments: dict[str, Any], steps: KeptSteps | None, printing: Printing
+) -> OmniVideoPipelineOutput:
+    """Call the pipeline; with `steps`, go on from those that are kept, and keep every finished step."""
+    generator = _generator(job.seed)
+    if steps is None:
+        return pipe(job.prompt, generator=generator, **arguments)
+    if steps.found and not printing.quiet:
+        note(f"{steps.found} finished steps are used from {steps.folder}.")
+
+    def keep(*given: Any) -> dict[str, Any]:  # pipeline, step, timestep, tensors
+        steps.end_step()
+        return given[3]
+
+    with steps.recording(pipe.transformer):
+        return pipe(job.prompt, generator=generator, callback_on_step_end=keep, **arguments)
+
+
+def _steps_folder(output: OutputFile) -> Path:
+    return Path(f"{output.path}.partial")
+
+
+def _kept_steps(
+    job: Job, loading: Loading, outline: Outline, options: GenerationOptions, clip: ClipOptions
+) -> KeptSteps:
+    """The folder of steps beside the output, for exactly these settings."""
+    place, lora = Path(loading.place), loading.lora_arguments()
+    lora_file = None if lora is None else Path(lora["pretrained_model_name_or_path_or_dict"])
+    file = job.media.get("video")
+    picture = job.media.get("image")
+    settings = {
+        **asdict(options),
+        **asdict(loading),
+        "token": None,
+        "model": str(place),
+        "revision": outline.revision or loading.revision,
+        "model files": fingerprint(place) if place.is_dir() else None,
+        "LoRA files": fingerprint(lora_file) if lora_file is not None and lora_file.exists() else None,
+        "device": loading.device or _best_device(),
+        "prompt": job.prompt,
+        "seed": job.seed,
+        "source": None if file is None else fingerprint(file.path),
+        "source image": hashlib.sha256(picture.tobytes()).hexdigest() if picture is not None else None,
+        **{name: value for name, value in asdict(clip).items() if name not in ("codec", "quality", "resume")},
+        "versions": [__version__, torch.__version__, diffusers.__version__, transformers.__version__],
+    }
+    with as_usage():
+        return KeptSteps(_steps_folder(job.output), settings)
 
 
 def _arguments(job: Job, settings: dict[str, Any], pipe: OmniVideoPipeline, printing: Printing) -> dict[str, Any]:

@@ -125,6 +125,12 @@ Quality = Annotated[
     float | None,
     typer.Option(help="Quality of the video file, 0 to 100, the largest. Default: 65, CRF 18 of H.264."),
 ]
+ResumeSteps = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Keep finished steps in OUTPUT.partial/, and go on from them after an interruption."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print every result as a JSON object on one line.")]
@@ -174,6 +180,7 @@ def generate(
     token: Token = None,
     codec: CodecOption = None,
     quality: Quality = None,
+    resume: ResumeSteps = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -191,13 +198,14 @@ def generate(
             size=size, frames=frames, fps=fps, steps=steps, guidance_scale=guidance_scale, flow_shift=flow_shift,
             seed=seed, count=count, negative_prompt=negative_prompt,
         )  # fmt: skip
+        clip = ClipOptions(codec=codec, quality=quality, resume=resume)
         options.check_format(output)
         task = None if output is None else find_task(None, output_kind(output))
         prompts = read_prompts(prompt, prompts_file)
+        clip.check_resume(output, len(prompts) * count)
         outputs = planned_outputs(output, len(prompts) * count, overwrite)
         with outputs[0]:
             work = _generation(verbose, quiet)
-            clip = ClipOptions(codec=codec, quality=quality)
             work.generate(prompts, outputs, task, loading, options, work.Printing(quiet, as_json), clip)
 
 
@@ -233,6 +241,7 @@ def edit(
     token: Token = None,
     codec: CodecOption = None,
     quality: Quality = None,
+    resume: ResumeSteps = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -254,12 +263,13 @@ def edit(
             max_context_length=max_context_length, seed=seed, count=count, negative_prompt=negative_prompt,
             source_guidance_scale=source_guidance_scale,
         )  # fmt: skip
-        clip = ClipOptions(start, duration, long_video.value, window_frames, window_overlap, codec, quality)
+        clip = ClipOptions(start, duration, long_video.value, window_frames, window_overlap, codec, quality, resume)
         options.check_format(output)
         check_text("INSTRUCTION", instruction)
         # A .webp is an image or an animation, as its source.
         kind = None if output is None or output.suffix.lower() == ".webp" else output_kind(output)
         check_sources(source)
+        clip.check_resume(output, len(source) * count)
         outputs = planned_outputs(output, len(source) * count, overwrite)
         with outputs[0]:
             work = _generation(verbose, quiet)

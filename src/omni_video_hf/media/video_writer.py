@@ -117,6 +117,11 @@ class VideoWriter:
             raise MediaError(
                 f"The frames of a video must all have the same size, got {[self.size, size]} (width, height)."
             )
+        if min(size) < self.codec.min_side:
+            raise MediaError(
+                f"{self.path}: {self.codec.encoder} needs at least {self.codec.min_side} pixels a side, the frames "
+                f"are {size[0]}x{size[1]}: choose another `codec`."
+            )
         if time is not None and self._last is not None and time <= self._last:
             raise MediaError(f"`time` must grow from frame to frame, got {time:g} after {self._last:g} seconds.")
         self._last = time

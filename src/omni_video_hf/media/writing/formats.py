@@ -28,6 +28,7 @@ class Codec:
         options: options of the encoder for a quality of 0 to 100.
         top_crf: largest CRF, which stands for quality 0; `None` for a codec without CRF.
         tag: code of the codec in MP4 and MOV that players expect.
+        min_side: smallest width and height in pixels; the encoder x265 damages memory with smaller frames.
     """
 
     encoder: str
@@ -35,6 +36,7 @@ class Codec:
     options: Callable[[float], dict[str, str]]
     top_crf: int | None = None
     tag: str | None = None
+    min_side: int = 1
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def _webp(quality: float) -> dict[str, str]:
 
 CODECS = {
     "h264": Codec("libx264", "yuv420p", partial(_crf, 51), 51),
-    "hevc": Codec("libx265", "yuv420p", partial(_crf, 51, **{"x265-params": "log-level=error"}), 51, "hvc1"),
+    "hevc": Codec("libx265", "yuv420p", partial(_crf, 51, **{"x265-params": "log-level=error"}), 51, "hvc1", 64),
     "av1": Codec("libsvtav1", "yuv420p", partial(_crf, 63, preset="8"), 63),
     "vp9": Codec("libvpx-vp9", "yuv420p", partial(_crf, 63, b="0", **{"cpu-used": "4", "row-mt": "1"}), 63),
     "prores": Codec("prores_ks", "yuv422p10le", _prores),

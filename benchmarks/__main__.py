@@ -11,13 +11,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import activations, data, folding, loading, operations, sampling, training
+from . import activations, data, folding, loading, media, operations, sampling, training
 from .results import Results
 
-BENCHMARKS = {
-    module.__name__.rpartition(".")[2]: module
-    for module in (operations, folding, sampling, training, loading, data, activations)
-}
+MODULES = (operations, folding, sampling, training, loading, data, activations, media)
+BENCHMARKS = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 TABLES = {name: (module.TITLE, module.COLUMNS) for name, module in BENCHMARKS.items()}
 console = Console(stderr=True)
 

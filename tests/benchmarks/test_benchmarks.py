@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import activations, data, folding, loading, operations, sampling, training
+from benchmarks import activations, data, folding, loading, media, operations, sampling, training
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.measure import Timing
 from benchmarks.results import Results
@@ -83,6 +83,9 @@ def smallest(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(data, "ROWS", 200)
     monkeypatch.setattr(data, "CHECKED", 1000)
     monkeypatch.setattr(loading, "SMALL", TINY)
+    monkeypatch.setattr(media, "REPETITIONS", 1)
+    monkeypatch.setattr(media, "WRITTEN", (64, 48, 5))
+    monkeypatch.setattr(media, "LONG", (64, 48, 480))
     # What a command may set for its process.
     libraries, threads = (transformers, diffusers), torch.get_num_threads()
     levels = [library.logging.get_verbosity() for library in libraries]

@@ -881,10 +881,10 @@ class TestWriting:
         assert np.abs(seen - RED).max() < 6
         assert [path.name for path in tmp_path.iterdir()] == [name]
 
-    @pytest.mark.parametrize("name", ["a.mp4", "a.png", "a.jpg", "a.webp"])
+    @pytest.mark.parametrize("name", ["a.mp4", "a.webm", "a.mkv", "a.gif", "a.png", "a.jpg", "a.webp"])
     def test_a_file_says_how_it_was_made(self, tmp_path, name):
         made = {"prompt": "[b]ein Fuchs[/b] 狐\n'\"", "seed": 2**64 - 1, "settings": {"fps": 8.5, "x": [None, True]}}
-        if name == "a.mp4":
+        if name in ("a.mp4", "a.webm", "a.mkv", "a.gif"):
             save_video(numbered(2), tmp_path / name, 8, metadata=made)
             assert numbers(load_video(tmp_path / name).frames) == [0, 1]
         else:

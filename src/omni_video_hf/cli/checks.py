@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,10 @@ from .console import UsageProblem
 SHAPES = str(CHECKPOINT)  # default model of the commands
 FPS_RANGE = (0.01, 1000.0)  # as in `media.video_writer`
 MAX_SEED = 2**64 - 1
-MAX_SIDE = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".mp4": 16384}  # limits of formats and encoders, in pixels
+# Limits of formats and encoders, in pixels.
+MAX_SIDE = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".gif": 65535} | dict.fromkeys(
+    (".mp4", ".mov", ".mkv", ".webm"), 16384
+)
 
 
 def width_and_height(size: str) -> tuple[int, int]:
@@ -168,6 +172,78 @@ class GenerationOptions:
             )
 
 
+@dataclass(frozen=True)
+class ClipOptions:
+    """Options of the part of a source that is edited, and of the video file that is written, one field per flag."""
+
+    start: str | None = None
+    duration: str | None = None
+    long_video: str | None = None
+    window_frames: int | None = None
+    window_overlap: int | None = None
+    codec: str | None = None
+    quality: float | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("start", "duration"):
+            if getattr(self, name) is not None:
+                seconds_of(f"--{name}", getattr(self, name))
+
+    @property
+    def span(self) -> tuple[float | None, float | None]:
+        """Start and duration in seconds."""
+        start, duration = (
+            None if text is None else seconds_of(f"--{name}", text)
+            for name, text in (("start", self.start), ("duration", self.duration))
+        )
+        return start, duration
+
+    @property
+    def writing(self) -> dict[str, Any]:
+        """Arguments of the writer of videos."""
+        return {"codec": self.codec, "quality": self.quality}
+
+    def check_resume(self, output: Path | None, number: int) -> None:
+        """Refuse `--resume` without a name for the steps, and for several results."""
+        if self.resume and output is None:
+            raise UsageProblem("`--resume` keeps its steps beside the output: pass `--output`.")
+        if self.resume and number > 1:
+            raise UsageProblem(f"`--resume` is for one result, but {number} are asked for: run one command for each.")
+
+    def check_with(self, options: GenerationOptions, source: str, kind: str) -> None:
+        """Refuse a span together with `--frames`, which chooses frames itself, and for a source that is an image."""
+        for name, value in (("start", self.start), ("duration", self.duration)):
+            if value is not None and options.frames is not None:
+                raise UsageProblem(
+                    f"`--{name} {value}` and `--frames {options.frames}` choose frames in two ways: leave one of them "
+                    "out."
+                )
+            if value is not None and kind == "image":
+                raise UsageProblem(f"`--{name} {value}`: the source {source} is an image: leave it out.")
+
+
+def seconds_of(flag: str, text: str) -> float:
+    """
+    Parse a time such as `12.5`, `1:30` or `1:02:03.5`.
+
+    Raises:
+        UsageProblem: for any other text.
+    """
+    parts = text.strip().split(":")
+    if (
+        len(parts) > 3
+        or not all(re.fullmatch(r"\d+", part) for part in parts[:-1])
+        or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", parts[-1])
+        or (len(parts) > 1 and any(float(part) >= 60 for part in parts[1:]))
+    ):
+        raise UsageProblem(f"`{flag} {text}` must be seconds, mm:ss or hh:mm:ss, such as 12.5 or 1:30.")
+    total = 0.0
+    for part in parts:
+        total = total * 60 + float(part)
+    return total
+
+
 def place_of(model: str) -> str:
     """Folder or Hub repository of a model; the name of the default checkpoint becomes its folder."""
     return SHAPES if model == CHECKPOINT_NAME and not Path(model).exists() else model
@@ -259,6 +335,7 @@ def check_sources(sources: Iterable[str]) -> None:
 
 __all__ = [
     "SHAPES",
+    "ClipOptions",
     "GenerationOptions",
     "Loading",
     "check_repository",

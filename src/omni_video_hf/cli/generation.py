@@ -1,34 +1,43 @@
 """The work of `generate`, `edit` and `ask`: check the request, load the pipeline, run it, write files."""
 
+import hashlib
 import json
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from rich.markup import escape
 from rich.table import Table
 
 from ..hub.remote_code import __version__
 from ..hub.repository import check_finished
+from ..media.download import MediaFile
 from ..media.images import save_image
 from ..media.video_loading import open_media
 from ..media.video_reader import check_pyav
 from ..media.video_writer import save_video
+from ..media.writing.formats import codec_of, encoder_options
+from ..media.writing.span import ClipSpan
 from ..models.connectors import OmniVideoAdapter
 from ..pipelines.pipeline_omni_video import OmniVideoPipeline
 from ..pipelines.shared.output import OmniVideoPipelineOutput
 from ..shapes import CHECKPOINT_NAME
 from ..tasks import find_task
+from ..utils.kept_steps import KeptSteps, fingerprint, kept_settings
 from ..utils.masking import mask_tokens
 from ..utils.modules import dtype_of
-from .checks import SHAPES, GenerationOptions, Loading
+from .checks import SHAPES, ClipOptions, GenerationOptions, Loading
 from .console import UsageProblem, as_usage, console, note, result
 from .output import OutputFile
-from .preflight import Outline
+from .preflight import Outline, Windows
 
+MOST_OPEN_FILES = 50  # sources that stay open between the checks and the work
 SEEDS = 2**32  # random seeds lie below this number, so that they are short to type
 
 
@@ -49,50 +58,105 @@ class Job:
     output: OutputFile
     media: dict[str, Any]
     source: str | None = None
+    span: ClipSpan | None = None  # the part of a video that is edited as a whole
+    windows: Windows | None = None
+    writing: dict[str, Any] = field(default_factory=dict)  # codec and quality of a video file
 
 
 def generate(
     prompts: Sequence[str], outputs: Sequence[OutputFile], task: str | None, loading: Loading,
-    options: GenerationOptions, printing: Printing,
+    options: GenerationOptions, printing: Printing, clip: ClipOptions = ClipOptions(),
 ) -> None:  # fmt: skip
     """Generate one file for every prompt and seed."""
+    _check_writing(outputs, clip)
     outline = Outline.of(loading)
     negative = [] if options.negative_prompt is None else [options.negative_prompt]
     outline.check(task, [*prompts, *negative], options, {})
-    seeds = _seeds(options)
+    seeds = _seeds(options, outputs, clip)
     jobs = [
-        Job(prompt, seed, output, {})
+        Job(prompt, seed, output, {}, writing=clip.writing)
         for (prompt, seed), output in zip(((p, s) for p in prompts for s in seeds), outputs, strict=True)
     ]
-    _run(jobs, task, outline, loading, options, printing)
+    _run(jobs, task, outline, loading, options, printing, clip)
 
 
 def edit(
     sources: Sequence[str], instruction: str, outputs: Sequence[OutputFile], output_kind: str | None,
-    loading: Loading, options: GenerationOptions, printing: Printing,
+    loading: Loading, options: GenerationOptions, printing: Printing, clip: ClipOptions = ClipOptions(),
 ) -> None:  # fmt: skip
-    """Edit every source with every seed."""
+    """Edit every source with every seed. Without `--frames`, a whole video, or the span of the flags, is edited."""
+    _check_writing(outputs, clip)
     outline = Outline.of(loading)
     texts = [instruction, *([] if options.negative_prompt is None else [options.negative_prompt])]
-    opened = [dict([open_media(source)]) for source in sources]
-    for source, media in zip(sources, opened, strict=True):
+    files = [MediaFile(source) for source in sources]
+    opened = [dict([open_media(file)]) for file in files]
+    plans = []
+    for source, file, media in zip(sources, files, opened, strict=True):
+        if len(files) > MOST_OPEN_FILES:
+            file.close()
         kind = next(iter(media))
         if output_kind not in (None, kind):
             raise UsageProblem(
                 f"`--output` has the suffix of {output_kind} files, but the source {source} is of kind {kind}, and an "
                 f"edit keeps it: choose a suffix for {kind} files."
             )
-        outline.check(_edit_task(media), texts, options, media)
-    seeds = _seeds(options)
+        plans.append(_plan(source, media, outline, texts, options, clip))
+    seeds = _seeds(options, outputs, clip)
     jobs = [
-        Job(instruction, seed, output, media, source)
-        for (source, media, seed), output in zip(
-            ((source, media, s) for source, media in zip(sources, opened, strict=True) for s in seeds),
+        Job(instruction, seed, output, media, source, *plan, clip.writing)
+        for (source, media, plan, seed), output in zip(
+            (
+                (source, media, plan, s)
+                for source, media, plan in zip(sources, opened, plans, strict=True)
+                for s in seeds
+            ),
             outputs,
             strict=True,
         )
     ]
-    _run(jobs, None, outline, loading, options, printing)
+    _run(jobs, None, outline, loading, options, printing, clip)
+
+
+def _check_writing(outputs: Sequence[OutputFile], clip: ClipOptions) -> None:
+    """Refuse a codec or quality that the format does not take; the message names the flag."""
+    given = {name: value for name, value in clip.writing.items() if value is not None}
+    path = outputs[0].path or Path("output.mp4")
+    if not given:
+        return
+    if outputs[0].kind == "image" and path.suffix.lower() != ".webp":
+        raise UsageProblem(f"`--{next(iter(given))}` is for videos, but {path} is an image: leave it out.")
+    check_pyav()
+    try:
+        encoder_options(path, codec_of(path, clip.codec), clip.quality, None)
+    except ValueError as error:
+        raise UsageProblem(str(error).replace("`codec`", "`--codec`").replace("`quality`", "`--quality`")) from error
+
+
+def _plan(
+    source: str,
+    media: dict[str, Any],
+    outline: Outline,
+    texts: list[str],
+    options: GenerationOptions,
+    clip: ClipOptions,
+) -> tuple[ClipSpan | None, Windows | None]:
+    """Choose the part of a source that is edited, and its windows; refuse what does not fit."""
+    task = _edit_task(media)
+    clip.check_with(options, source, next(iter(media)))
+    if "image" in media:
+        outline.check(task, texts, options, media)
+        return None, None
+    span = None
+    if options.frames is None:
+        try:
+            span = ClipSpan.of(media["video"], *clip.span, options.fps)
+        except ValueError as error:
+            text = str(error).replace("`start`", "`--start`").replace("`duration`", "`--duration`")
+            raise UsageProblem(text) from error
+    count = options.frames if span is None else span.padded_length(outline.pipe.grid.temporal)
+    windows = outline.choose_windows(task, count or 1, options, clip)
+    outline.check(task, texts, options, media, None if span is None else count, windows.arguments)
+    return span, windows
 
 
 def ask(
@@ -100,7 +164,7 @@ def ask(
 ) -> None:
     """Answer one question about every source."""
     check_device(loading)
-    opened = [dict([open_media(source)]) for source in sources]
+    opened = [dict([open_media(MediaFile(source))]) for source in sources]
     (seed,) = _seeds(GenerationOptions(seed=seed))
     pipe = load(loading, printing, answering_parts(loading))
     for source, media in zip(sources, opened, strict=True):
@@ -205,9 +269,14 @@ def _edit_task(media: dict[str, Any]) -> str:
     return find_task(kind, kind)
 
 
-def _seeds(options: GenerationOptions) -> list[int]:
-    """The seeds of the results of a prompt: consecutive numbers from `--seed`, or from a random number."""
-    first = secrets.randbelow(SEEDS) if options.seed is None else options.seed
+def _seeds(
+    options: GenerationOptions, outputs: Sequence[OutputFile] = (), clip: ClipOptions | None = None
+) -> list[int]:
+    """The seeds of the results of a prompt: consecutive numbers from `--seed`, of kept steps, or random ones."""
+    first = options.seed
+    if first is None and clip is not None and clip.resume:
+        first = kept_settings(_steps_folder(outputs[0])).get("seed")
+    first = secrets.randbelow(SEEDS) if first is None else first
     return [first + number for number in range(options.count)]
 
 
@@ -222,6 +291,7 @@ def _run(
     loading: Loading,
     options: GenerationOptions,
     printing: Printing,
+    clip: ClipOptions,
 ) -> None:
     """Load the model, and run the jobs one by one. Files of finished jobs stay when a later job fails."""
     check_device(loading)
@@ -237,13 +307,82 @@ def _run(
     if options.source_guidance_scale is not None:
         settings["source_guidance_scale"] = options.source_guidance_scale
     for job in jobs:
-        with job.output:
+        steps = _kept_steps(job, loading, outline, options, clip) if clip.resume else None
+        with job.output, nullcontext() if steps is None else steps.used():
             job_task = _edit_task(job.media) if job.media else task
-            output = pipe(job.prompt, **job.media, task=job_task, generator=_generator(job.seed), **settings)
+            arguments = _arguments(job, settings, pipe, printing) | {"task": job_task}
+            output = _call(pipe, job, arguments, steps, printing)
             if output.text is not None:
                 _print_answer(job, output.text[0], printing)
             else:
-                _write(job, output, _record(job, output, loading, outline), printing)
+                _write(job, output, _record(job, output, loading, outline), options, printing)
+
+
+def _call(
+    pipe: OmniVideoPipeline, job: Job, arguments: dict[str, Any], steps: KeptSteps | None, printing: Printing
+) -> OmniVideoPipelineOutput:
+    """Call the pipeline; with `steps`, go on from those that are kept, and keep every finished step."""
+    generator = _generator(job.seed)
+    if steps is None:
+        return pipe(job.prompt, generator=generator, **arguments)
+    if steps.found and not printing.quiet:
+        note(f"{steps.found} finished steps are used from {steps.folder}.")
+
+    def keep(*given: Any) -> dict[str, Any]:  # pipeline, step, timestep, tensors
+        steps.end_step()
+        return given[3]
+
+    with steps.recording(pipe.transformer):
+        return pipe(job.prompt, generator=generator, callback_on_step_end=keep, **arguments)
+
+
+def _steps_folder(output: OutputFile) -> Path:
+    return Path(f"{output.path}.partial")
+
+
+def _kept_steps(
+    job: Job, loading: Loading, outline: Outline, options: GenerationOptions, clip: ClipOptions
+) -> KeptSteps:
+    """The folder of steps beside the output, for exactly these settings."""
+    place, lora = Path(loading.place), loading.lora_arguments()
+    lora_file = None if lora is None else Path(lora["pretrained_model_name_or_path_or_dict"])
+    file = job.media.get("video")
+    picture = job.media.get("image")
+    settings = {
+        **asdict(options),
+        **asdict(loading),
+        "token": None,
+        "model": str(place),
+        "revision": outline.revision or loading.revision,
+        "model files": fingerprint(place) if place.is_dir() else None,
+        "LoRA files": fingerprint(lora_file) if lora_file is not None and lora_file.exists() else None,
+        "device": loading.device or _best_device(),
+        "prompt": job.prompt,
+        "seed": job.seed,
+        "source": None if file is None else fingerprint(file.path),
+        "source image": hashlib.sha256(picture.tobytes()).hexdigest() if picture is not None else None,
+        **{name: value for name, value in asdict(clip).items() if name not in ("codec", "quality", "resume")},
+        "versions": [__version__, torch.__version__, diffusers.__version__, transformers.__version__],
+    }
+    with as_usage():
+        return KeptSteps(_steps_folder(job.output), settings)
+
+
+def _arguments(job: Job, settings: dict[str, Any], pipe: OmniVideoPipeline, printing: Printing) -> dict[str, Any]:
+    """Arguments of the pipeline for a job; the frames of a span are decoded here."""
+    windows = job.windows.arguments if job.windows is not None else {}
+    if job.span is None:
+        return {**job.media, **settings, **windows}
+    step = pipe.grid.temporal
+    count = len(job.span.numbers)
+    if job.windows is not None and job.windows.count > 1:
+        pipe.set_progress_bar_config(disable=printing.quiet, desc=f"{job.windows.count} windows")
+        if not printing.quiet:
+            note(
+                f"{job.source}: {count} frames ({job.span.duration:.2f} s) are edited in {job.windows.count} "
+                f"{job.windows.arguments['long_video']} of {job.windows.frames} frames, which overlap."
+            )
+    return {"video": job.span.read(step), **settings, "num_frames": None, "fps": None, **windows}
 
 
 def _record(job: Job, output: OmniVideoPipelineOutput, loading: Loading, outline: Outline) -> dict[str, Any]:
@@ -256,6 +395,8 @@ def _record(job: Job, output: OmniVideoPipelineOutput, loading: Loading, outline
         "revision": outline.revision or loading.revision,
         "lora": loading.lora,
         "source": job.source and (job.source if "://" in job.source else Path(job.source).name),
+        "start": None if job.span is None else round(job.span.start, 6),
+        "duration": None if job.span is None else round(job.span.duration, 6),
         "settings": settings | {"seed": job.seed},
         "version": __version__,
     }
@@ -263,18 +404,29 @@ def _record(job: Job, output: OmniVideoPipelineOutput, loading: Loading, outline
     return json.loads(mask_tokens(json.dumps(record, default=str)))
 
 
-def _write(job: Job, output: OmniVideoPipelineOutput, record: dict[str, Any], printing: Printing) -> None:
+def _write(
+    job: Job,
+    output: OmniVideoPipelineOutput,
+    record: dict[str, Any],
+    options: GenerationOptions,
+    printing: Printing,
+) -> None:
     """Write the file, then print its name, the settings and the notes."""
-    frames = output.frames[0]
+    frames, written = output.frames[0], list[str]()
+    size = job.span.size if job.span is not None and options.size is None else None
 
     def write(path: Path) -> None:
         if output.fps is None:
             save_image(frames[0], path, metadata=record)
+        elif job.span is not None:
+            written[:] = job.span.write(frames, path, record, size, **job.writing)
         else:
-            save_video(frames, path, fps=output.fps, metadata=record)
+            save_video(frames, path, fps=output.fps, metadata=record, **job.writing)
 
     path = job.output.write(write, "image" if output.fps is None else "video")
-    notes = list(output.notes)
+    notes = [*output.notes, *written]
+    if size is not None and (found := frames[0].size) != size:
+        notes.append(f"The frames were resized from {found[0]}x{found[1]} back to the size of the source.")
     if job.output.path is not None and path != job.output.path:
         notes.append(
             f"{job.output.path} was created by another process during the generation and is not replaced; the result "

@@ -21,6 +21,7 @@ from . import evaluate as shapes_cli
 from . import train as training_cli
 from .checks import (
     SHAPES,
+    ClipOptions,
     GenerationOptions,
     Loading,
     check_repository,
@@ -69,7 +70,8 @@ Output = Annotated[
     typer.Option(
         "--output",
         "-o",
-        help="File to write: .mp4, or .png .jpg .webp. Several results are numbered: fox.mp4, fox-1.mp4 ...",
+        help="Video: .mp4 .mov .mkv .webm .gif, %04d.png or a new folder for PNG files; image: .png .jpg .webp. "
+        "Several results are numbered: fox.mp4, fox-1.mp4 ...",
     ),
 ]
 DtypeOption = Annotated[
@@ -107,6 +109,32 @@ MemoryOption = Annotated[
 ]
 AttentionBackend = Annotated[str | None, typer.Option(help="Attention backend of diffusers, e.g. flash, sage.")]
 Lora = Annotated[str | None, typer.Option(help="LoRA file or repository, or JSON arguments of load_lora_weights.")]
+Start = Annotated[
+    str | None, typer.Option(metavar="TIME", help="Start of the part to edit, in seconds or mm:ss. Default: 0.")
+]
+Duration = Annotated[
+    str | None, typer.Option(metavar="TIME", help="Length of the part, in seconds or mm:ss. Default: to the end.")
+]
+LongVideo = StrEnum("LongVideo", {"auto": "auto", "windows": "windows", "chunks": "chunks", "off": "off"})
+LongVideoOption = Annotated[
+    LongVideo,
+    typer.Option(help="How a clip longer than the training is edited: windows denoised together, chunks, or off."),
+]
+WindowFrames = Annotated[int | None, typer.Option(min=1, help="Frames of a window, 4n+1. Default: as in training.")]
+WindowOverlap = Annotated[int | None, typer.Option(min=1, help="Frames that two windows share, a multiple of 4.")]
+CodecOption = Annotated[
+    str | None, typer.Option("--codec", help="h264, hevc, av1, vp9, prores, as the format takes. Default: h264, vp9.")
+]
+Quality = Annotated[
+    float | None,
+    typer.Option(help="Quality of the video file, 0 to 100, the largest. Default: 65, CRF 18 of H.264."),
+]
+ResumeSteps = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Keep finished steps in OUTPUT.partial/, and go on from them after an interruption."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print every result as a JSON object on one line.")]
@@ -154,6 +182,9 @@ def generate(
     lora: Lora = None,
     revision: Revision = None,
     token: Token = None,
+    codec: CodecOption = None,
+    quality: Quality = None,
+    resume: ResumeSteps = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -171,13 +202,15 @@ def generate(
             size=size, frames=frames, fps=fps, steps=steps, guidance_scale=guidance_scale, flow_shift=flow_shift,
             seed=seed, count=count, negative_prompt=negative_prompt,
         )  # fmt: skip
+        clip = ClipOptions(codec=codec, quality=quality, resume=resume)
         options.check_format(output)
         task = None if output is None else find_task(None, output_kind(output))
         prompts = read_prompts(prompt, prompts_file)
+        clip.check_resume(output, len(prompts) * count)
         outputs = planned_outputs(output, len(prompts) * count, overwrite)
         with outputs[0]:
             work = _generation(verbose, quiet)
-            work.generate(prompts, outputs, task, loading, options, work.Printing(quiet, as_json))
+            work.generate(prompts, outputs, task, loading, options, work.Printing(quiet, as_json), clip)
 
 
 @app.command()
@@ -195,6 +228,11 @@ def edit(
     source_guidance_scale: SourceGuidanceScale = None,
     flow_shift: FlowShift = None,
     max_context_length: MaxContextLength = None,
+    start: Start = None,
+    duration: Duration = None,
+    long_video: LongVideoOption = LongVideo.auto,
+    window_frames: WindowFrames = None,
+    window_overlap: WindowOverlap = None,
     seed: Seed = None,
     count: Count = 1,
     dtype: DtypeOption = None,
@@ -205,6 +243,9 @@ def edit(
     lora: Lora = None,
     revision: Revision = None,
     token: Token = None,
+    codec: CodecOption = None,
+    quality: Quality = None,
+    resume: ResumeSteps = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -213,9 +254,11 @@ def edit(
     """
     Edit videos or images by instruction.
 
-    By default the result has the size, frame rate and length of its source. --frames alone takes that many frames at
-    equal distances from the whole video; --frames with --fps takes them from its start, at that rate. Several sources
-    are edited one after the other with the same instruction.
+    The whole clip is edited: the result has the size, all frames with their times, the colours and the sound of its
+    source. A clip that is longer than those of the training is edited in windows. --start and --duration choose a
+    part. --frames alone takes that many frames at equal distances from the whole video, without sound; --frames with
+    --fps takes them from its start, at that rate. Several sources are edited one after the other with the same
+    instruction.
     """
     with one_line_errors(verbose, light=True):
         loading = Loading(model, dtype, device, cpu_offload, memory, attention_backend, lora, revision, token)
@@ -224,14 +267,17 @@ def edit(
             max_context_length=max_context_length, seed=seed, count=count, negative_prompt=negative_prompt,
             source_guidance_scale=source_guidance_scale,
         )  # fmt: skip
+        clip = ClipOptions(start, duration, long_video.value, window_frames, window_overlap, codec, quality, resume)
         options.check_format(output)
         check_text("INSTRUCTION", instruction)
-        kind = None if output is None else output_kind(output)
+        # A .webp is an image or an animation, as its source.
+        kind = None if output is None or output.suffix.lower() == ".webp" else output_kind(output)
         check_sources(source)
+        clip.check_resume(output, len(source) * count)
         outputs = planned_outputs(output, len(source) * count, overwrite)
         with outputs[0]:
             work = _generation(verbose, quiet)
-            work.edit(source, instruction, outputs, kind, loading, options, work.Printing(quiet, as_json))
+            work.edit(source, instruction, outputs, kind, loading, options, work.Printing(quiet, as_json), clip)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Output files of the commands: names and folders are checked before the work, results are never lost after it."""
 
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -13,7 +14,8 @@ from typing import Literal
 from .console import UsageProblem
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-VIDEO_SUFFIXES = (".mp4",)
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".gif")
+PATTERN = re.compile(r"%0?\d*d")  # number of a picture in a name, as in `media.writing.formats`
 DEFAULT_STEM = "output"
 WORKSPACE = "omni-video-output"  # one name for all outputs: a run removes what any killed run left in the folder
 NAME_BYTES = 255  # maximum length of a file name in usual file systems
@@ -25,17 +27,25 @@ class UnwrittenError(OSError):
     """The result could not be written to the requested file; the message names the file that contains it instead."""
 
 
+def is_pictures(path: Path) -> bool:
+    """Whether an output is numbered PNG files: a pattern such as `%04d.png`, or a folder, whose name has no suffix."""
+    return not path.suffix or (path.suffix.lower() == ".png" and PATTERN.search(path.name) is not None)
+
+
 def output_kind(path: Path) -> Kind:
     """
-    The kind of an output file, image or video, from its suffix.
+    The kind of an output file, image or video, from its suffix. Numbered PNG files are a video.
 
     Raises:
         UsageProblem: for any other suffix.
     """
     suffix = path.suffix.lower()
+    if is_pictures(path):
+        return "video"
     if suffix not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
         raise UsageProblem(
-            f"`--output {path}`: the suffix must be one of {', '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}."
+            f"`--output {path}`: the suffix must be one of {', '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}; "
+            "numbered PNG files have a pattern such as frame-%04d.png, or the name of a new folder."
         )
     return "image" if suffix in IMAGE_SUFFIXES else "video"
 
@@ -197,6 +207,39 @@ class OutputFile:
             self._stack.close()
 
 
+class PictureOutput(OutputFile):
+    """
+    Numbered PNG files of a video, in a new folder or under a pattern; the writer names them when all are complete.
+
+    Args:
+        path: folder that does not exist, or pattern.
+        overwrite: refused, because the files of an earlier, longer video would stay between the new ones.
+    """
+
+    def _check_name(self, path: Path) -> None:
+        if self.overwrite:
+            raise UsageProblem(f"`--output {path}` are several files, which `--overwrite` does not replace.")
+        is_pattern = bool(path.suffix)
+        first = path.with_name(path.name % 1) if is_pattern else path
+        if first.exists() or first.is_symlink():
+            raise UsageProblem(f"`--output {path}`: {first} exists already: choose another name.")
+        if not path.parent.is_dir():
+            raise UsageProblem(f"`--output {path}`: the folder {path.parent} does not exist.")
+
+    def open(self) -> "PictureOutput":
+        """Do nothing: the writer creates its own workspace."""
+        return self
+
+    def write(self, write: Callable[[Path], None], kind: Kind) -> Path:
+        """Write the files; see [`OutputFile.write`]."""
+        if self.path is None or kind != "video":
+            raise UsageProblem(
+                f"`--output {self.path}`: numbered PNG files are a video, the result is of kind {kind}."
+            )
+        write(self.path)
+        return self.path
+
+
 def planned_outputs(path: Path | None, number: int, overwrite: bool) -> list[OutputFile]:
     """
     The output files of `number` results, `name.mp4`, `name-1.mp4` and so on. The first one is opened.
@@ -207,7 +250,8 @@ def planned_outputs(path: Path | None, number: int, overwrite: bool) -> list[Out
     if path is None:
         outputs = [OutputFile(None) for _ in range(number)]
     else:
-        outputs = [OutputFile(name, overwrite) for name in islice(numbered(path), number)]
+        cls = PictureOutput if is_pictures(path) else OutputFile
+        outputs = [cls(name, overwrite) for name in islice(numbered(path), number)]
     outputs[0].open()
     return outputs
 

@@ -1,5 +1,6 @@
 """Checks of a generation request against the configurations of a repository, before any weights are loaded."""
 
+import inspect
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,11 +26,27 @@ from ..pipelines.pipeline_omni_video import OmniVideoPipeline
 from ..pipelines.presets import check_num_frames, check_source_fits
 from ..tasks import find_task, get_task
 from ..utils.files import read_json
-from .checks import GenerationOptions, Loading
+from .checks import ClipOptions, GenerationOptions, Loading
 from .console import UsageProblem, as_usage
 
 MAX_PROMPT_TOKENS = 512  # limit of the text encoder, the default of the pipeline's `max_sequence_length`
 _SMALL_FILES = ["model_index.json", "*/*config.json", "tokenizer/*"]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """
+    How a video is generated.
+
+    Args:
+        arguments: of the pipeline's call.
+        count: number of windows or chunks.
+        frames: frames of each.
+    """
+
+    arguments: dict[str, Any]
+    count: int
+    frames: int
 
 
 @dataclass(frozen=True)
@@ -83,7 +100,13 @@ class Outline:
         return cls(pipe, revision)
 
     def check(
-        self, task: str | None, prompts: Sequence[str], options: GenerationOptions, media: dict[str, Any]
+        self,
+        task: str | None,
+        prompts: Sequence[str],
+        options: GenerationOptions,
+        media: dict[str, Any],
+        num_frames: int | None = None,
+        long_video: dict[str, Any] | None = None,
     ) -> None:
         """
         Refuse a request that the pipeline would refuse, or that would fail later.
@@ -93,6 +116,8 @@ class Outline:
             prompts: all texts that the text encoder gets, including the negative prompt.
             options: options of what is generated.
             media: `image` or `video` to edit, as arguments of the pipeline.
+            num_frames: frames of the part of a video that is edited; by default those of `options`, or all.
+            long_video: arguments of the pipeline about windows.
 
         Raises:
             UsageProblem: for a value that is not allowed; the message names the argument, its value and what is
@@ -105,7 +130,7 @@ class Outline:
             if task is not None and get_task(task).output == "image" and options.frames not in (None, 1):
                 raise UsageProblem(f"`--frames {options.frames}`: the output is one image: leave `--frames` out.")
             for name in [task] if task is not None else [find_task(None, "image"), find_task(None, "video")]:
-                self._check_settings(name, prompts, options, media)
+                self._check_settings(name, prompts, options, media, num_frames, long_video or {})
 
     def _check_prompts(self, prompts: Sequence[str]) -> None:
         for prompt in prompts:
@@ -117,7 +142,13 @@ class Outline:
                 )
 
     def _check_settings(
-        self, task: str, prompts: Sequence[str], options: GenerationOptions, media: dict[str, Any]
+        self,
+        task: str,
+        prompts: Sequence[str],
+        options: GenerationOptions,
+        media: dict[str, Any],
+        num_frames: int | None,
+        long_video: dict[str, Any],
     ) -> None:
         values, limit = options.settings(), options.max_context_length
         negative = values.pop("negative_prompt")
@@ -136,7 +167,40 @@ class Outline:
             self.pipe.prepare_settings(task, source, **values, room=room, max_context_length=limit)
             return
         numbers = {name: values[name] for name in ("height", "width", "num_frames", "fps")}
-        self.pipe.check_videos_fit(source, **numbers, max_context_length=limit, room=room)
+        windows = {"long_video": self.pipe.resolve_long_video(task, **long_video)} if long_video else {}
+        numbers["num_frames"] = num_frames or numbers["num_frames"]
+        self.pipe.check_videos_fit(source, **numbers, max_context_length=limit, room=room, **windows)
+
+    def choose_windows(self, task: str, num_frames: int, options: GenerationOptions, clip: ClipOptions) -> "Windows":
+        """
+        Choose how a video of `num_frames` frames is generated: at once if the model was trained on so many, else in
+        windows. Flags of the caller win.
+
+        Raises:
+            UsageProblem: for windows with a pipeline that has none.
+        """
+        known = "long_video" in inspect.signature(type(self.pipe).__call__).parameters
+        trained = self.pipe._preset(task).get("num_frames") or 1
+        limit = clip.window_frames or trained
+        mode = clip.long_video
+        if mode in (None, "auto"):
+            wants_windows = clip.window_frames is not None or clip.window_overlap is not None
+            raised = options.max_context_length is not None and not wants_windows
+            mode = "windows" if known and num_frames > limit and not raised else None
+        elif mode == "off":
+            mode = None
+        if mode is None:
+            return Windows({}, 1, num_frames)
+        if not known:
+            raise UsageProblem(f"`--long-video {mode}`: this version of the pipeline has no windows: leave it out.")
+        arguments = {
+            "long_video": mode,
+            "window_frames": clip.window_frames,
+            "window_overlap": clip.window_overlap,
+        }
+        with as_usage():
+            long = self.pipe.resolve_long_video(task, **arguments)
+            return Windows(arguments, len(long.plan(self.pipe.grid, num_frames)), long.window_frames)
 
 
 class Outline2(Outline):
@@ -208,4 +272,4 @@ def _without_layers(config: OmniVideoConfig) -> OmniVideoConfig:
     return config
 
 
-__all__ = ["Outline"]
+__all__ = ["Outline", "Windows"]

@@ -15,7 +15,7 @@ from PIL import Image
 from ..media.images import load_image, save_image
 from ..media.video_loading import load_video, open_media
 from ..media.video_writer import save_video
-from ..pipelines.output import OmniVideoPipelineOutput
+from ..pipelines.shared.output import OmniVideoPipelineOutput
 
 GAIN = 2  # of the difference view, so that a change that is hard to see is visible there
 

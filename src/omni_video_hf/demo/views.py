@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from ..pipelines.output import OmniVideoPipelineOutput
+from ..pipelines.shared.output import OmniVideoPipelineOutput
 from .files import GAIN, Comparison, kind_of
 from .runner import Cancelled, Event, Started, Step, Waiting
 

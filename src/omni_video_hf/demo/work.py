@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..pipelines.output import OmniVideoPipelineOutput
+from ..pipelines.shared.output import OmniVideoPipelineOutput
 from ..utils.masking import mask_tokens
 from .files import SessionFiles
 from .requests import Request, make_request

@@ -8,7 +8,9 @@ from importlib import import_module
 
 _HOMES = {
     "MediaFile": "download",
+    "Sound": "video_writer",
     "VideoClip": "clip",
+    "VideoWriter": "video_writer",
     "contact_sheet": "images",
     "load_image": "images",
     "load_video": "video_loading",
@@ -29,7 +31,9 @@ def __getattr__(name: str) -> object:
 
 __all__ = [
     "MediaFile",
+    "Sound",
     "VideoClip",
+    "VideoWriter",
     "contact_sheet",
     "load_image",
     "load_video",

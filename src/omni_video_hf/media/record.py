@@ -16,7 +16,7 @@ def read_media_record(path: str | Path) -> dict[str, Any]:
     Read prompt, seed, settings, model and revision with which a file was generated.
 
     Args:
-        path: .mp4, .png, .jpg or .webp file.
+        path: image or video that this package wrote.
 
     Raises:
         ValueError: for a file without such a record, or that cannot be read.
@@ -33,8 +33,9 @@ def read_media_record(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            is_mp4 = file.read(12)[4:8] == b"ftyp"
-        texts = _of_video(path) if is_mp4 else _of_image(path)
+            head = file.read(12)
+        container = "mov" if head[4:8] == b"ftyp" else "matroska" if head[:4] == b"\x1a\x45\xdf\xa3" else None
+        texts = _of_image(path) if container is None else _of_video(path, container)
     except Exception as error:  # errors of PyAV and Pillow, and files that cannot be opened
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: cannot be read as an image or video ({reason}).") from error
@@ -52,12 +53,14 @@ def read_media_record(path: str | Path) -> dict[str, Any]:
 def _of_image(path: Path) -> list[Any]:
     with import_module("PIL.Image").open(path) as image:
         exif = image.getexif()
-        return [image.info.get(KEY), exif.get(_IMAGE_DESCRIPTION)]
+        comment = image.info.get("comment")  # of a GIF
+        comment = comment.decode(errors="replace") if isinstance(comment, bytes) else comment
+        return [image.info.get(KEY), exif.get(_IMAGE_DESCRIPTION), comment]
 
 
-def _of_video(path: Path) -> list[Any]:
-    with import_module("av").open(str(path), format="mov") as container:
-        return [container.metadata.get("comment")]
+def _of_video(path: Path, kind: str) -> list[Any]:
+    with import_module("av").open(str(path), format=kind) as container:
+        return [container.metadata.get("comment"), container.metadata.get("COMMENT")]
 
 
 __all__ = ["read_media_record"]

@@ -87,10 +87,10 @@ def _load_file(path: MediaFile, fps: float | None, num_frames: int | None, max_f
     index = read_index(path)
     number, fps, notes = _plan(index, fps, num_frames)
     _check_number(number, max_frames)
-    _check_bytes(index, number)  # before a list of so many numbers is created
+    check_bytes(index, number)  # before a list of so many numbers is created
     info = index.info
     numbers, rate = _select(index.times, info.duration, info.fps, index.slack, fps, num_frames, str(path))
-    return VideoClip(_decoded_frames(index, numbers), rate, notes)
+    return VideoClip(decoded_frames(index, numbers), rate, notes)
 
 
 def _plan(index: VideoIndex, fps: float | None, num_frames: int | None) -> tuple[int, float | None, tuple[str, ...]]:
@@ -127,7 +127,7 @@ def load_sampled_video(source: Any, strategy: str, num_frames: int) -> np.ndarra
         return sample_frames(load_video(source).frames, strategy, num_frames)
     with opened(source) as path:
         index = read_index(path)
-        return _decoded_frames(index, sample_indices(strategy, index.info.num_frames, num_frames))
+        return decoded_frames(index, sample_indices(strategy, index.info.num_frames, num_frames))
 
 
 def load_chosen_frames(source: Any, choose: Callable[[int], Sequence[int]]) -> tuple[VideoClip, int]:
@@ -146,12 +146,13 @@ def load_chosen_frames(source: Any, choose: Callable[[int], Sequence[int]]) -> t
         return VideoClip(clip.frames[list(choose(len(clip.frames)))], clip.fps, clip.notes), len(clip.frames)
     with opened(source) as path:
         index = read_index(path)
-        frames = _decoded_frames(index, choose(index.info.num_frames))
+        frames = decoded_frames(index, choose(index.info.num_frames))
         return VideoClip(frames, index.info.fps, index.info.notes), index.info.num_frames
 
 
-def _decoded_frames(index: VideoIndex, numbers: Sequence[int]) -> np.ndarray:
-    _check_bytes(index, len(numbers))
+def decoded_frames(index: VideoIndex, numbers: Sequence[int]) -> np.ndarray:
+    """Decode the frames with these numbers, repeated ones once; uint8 `[frames, height, width, 3]`."""
+    check_bytes(index, len(numbers))
     rows: dict[int, list[int]] = {}
     for row, number in enumerate(numbers):
         rows.setdefault(int(number), []).append(row)
@@ -201,7 +202,7 @@ def _check_number(number: int, max_frames: int | None) -> None:
         )
 
 
-def _check_bytes(index: VideoIndex, number: int) -> None:
+def check_bytes(index: VideoIndex, number: int) -> None:
     """Refuse more frames than the read budget allows, before decoding."""
     info, limit = index.info, current_budget().max_bytes
     if number * info.width * info.height * 3 > limit:

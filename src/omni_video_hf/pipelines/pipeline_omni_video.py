@@ -32,6 +32,7 @@ from .scheduling import preset_shift
 from .shared.output import OmniVideoPipelineOutput
 from .shared.repository_mixin import OmniVideoRepositoryMixin
 from .shared.steps import OmniVideoStepsMixin, seeded_generator
+from .shared.thinking import OmniVideoThinkingMixin, thinks_first
 
 logger = logging.get_logger(__name__)
 
@@ -39,6 +40,7 @@ logger = logging.get_logger(__name__)
 class OmniVideoPipeline(
     OmniVideoRequestMixin,
     OmniVideoEncodersMixin,
+    OmniVideoThinkingMixin,
     OmniVideoRepositoryMixin,
     OmniVideoDenoisingMixin,
     OmniVideoStepsMixin,
@@ -133,6 +135,7 @@ class OmniVideoPipeline(
 
     @whole_call
     @with_lora_scale
+    @thinks_first
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -167,6 +170,8 @@ class OmniVideoPipeline(
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
+        think: bool = False,  # noqa: ARG002 - `thinks_first` uses it
+        thought: Any = None,  # noqa: ARG002 - `thinks_first` uses it
         callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> OmniVideoPipelineOutput | tuple:
@@ -229,6 +234,10 @@ class OmniVideoPipeline(
                 `(frames, text)`.
             attention_kwargs (`dict`, *optional*): Passed to the decoder's attention processors; `scale` multiplies the
                 LoRA of all parts during the call.
+            think (`bool`, defaults to `False`): Whether the MLLM first says plainly what the prompt asks for, see
+                [`think`]; the video is then generated from that, and `settings["thought"]` of the output keeps it.
+            thought (`OmniVideoThought`, `str`, `dict` or list, *optional*): A thought instead of a new one, one or one
+                per prompt, such as that of another call.
             callback_on_step_end (*optional*): Called as `callback(pipe, step, timestep, tensors)` after every step.
                 The pipeline's components can be used in it, but no other call can begin on the pipeline or decoder.
             callback_on_step_end_tensor_inputs: Tensors it gets: `latents`, `context`, `null_context`; the latter two

@@ -22,7 +22,7 @@ from ..scheduling import preset_shift
 from ..shared.output import OmniVideoPipelineOutput
 from ..shared.repository_mixin import OmniVideoRepositoryMixin
 from ..shared.steps import OmniVideoStepsMixin, seeded_generator
-from ..shared.thought import OmniVideoThought, as_thoughts
+from ..shared.thought import as_thoughts, plain_thoughts
 from .denoising import OmniVideo2DenoisingMixin
 from .edit_source import load_edit_videos
 from .encoders import OmniVideo2EncodersMixin, check_source_size
@@ -376,15 +376,9 @@ class OmniVideo2Pipeline(
             | {"guidance_interval": guidance_interval, "batch_guidance": guidance.batched, "seed": seed}
             | {"source_guidance_scale": source_guidance_scale}
             | {"mllm_source_size": mllm_source_size or self.config.mllm_source_size}
-            | {"thought": None if thoughts is None else _plain(thoughts, isinstance(prompt, str))},
+            | {"thought": None if thoughts is None else plain_thoughts(thoughts, isinstance(prompt, str))},
             notes=notes,
         )
-
-
-def _plain(thoughts: list[OmniVideoThought], is_one: bool) -> Any:
-    """Thoughts as plain values, which `thought` takes back."""
-    plain = [thought.to_dict() for thought in thoughts]
-    return plain[0] if is_one else plain
 
 
 __all__ = ["OmniVideo2Pipeline"]

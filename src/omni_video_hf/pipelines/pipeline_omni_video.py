@@ -133,9 +133,9 @@ class OmniVideoPipeline(
 
     # --- the call ---------------------------------------------------------------------------------------------------
 
+    @thinks_first
     @whole_call
     @with_lora_scale
-    @thinks_first
     def __call__(
         self,
         prompt: str | list[str] | None = None,

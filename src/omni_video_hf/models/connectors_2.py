@@ -14,11 +14,12 @@ from torch import nn
 
 from ..hub.hub_calls import WeightsFromHubMixin
 from .configuration_omni_video import OmniVideoAdapterConfig
-from .connectors import OmniVideoStoredEmbeddings, OmniVideoVisualContextAdapter
-from .context_layout import (
+from .connectors import (
     ContextLayoutMixin,
     ContextOverflow,
     Embeddings,
+    OmniVideoStoredEmbeddings,
+    OmniVideoVisualContextAdapter,
     check_context_overflow,
     input_dtype,
     rows_without_padding,

@@ -499,11 +499,15 @@ def register_with_cache_dit(pipeline: type) -> None:
 
     @register.register(pipeline.__name__)
     def adapter(pipe: Any, **kwargs: Any) -> Any:
+        pattern = cache_dit.ForwardPattern.Pattern_2  # hidden states and context in, hidden states out
+        second = getattr(pipe, "transformer_2", None)
+        experts = [pipe.transformer] if second is None else [pipe.transformer, second]
+        single = len(experts) == 1  # for two, the library takes lists
         return cache_dit.BlockAdapter(
             pipe=pipe,
-            transformer=pipe.transformer,
-            blocks=pipe.transformer.blocks,
-            forward_pattern=cache_dit.ForwardPattern.Pattern_2,  # hidden states and context in, hidden states out
+            transformer=experts[0] if single else experts,
+            blocks=experts[0].blocks if single else [expert.blocks for expert in experts],
+            forward_pattern=pattern if single else [pattern] * len(experts),
             has_separate_cfg=True,  # conditional and null branch run in turn
             **kwargs,
         )

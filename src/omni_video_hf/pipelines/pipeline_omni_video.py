@@ -32,6 +32,7 @@ from .shared.output import OmniVideoPipelineOutput
 from .shared.repository_mixin import OmniVideoRepositoryMixin
 from .shared.steps import OmniVideoStepsMixin, seeded_generator
 from .shared.streaming import OmniVideoStreamMixin, chunks_joined
+from .shared.thinking import OmniVideoThinkingMixin, thinks_first
 
 logger = logging.get_logger(__name__)
 
@@ -39,6 +40,7 @@ logger = logging.get_logger(__name__)
 class OmniVideoPipeline(
     OmniVideoRequestMixin,
     OmniVideoEncodersMixin,
+    OmniVideoThinkingMixin,
     OmniVideoRepositoryMixin,
     OmniVideoDenoisingMixin,
     OmniVideoStreamMixin,
@@ -132,6 +134,7 @@ class OmniVideoPipeline(
 
     # --- the call ---------------------------------------------------------------------------------------------------
 
+    @thinks_first
     @chunks_joined
     @whole_call
     @with_lora_scale
@@ -175,6 +178,8 @@ class OmniVideoPipeline(
         window_frames: int | None = None,
         window_overlap: int | None = None,
         first_frames: torch.Tensor | None = None,
+        think: bool = False,  # noqa: ARG002 - `thinks_first` uses it
+        thought: Any = None,  # noqa: ARG002 - `thinks_first` uses it
         callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> OmniVideoPipelineOutput | tuple:
@@ -248,6 +253,10 @@ class OmniVideoPipeline(
                 quarter of a window.
             first_frames (`torch.Tensor`, *optional*): `[batch, frames, 3, height, width]` in 0..1, `4n+1` frames that
                 the result begins with, such as the end of another video. The result shows them as the VAE does.
+            think (`bool`, defaults to `False`): Whether the MLLM first says plainly what the prompt asks for, see
+                [`think`]; the video is then generated from that, and `settings["thought"]` of the output keeps it.
+            thought (`OmniVideoThought`, `str`, `dict` or list, *optional*): A thought instead of a new one, one or one
+                per prompt, such as that of another call.
             callback_on_step_end (*optional*): Called as `callback(pipe, step, timestep, tensors)` after every step.
                 The pipeline's components can be used in it, but no other call can begin on the pipeline or decoder.
             callback_on_step_end_tensor_inputs: Tensors it gets: `latents`, `context`, `null_context`; the latter two

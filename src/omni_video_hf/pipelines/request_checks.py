@@ -24,6 +24,7 @@ NUMBERS: dict[str, tuple[bool, float, bool]] = {
     "flow_shift": (False, 0, False),
     "num_videos_per_prompt": (True, 1, True),
     "frame_stride": (True, 1, True),
+    "temperature": (False, 0, True),
     "max_new_tokens": (True, 1, True),
     "max_sequence_length": (True, 1, True),
     "max_context_length": (True, 1, True),

@@ -98,7 +98,7 @@ class OmniVideo2LoraLoaderMixin(OmniVideoLoraLoaderMixin):
         return {names[part]: replace(lora, tensors=_copies(lora.tensors)) for part, lora in found.items()}
 
     @classmethod
-    def save_lora_weights(
+    def save_lora_weights(  # type: ignore[override]  # other components have other arguments
         cls,
         save_directory: str | Path,
         transformer_lora_layers: dict[str, torch.Tensor] | None = None,

@@ -22,7 +22,7 @@ from ..scheduling import preset_shift
 from ..shared.output import OmniVideoPipelineOutput
 from ..shared.repository_mixin import OmniVideoRepositoryMixin
 from ..shared.steps import OmniVideoStepsMixin, seeded_generator
-from ..shared.thought import OmniVideoThought, as_thoughts
+from ..shared.thought import as_thoughts, plain_thoughts
 from .denoising import OmniVideo2DenoisingMixin
 from .edit_source import load_edit_videos
 from .encoders import OmniVideo2EncodersMixin, check_source_size
@@ -306,6 +306,8 @@ class OmniVideo2Pipeline(
 
         # 2. Source and settings
         if get_task(task).answers_in_text:
+            if prompts is None:
+                raise ValueError(f"Task {task!r} needs `prompt`, the question.")
             answers = self.answer(prompts, video, max_new_tokens)
             asked = {"task": task, "max_new_tokens": max_new_tokens, "seed": seed}
             return self._output(return_dict, text=answers, task=task, settings=asked)
@@ -325,11 +327,13 @@ class OmniVideo2Pipeline(
         # 3. MLLM, text encoder, source: one after the other, so that with `enable_model_cpu_offload` only one of them
         # is on the device
         if think and thoughts is None and prompt_embeds is None:
-            thoughts = self._think(prompts, videos, max_new_tokens=max_new_tokens)
+            thoughts = self._think(cast("list[str]", prompts), videos, max_new_tokens=max_new_tokens)
         if mllm_hidden_states is None:
             mllm_hidden_states = check_result(self.encode_instruction(prompts, videos, mllm_source_size), "The MLLM")
         if prompt_embeds is None:
-            texts = self.encode_texts(prompts, thoughts, task == "v2v", max_sequence_length, context_overflow)
+            texts = self.encode_texts(
+                cast("list[str]", prompts), thoughts, task == "v2v", max_sequence_length, context_overflow
+            )
             prompt_embeds = check_result(texts, "The text encoder")
         if self.do_classifier_free_guidance and negative_prompt_embeds is None:
             negative = self.config.prompts["negative"] if negative_prompt is None else negative_prompt
@@ -376,15 +380,9 @@ class OmniVideo2Pipeline(
             | {"guidance_interval": guidance_interval, "batch_guidance": guidance.batched, "seed": seed}
             | {"source_guidance_scale": source_guidance_scale}
             | {"mllm_source_size": mllm_source_size or self.config.mllm_source_size}
-            | {"thought": None if thoughts is None else _plain(thoughts, isinstance(prompt, str))},
+            | {"thought": None if thoughts is None else plain_thoughts(thoughts, isinstance(prompt, str))},
             notes=notes,
         )
-
-
-def _plain(thoughts: list[OmniVideoThought], is_one: bool) -> Any:
-    """Thoughts as plain values, which `thought` takes back."""
-    plain = [thought.to_dict() for thought in thoughts]
-    return plain[0] if is_one else plain
 
 
 __all__ = ["OmniVideo2Pipeline"]

@@ -1,6 +1,5 @@
 """Prompts, presets and named settings of Omni-Video 2; a converted repository keeps its authors' prompts instead."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,9 +80,4 @@ def complete_prompts(prompts: Mapping[str, str] | None) -> dict[str, str]:
     return DEFAULT_PROMPTS | given
 
 
-def filled(template: str, **values: str) -> str:
-    """`template` with its `{name}`s replaced; braces within the values stay as they are."""
-    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
-
-
-__all__ = ["DEFAULT_PROMPTS", "OMNI_VIDEO_2_PRESETS", "complete_prompts", "filled"]
+__all__ = ["DEFAULT_PROMPTS", "OMNI_VIDEO_2_PRESETS", "complete_prompts"]

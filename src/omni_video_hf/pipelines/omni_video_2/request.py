@@ -155,8 +155,8 @@ class OmniVideo2RequestMixin(OmniVideoRequestMixin):
 
     def _note_of_cut(
         self,
-        states: Sequence[torch.Tensor],
-        embeds: Sequence[torch.Tensor],
+        states: torch.Tensor | Sequence[torch.Tensor],
+        embeds: torch.Tensor | Sequence[torch.Tensor],
         source_latents: torch.Tensor | None,
         max_context_length: int | None,
     ) -> list[str]:

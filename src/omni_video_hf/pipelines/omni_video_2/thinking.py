@@ -10,9 +10,10 @@ from ...processing.processing_omni_video_2 import END, MllmFrames
 from ...utils.modules import Host
 from ...utils.turns import OwnRandomNumbers, in_turn
 from ..request_checks import FiniteLogits, check_numbers
-from ..shared.thought import OmniVideoThought
+from ..shared.thinking import Thinker, check_answer
+from ..shared.thought import OmniVideoThought, filled
 from .edit_source import EditVideo, load_edit_videos
-from .prompts import ANSWER_SYSTEM_PROMPT, CAPTION_PIXELS, CAPTION_REQUEST, EDIT_REQUEST, EXPAND_REQUEST, filled
+from .prompts import ANSWER_SYSTEM_PROMPT, CAPTION_PIXELS, CAPTION_REQUEST, EDIT_REQUEST, EXPAND_REQUEST
 
 
 class OmniVideo2ThinkingMixin(Host):
@@ -27,6 +28,7 @@ class OmniVideo2ThinkingMixin(Host):
         max_new_tokens: int = 512,
         temperature: float = 0.0,
         seed: int | None = None,
+        thinker: Thinker | None = None,
     ) -> OmniVideoThought | list[OmniVideoThought]:
         """
         Let the MLLM describe the video that a request asks for.
@@ -42,6 +44,8 @@ class OmniVideo2ThinkingMixin(Host):
             max_new_tokens: maximum length of each text, in tokens.
             temperature: 0 for the most probable text; above, tokens are sampled.
             seed: seed of the sampling. Default: a new one, which the thought's `settings` name.
+            thinker: a function that answers instead of the MLLM: it gets messages in the chat format of transformers,
+                with the frames as a `video` entry, and returns a text.
 
         Returns:
             One thought, or a list for a list of prompts.
@@ -49,13 +53,13 @@ class OmniVideo2ThinkingMixin(Host):
         Raises:
             ValueError: for a number out of range, or inputs that do not go together.
         """
-        check_numbers(max_new_tokens=max_new_tokens)
+        check_numbers(max_new_tokens=max_new_tokens, temperature=temperature)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         task = self._check_task(task, video)
         videos = None
         if video is not None:
             videos = load_edit_videos(video, len(prompts), self.processor.frame_numbers, 1, None, 1)
-        thoughts = self._think(prompts, videos, system_prompt, max_new_tokens, temperature, seed)
+        thoughts = self._think(prompts, videos, system_prompt, max_new_tokens, temperature, seed, thinker)
         return thoughts[0] if isinstance(prompt, str) else thoughts
 
     def answer(self, prompts: list[str], video: Any = None, max_new_tokens: int = 512) -> list[str]:
@@ -85,13 +89,13 @@ class OmniVideo2ThinkingMixin(Host):
         max_new_tokens: int = 512,
         temperature: float = 0.0,
         seed: int | None = None,
+        thinker: Thinker | None = None,
     ) -> list[OmniVideoThought]:
         """[`think`] for loaded videos."""
-        if temperature < 0:
-            raise ValueError(f"`temperature` must be at least 0, got {temperature!r}.")
         if temperature > 0 and seed is None:
             seed = int(torch.randint(2**32, ()))
-        sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        sampling = settings | {"thinker": thinker}
         captions: dict[int, str] = {}
         thoughts = []
         for number, prompt in enumerate(prompts):
@@ -114,7 +118,7 @@ class OmniVideo2ThinkingMixin(Host):
                     f"The MLLM wrote nothing about the prompt {prompt!r}: pass `think=False`, or a `thought` of your "
                     "own."
                 )
-            thoughts.append(OmniVideoThought(text, source_caption=caption, settings=dict(sampling)))
+            thoughts.append(OmniVideoThought(text, source_caption=caption, settings=dict(settings)))
         return thoughts
 
     @in_turn("processor", "mllm")
@@ -126,8 +130,13 @@ class OmniVideo2ThinkingMixin(Host):
         max_new_tokens: int = 512,
         temperature: float = 0.0,
         seed: int | None = None,
+        thinker: Thinker | None = None,
     ) -> str:
-        """The MLLM's answer, without special tokens."""
+        """The answer of the thinker, by default of the MLLM, without special tokens."""
+        if thinker is not None:
+            parts = [] if video is None else [{"type": "video", "video": video.frames}]
+            turn = {"role": "user", "content": [*parts, {"type": "text", "text": user}]}
+            return check_answer(thinker([{"role": "system", "content": system}, turn]))
         inputs, _ = self.processor.chat_inputs(system, user, video, CAPTION_PIXELS)
         inputs = {name: tensor.to(self._execution_device) for name, tensor in inputs.items()}
         if "pixel_values_videos" in inputs:

@@ -1,5 +1,6 @@
 """`OmniVideoThought`: what a model wrote about a request before the video is generated."""
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -63,4 +64,15 @@ def as_thoughts(thought: Any, batch_size: int) -> list[OmniVideoThought]:
     return made
 
 
-__all__ = ["OmniVideoThought", "as_thoughts"]
+def plain_thoughts(thoughts: list[OmniVideoThought], is_one: bool) -> Any:
+    """Thoughts as plain values, which `thought` takes back; one alone for one prompt."""
+    plain = [thought.to_dict() for thought in thoughts]
+    return plain[0] if is_one else plain
+
+
+def filled(template: str, **values: str) -> str:
+    """`template` with its `{name}`s replaced; braces within the values stay as they are."""
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
+
+
+__all__ = ["OmniVideoThought", "as_thoughts", "filled", "plain_thoughts"]

@@ -143,7 +143,7 @@ def _plan(
     """Choose the part of a source that is edited, and its windows; refuse what does not fit."""
     task = _edit_task(media)
     clip.check_with(options, source, next(iter(media)))
-    if "image" in media:
+    if "image" in media or not outline.keeps_whole_clips:
         outline.check(task, texts, options, media)
         return None, None
     span = None
@@ -182,7 +182,7 @@ def answering_parts(loading: Loading) -> dict[str, Any]:
     """
     Components for a pipeline that only answers: no text encoder, decoder and VAE, and an adapter without layers.
 
-    A LoRA may belong to any component, so with one the pipeline is loaded as a whole.
+    A LoRA may belong to any component, so with one the pipeline is loaded as a whole, as is Omni-Video 2.
     """
     if loading.lora is not None:
         return {}
@@ -190,6 +190,8 @@ def answering_parts(loading: Loading) -> dict[str, Any]:
     if Path(loading.place).is_dir():
         check_finished(loading.place)
     OmniVideoPipeline.load_config(loading.place, **origin)  # refuses what is no pipeline, as its loading does
+    if OmniVideoPipeline.class_of(loading.place, origin) is not OmniVideoPipeline:
+        return {}
     adapter = OmniVideoAdapter.load_config(loading.place, subfolder="adapter", **origin)
     left_out = dict.fromkeys(("text_encoder", "tokenizer", "transformer", "vae"))
     return {**left_out, "adapter": OmniVideoAdapter.from_config(adapter, num_encoder_layers=0, num_decoder_layers=0)}

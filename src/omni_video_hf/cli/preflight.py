@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -61,6 +61,7 @@ class Outline:
 
     pipe: OmniVideoPipeline
     revision: str | None
+    keeps_whole_clips: ClassVar[bool] = True  # an edit has all frames of its source
 
     @classmethod
     def of(cls, loading: Loading) -> "Outline":
@@ -167,9 +168,9 @@ class Outline:
             self.pipe.prepare_settings(task, source, **values, room=room, max_context_length=limit)
             return
         numbers = {name: values[name] for name in ("height", "width", "num_frames", "fps")}
-        windows = {"long_video": self.pipe.resolve_long_video(task, **long_video)} if long_video else {}
         numbers["num_frames"] = num_frames or numbers["num_frames"]
-        self.pipe.check_videos_fit(source, **numbers, max_context_length=limit, room=room, **windows)
+        windows = self.pipe.resolve_long_video(task, **long_video) if long_video else None
+        self.pipe.check_videos_fit(source, **numbers, max_context_length=limit, room=room, long_video=windows)
 
     def choose_windows(self, task: str, num_frames: int, options: GenerationOptions, clip: ClipOptions) -> "Windows":
         """
@@ -193,21 +194,29 @@ class Outline:
             return Windows({}, 1, num_frames)
         if not known:
             raise UsageProblem(f"`--long-video {mode}`: this version of the pipeline has no windows: leave it out.")
-        arguments = {
+        arguments: dict[str, Any] = {
             "long_video": mode,
             "window_frames": clip.window_frames,
             "window_overlap": clip.window_overlap,
         }
         with as_usage():
             long = self.pipe.resolve_long_video(task, **arguments)
-            return Windows(arguments, len(long.plan(self.pipe.grid, num_frames)), long.window_frames)
+            return Windows(arguments, len(long.plan(self.pipe.grid, num_frames)), long.window_frames)  # type: ignore[union-attr] # for a mode it is not None
 
 
 class Outline2(Outline):
-    """The same for a repository of Omni-Video 2."""
+    """The same for a repository of Omni-Video 2, whose pipeline chooses the frames of a source itself."""
+
+    keeps_whole_clips = False
 
     def check(
-        self, task: str | None, prompts: Sequence[str], options: GenerationOptions, media: dict[str, Any]
+        self,
+        task: str | None,
+        prompts: Sequence[str],
+        options: GenerationOptions,
+        media: dict[str, Any],
+        num_frames: int | None = None,  # noqa: ARG002 - frames are chosen by the pipeline
+        long_video: dict[str, Any] | None = None,  # noqa: ARG002 - there are no windows
     ) -> None:
         """As of [`Outline`]; the size of a source is checked when it is read."""
         with as_usage():

@@ -89,7 +89,7 @@ class OmniVideoRepositoryMixin(Host):
         if Path(pretrained_model_name_or_path).is_dir():
             check_finished(pretrained_model_name_or_path)
         place = {name: kwargs[name] for name in _PLACE if name in kwargs}
-        pipeline = cls._class_of(pretrained_model_name_or_path, place)
+        pipeline = cls.class_of(pretrained_model_name_or_path, place)
         if pipeline is not cls:
             return pipeline.from_pretrained(
                 pretrained_model_name_or_path, memory=memory, memory_device=memory_device, **kwargs
@@ -167,7 +167,7 @@ class OmniVideoRepositoryMixin(Host):
         return next((base.__name__ for base in cls.__mro__ if base.__name__ in PIPELINE_COMPONENTS), "")
 
     @classmethod
-    def _class_of(cls, place: str | Path, hub: dict[str, Any]) -> Any:
+    def class_of(cls, place: str | Path, hub: dict[str, Any]) -> Any:
         """The class of the pipeline that a repository names, if it is the other one of this project; else this one."""
         from ..omni_video_2.pipeline_omni_video_2 import OmniVideo2Pipeline  # noqa: PLC0415 - imports this module
         from ..pipeline_omni_video import OmniVideoPipeline  # noqa: PLC0415 - imports this module

@@ -13,10 +13,10 @@ from typing import Any
 from diffusers.utils import BaseOutput
 from PIL import Image
 
-from ..hub.remote_code import __version__
-from ..media.images import IMAGE_FORMATS, contact_sheet, load_image, save_image
-from ..media.video_reader import MediaError
-from ..media.video_writer import save_video
+from ...hub.remote_code import __version__
+from ...media.images import IMAGE_FORMATS, contact_sheet, load_image, save_image
+from ...media.video_reader import MediaError
+from ...media.video_writer import save_video
 
 MIN_SHOWN_WIDTH = 256  # CSS pixels; smaller results are enlarged in a notebook
 

@@ -14,7 +14,7 @@ import omni_video_hf
 from omni_video_hf import OmniVideoPipelineOutput
 from omni_video_hf.hub.remote_code import __version__
 from omni_video_hf.media import load_image, load_video, read_media_record, save_video
-from omni_video_hf.pipelines import output as module
+from omni_video_hf.pipelines.shared import output as module
 
 SETTINGS = {"prompt": ["a fox", "a <b>wolf</b>"], "seed": [3, 4], "width": 32, "negative_prompt": None}
 

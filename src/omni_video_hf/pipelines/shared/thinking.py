@@ -53,7 +53,7 @@ def thinks_first(call: Callable) -> Callable:
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if thought is None:
             limits = {name: given[name] for name in ("max_new_tokens",) if name in given}
-            thoughts = self.think(prompts, given.get("video"), given.get("image"), task, **limits)
+            thoughts: Any = self.think(prompts, given.get("video"), given.get("image"), task, **limits)
         else:
             thoughts = as_thoughts(thought, len(prompts))
         plain: Any = [entry.prompt for entry in thoughts]

@@ -8,6 +8,7 @@ from golden_2 import clip
 from strangers import WITHOUT_PACKAGE, last_json, run_stranger
 
 from omni_video_hf import OmniVideo2Pipeline
+from omni_video_hf.hub.model_card import render_model_card
 
 CALL = """
 import torch
@@ -55,3 +56,11 @@ def test_a_second_save_changes_nothing(converted_2, tmp_path, layout):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     OmniVideo2Pipeline.from_pretrained(tmp_path).save_pretrained(tmp_path)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_the_card_says_what_the_model_is(converted_2):
+    card = render_model_card(converted_2["A14B"], "lab/omni-video-2-tiny")
+    assert "Omni-Video 2" in card
+    assert "AutoModelForImageTextToText" not in card
+    for part in ("mllm", "transformer", "transformer\\_2", "adapter\\_2"):
+        assert f"| {part} |" in card

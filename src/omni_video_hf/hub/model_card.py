@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .remote_code import __version__
+from .remote_code import PIPELINE_CLASS, __version__, pipeline_class
 from .repository import read_header
 
 SUMMARY_NAME = "training_summary.json"
@@ -160,6 +160,7 @@ def render_model_card(directory: Path, repo_id: str, base_model: str | Path | No
             "presets": _presets(directory / "model_index.json"),
             "sizes": {plain(part): size for part, size in sizes.items()},
             "is_whole": (directory / "model_index.json").is_file() and "mllm" in sizes,
+            "is_version_2": pipeline_class(directory) != PIPELINE_CLASS,
             "version": __version__,
         }
         text = str(ModelCard.from_template(data, template_path=str(template), **facts))
@@ -204,6 +205,8 @@ def _sizes(directory: Path) -> dict[str, float]:
             continue
         for name, (_, _, num_bytes) in read_header(file).items():
             is_shared = folder in (".", "mllm") and file.name != LORA_NAME
+            if folder == "mllm" and not name.startswith(("mllm.", "vision_head.")):  # a stock MLLM
+                is_shared = False
             part = name.partition(".")[0] if is_shared else folder
             sizes[part] = sizes.get(part, 0) + num_bytes / 1e9
     return sizes

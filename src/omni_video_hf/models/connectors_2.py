@@ -33,6 +33,20 @@ _SOURCE_MARKERS, _PROMPT_MARKERS = 0, 2
 NULL_STATE_LENGTH, NULL_STATE_VALUE = 2, 1e-6
 
 
+class OmniVideo2StateNorm(nn.Module):
+    """RMSNorm of the MLLM's states, computed in float32: states before the final norm have a wide range."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """`[..., width]` -> the same, in the dtype of the weight."""
+        normed = nn.functional.rms_norm(states.float(), (states.shape[-1],), None, self.eps)
+        return normed.to(self.weight.dtype) * self.weight
+
+
 class OmniVideo2Adapter(ContextLayoutMixin, WeightsFromHubMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     Builds the context of one decoder of Omni-Video 2: states of the MLLM, prompt, source, in this order.
@@ -84,7 +98,7 @@ class OmniVideo2Adapter(ContextLayoutMixin, WeightsFromHubMixin, ModelMixin, Con
         super().__init__()
         if mllm_states not in MLLM_STATES:
             raise ValueError(f"`mllm_states` must be one of {', '.join(map(repr, MLLM_STATES))}, got {mllm_states!r}.")
-        self.mllm_norm = nn.RMSNorm(mllm_hidden_size, eps=norm_eps)
+        self.mllm_norm = OmniVideo2StateNorm(mllm_hidden_size, norm_eps)
         self.mllm_proj = nn.Linear(mllm_hidden_size, hidden_size)
         self.visual_context_adapter = OmniVideoVisualContextAdapter(
             OmniVideoAdapterConfig(
@@ -166,16 +180,15 @@ class OmniVideo2Adapter(ContextLayoutMixin, WeightsFromHubMixin, ModelMixin, Con
             >>> OmniVideo2Adapter(mllm_hidden_size=8, hidden_size=16).adapt_states(torch.zeros(5, 8)).shape
             torch.Size([5, 16])
         """
-        dtype = input_dtype(self.mllm_proj, mllm_hidden_states.dtype)
-        # The norm is computed in float32, as upstream does: states before the final norm have a wide range.
-        normed = nn.functional.rms_norm(
-            mllm_hidden_states.float(), self.mllm_norm.normalized_shape, None, self.mllm_norm.eps
-        )
-        return self.mllm_proj(normed.to(dtype) * self.mllm_norm.weight.to(dtype))
+        normed = self.mllm_norm(mllm_hidden_states)
+        return self.mllm_proj(normed.to(input_dtype(self.mllm_proj, normed.dtype)))
 
-    def null_states(self) -> torch.Tensor:
+    def null_states(self, device: torch.device | None = None) -> torch.Tensor:
         """
         States of the MLLM in the unconditional branch, `[2, mllm_hidden_size]`: constants of upstream's code.
+
+        Args:
+            device: device of the result. Default: that of the weights.
 
         Example:
             >>> from omni_video_hf import OmniVideo2Adapter
@@ -183,7 +196,7 @@ class OmniVideo2Adapter(ContextLayoutMixin, WeightsFromHubMixin, ModelMixin, Con
             torch.Size([2, 8])
         """
         shape = NULL_STATE_LENGTH, self.config.mllm_hidden_size
-        return torch.full(shape, NULL_STATE_VALUE, device=self.device)
+        return torch.full(shape, NULL_STATE_VALUE, device=device or self.device)
 
 
 def get_mllm_states(mllm: nn.Module, kind: MllmStates, inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from golden_2 import clip
 
 from omni_video_hf import OmniVideo2Pipeline, OmniVideoPipeline, OmniVideoThought, collect_lora_layers
+from omni_video_hf.pipelines.memory.profiles import DTYPES, OMNI_VIDEO_2_PROFILES
 from omni_video_hf.pipelines.omni_video_2.edit_source import strided_numbers
 
 SMALL = {"num_inference_steps": 4, "max_new_tokens": 3, "output_type": "latent"}
@@ -169,6 +171,23 @@ def test_special_tokens_in_a_request_stay_text(pipe):
     special = pipe.processor.special_ids
     assert (inputs["input_ids"] == special["<|im_end|>"]).sum() == 2
     assert (inputs["input_ids"] == special["<|im_start|>"]).sum() == 3
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*OMNI_VIDEO_2_PROFILES, "sequential"])
+def test_offloading_changes_no_number(converted_2, name):
+    folder, given = converted_2["A14B"], {"video": clip(), "thought": "a blue dress"}
+    plain = OmniVideo2Pipeline.from_pretrained(folder, dtype=dict(DTYPES))
+    if name == "sequential":
+        pipe = OmniVideo2Pipeline.from_pretrained(folder, dtype=dict(DTYPES))
+        for component in pipe.model_cpu_offload_seq.split("->"):  # weights on the meta device until a part runs
+            cpu_offload(getattr(pipe, component), torch.device("cpu"), offload_buffers=True)
+    else:
+        pipe = OmniVideo2Pipeline.from_pretrained(folder, memory=name, memory_device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.equal(run(pipe, **given).frames, run(plain, **given).frames)
 
 
 # --- LoRA -----------------------------------------------------------------------------------------------------------

@@ -108,9 +108,8 @@ def profiles_for(headers: Headers) -> dict[str, MemoryProfile]:
 
 
 def _is_version_2(headers: Headers) -> bool:
-    """Whether the MLLM is a stock model, whose weights have no vision head beside it."""
-    names = [name for name, _ in _tensors_of("mllm", headers)]
-    return bool(names) and not any(name.startswith(("mllm.", "vision_head.")) for name in names)
+    """Whether the MLLM is a stock model, whose weights have no prefix that tells them from a vision head."""
+    return any(name.startswith("model.") for name, _ in _tensors_of("mllm", headers))
 
 
 # --- applying a profile -------------------------------------------------------------------------------------------

@@ -128,7 +128,10 @@ class OmniVideo2EncodersMixin(OmniVideoEncodersMixin):
             context = built(mllm_hidden_states, prompt_embeds, source_latents)
             if negative_prompt_embeds is None:
                 return ExpertContexts(context)
-            nulls = negative_mllm_hidden_states, negative_prompt_embeds
+            null_states = negative_mllm_hidden_states
+            if null_states is None:  # with sequential offloading, the adapter itself knows no device
+                null_states = adapter.null_states(self._execution_device)[None]
+            nulls = null_states, negative_prompt_embeds
             no_source = built(*nulls, None) if with_no_source else None
             return ExpertContexts(context, built(*nulls, source_latents), no_source)
 

@@ -249,8 +249,8 @@ class OmniVideoPipeline(
                 after the other, each beginning with the end of the last, see [`stream`]. Default: all at once.
             window_frames (`int`, *optional*): Frames of a window or chunk, `4n+1`. Default: those of the preset, which
                 the model was trained with. A video that fits one window is generated as without `long_video`.
-            window_overlap (`int`, *optional*): Frames that two neighbours share, a multiple of 4. Default: about a
-                quarter of a window.
+            window_overlap (`int`, *optional*): Frames that two neighbours share, a multiple of 4. Default: about
+                half of a window.
             first_frames (`torch.Tensor`, *optional*): `[batch, frames, 3, height, width]` in 0..1, `4n+1` frames that
                 the result begins with, such as the end of another video. The result shows them as the VAE does.
             think (`bool`, defaults to `False`): Whether the MLLM first says plainly what the prompt asks for, see

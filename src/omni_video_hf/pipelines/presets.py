@@ -143,7 +143,7 @@ class LongVideo:
                 f"with {trained_frames}."
             )
         most = frames - 1 - step
-        overlap = (most // 4 // step or 1) * step if window_overlap is None else window_overlap
+        overlap = (frames - 1) // 2 // step * step if window_overlap is None else window_overlap
         if overlap < step or overlap > most or overlap % step:
             raise ValueError(
                 f"`window_overlap` must be a multiple of {step} in {step}..{most} for windows of {frames} frames, got "

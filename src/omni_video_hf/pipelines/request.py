@@ -171,7 +171,7 @@ class OmniVideoRequestMixin(Host):
             >>> from omni_video_hf.shapes import CHECKPOINT
             >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
             >>> pipe.resolve_long_video("v2v", "windows")
-            LongVideo(mode='windows', window_frames=17, window_overlap=4)
+            LongVideo(mode='windows', window_frames=17, window_overlap=8)
         """
         if long_video is window_frames is window_overlap is None:
             return None
@@ -204,7 +204,7 @@ class OmniVideoRequestMixin(Host):
             >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
             >>> settings, _ = pipe.prepare_settings("t2v", Source(), None, None, 65, *[None] * 4)
             >>> len(pipe.plan_windows(settings, pipe.resolve_long_video("t2v", "windows")))
-            5
+            7
         """
         whole = (Window(0, self.grid.latent_frames(settings.num_frames)),)
         windows = whole if long_video is None else long_video.plan(self.grid, settings.num_frames)

@@ -68,7 +68,7 @@ class OmniVideoStreamMixin(Host):
                 `VideoClip` may be a `numpy.memmap`, of which each chunk reads its part.
             window_frames (`int`, *optional*): Frames of a chunk, `4n+1`. Default: those of the preset.
             window_overlap (`int`, *optional*): Frames that a chunk takes over from the one before it, besides the
-                first: a multiple of 4. Default: about a quarter of a chunk.
+                first: a multiple of 4. Default: about half of a chunk.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` or `"pt"`.
             arguments: the other arguments of the call, the same for all chunks.
 
@@ -85,7 +85,7 @@ class OmniVideoStreamMixin(Host):
             >>> pipe = OmniVideoPipeline.from_pretrained(CHECKPOINT)
             >>> chunks = pipe.stream("a red circle moves right", task="t2v", num_frames=29, num_inference_steps=1)
             >>> [len(chunk.frames[0]) for chunk in chunks]
-            [17, 12]
+            [17, 8, 4]
         """
         check_numbers(num_frames=num_frames, fps=fps, window_frames=window_frames, window_overlap=window_overlap)
         if num_frames is not None:

@@ -270,6 +270,7 @@ def _run(
             outline.pipe.transformer.set_attention_backend(loading.attention_backend)
     if any(job.output.kind != "image" for job in jobs):
         check_pyav()
+    steps = _kept_steps(jobs[0], loading, outline, options, clip) if clip.resume else None
     pipe = load(loading, printing)
     settings = options.settings()
     if options.max_context_length is not None:
@@ -277,7 +278,6 @@ def _run(
     if options.source_guidance_scale is not None:
         settings["source_guidance_scale"] = options.source_guidance_scale
     for job in jobs:
-        steps = _kept_steps(job, loading, outline, options, clip) if clip.resume else None
         with job.output, nullcontext() if steps is None else steps.used():
             job_task = _edit_task(job.media) if job.media else task
             arguments = _arguments(job, settings, pipe, printing) | {"task": job_task}
@@ -334,8 +334,10 @@ def _kept_steps(
         **{name: value for name, value in asdict(clip).items() if name not in ("codec", "quality", "resume")},
         "versions": [__version__, torch.__version__, diffusers.__version__, transformers.__version__],
     }
+    steps = KeptSteps(_steps_folder(job.output), settings)
     with as_usage():
-        return KeptSteps(_steps_folder(job.output), settings)
+        steps.check()
+    return steps
 
 
 def _arguments(job: Job, settings: dict[str, Any], pipe: OmniVideoPipeline, printing: Printing) -> dict[str, Any]:
@@ -362,8 +364,8 @@ def _frames(pipe: OmniVideoPipeline, output: OmniVideoPipelineOutput) -> Iterabl
     """The frames of the first video; latents are decoded piece by piece, so that memory does not grow with it."""
     if not isinstance(output.frames, torch.Tensor):
         return output.frames[0]
-    pieces = pipe.decode_frames(output.frames[:1])
-    return (frame for piece in pieces for frame in piece[0])
+    decode: Any = getattr(pipe, "decode_frames", None)
+    return (frame for piece in decode(output.frames[:1]) for frame in piece[0])
 
 
 def _record(job: Job, output: OmniVideoPipelineOutput, loading: Loading, outline: Outline) -> dict[str, Any]:

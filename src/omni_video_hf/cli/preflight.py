@@ -162,9 +162,14 @@ class Outline:
             self.pipe.prepare_settings(task, source, **values, room=room, max_context_length=limit)
             return
         numbers = {name: values[name] for name in ("height", "width", "num_frames", "fps")}
-        windows = {"long_video": self.pipe.resolve_long_video(task, **long_video)} if long_video else {}
+        windows = {"long_video": self._resolve(task, **long_video)} if long_video else {}
         numbers["num_frames"] = num_frames or numbers["num_frames"]
         self.pipe.check_videos_fit(source, **numbers, max_context_length=limit, room=room, **windows)
+
+    def _resolve(self, task: str, **arguments: Any) -> Any:
+        """Windows or chunks of the pipeline, if it has them."""
+        resolve: Any = getattr(self.pipe, "resolve_long_video", None)
+        return None if resolve is None else resolve(task, **arguments)
 
     def choose_windows(self, task: str, num_frames: int, options: GenerationOptions, clip: ClipOptions) -> "Windows":
         """
@@ -194,7 +199,7 @@ class Outline:
             "window_overlap": clip.window_overlap,
         }
         with as_usage():
-            long = self.pipe.resolve_long_video(task, **arguments)
+            long = self._resolve(task, **arguments)
             return Windows(arguments, len(long.plan(self.pipe.grid, num_frames)), long.window_frames)
 
 

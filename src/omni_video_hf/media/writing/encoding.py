@@ -40,7 +40,7 @@ class Colours:
 BT709_COLOURS = Colours(BT709, BT709, BT709, LIMITED)
 
 
-def colours_of(path: str) -> Colours:
+def colours_of(path: str | Path) -> Colours:
     """
     Colour tags of a video file that a copy of it can have; those of BT.709 for a file without tags.
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -302,6 +302,7 @@ def _run(
             outline.pipe.transformer.set_attention_backend(loading.attention_backend)
     if any(job.output.kind != "image" for job in jobs):
         check_pyav()
+    steps = _kept_steps(jobs[0], loading, outline, options, clip) if clip.resume else None
     pipe = load(loading, printing)
     settings = options.settings()
     if options.max_context_length is not None:
@@ -309,7 +310,6 @@ def _run(
     if options.source_guidance_scale is not None:
         settings["source_guidance_scale"] = options.source_guidance_scale
     for job in jobs:
-        steps = _kept_steps(job, loading, outline, options, clip) if clip.resume else None
         with job.output, nullcontext() if steps is None else steps.used():
             job_task = _edit_task(job.media) if job.media else task
             arguments = _arguments(job, settings, pipe, printing) | {"task": job_task}
@@ -317,7 +317,7 @@ def _run(
             if output.text is not None:
                 _print_answer(job, output.text[0], printing)
             else:
-                _write(job, output, _record(job, output, loading, outline), options, printing)
+                _write(pipe, job, output, _record(job, output, loading, outline), options, printing)
 
 
 def _call(
@@ -366,8 +366,10 @@ def _kept_steps(
         **{name: value for name, value in asdict(clip).items() if name not in ("codec", "quality", "resume")},
         "versions": [__version__, torch.__version__, diffusers.__version__, transformers.__version__],
     }
+    steps = KeptSteps(_steps_folder(job.output), settings)
     with as_usage():
-        return KeptSteps(_steps_folder(job.output), settings)
+        steps.check()
+    return steps
 
 
 def _arguments(job: Job, settings: dict[str, Any], pipe: OmniVideoPipeline, printing: Printing) -> dict[str, Any]:
@@ -384,7 +386,18 @@ def _arguments(job: Job, settings: dict[str, Any], pipe: OmniVideoPipeline, prin
                 f"{job.source}: {count} frames ({job.span.duration:.2f} s) are edited in {job.windows.count} "
                 f"{job.windows.arguments['long_video']} of {job.windows.frames} frames, which overlap."
             )
-    return {"video": job.span.read(step), **settings, "num_frames": None, "fps": None, **windows}
+    arguments = {"video": job.span.read(step), **settings, "num_frames": None, "fps": None, **windows}
+    if hasattr(pipe, "decode_frames") and windows.get("long_video") != "chunks":
+        arguments["output_type"] = "latent"  # frames are decoded on their way to the file, see `_frames`
+    return arguments
+
+
+def _frames(pipe: OmniVideoPipeline, output: OmniVideoPipelineOutput) -> Iterable[Any]:
+    """The frames of the first video; latents are decoded piece by piece, so that memory does not grow with it."""
+    if not isinstance(output.frames, torch.Tensor):
+        return output.frames[0]
+    decode: Any = getattr(pipe, "decode_frames", None)
+    return (frame for piece in decode(output.frames[:1]) for frame in piece[0])
 
 
 def _record(job: Job, output: OmniVideoPipelineOutput, loading: Loading, outline: Outline) -> dict[str, Any]:
@@ -407,6 +420,7 @@ def _record(job: Job, output: OmniVideoPipelineOutput, loading: Loading, outline
 
 
 def _write(
+    pipe: OmniVideoPipeline,
     job: Job,
     output: OmniVideoPipelineOutput,
     record: dict[str, Any],
@@ -414,20 +428,21 @@ def _write(
     printing: Printing,
 ) -> None:
     """Write the file, then print its name, the settings and the notes."""
-    frames, written = output.frames[0], list[str]()
+    written = list[str]()
     size = job.span.size if job.span is not None and options.size is None else None
 
     def write(path: Path) -> None:
         if output.fps is None:
-            save_image(frames[0], path, metadata=record)
+            save_image(output.frames[0][0], path, metadata=record)
         elif job.span is not None:
-            written[:] = job.span.write(frames, path, record, size, **job.writing)
+            written[:] = job.span.write(_frames(pipe, output), path, record, size, **job.writing)
         else:
-            save_video(frames, path, fps=output.fps, metadata=record, **job.writing)
+            save_video(output.frames[0], path, fps=output.fps, metadata=record, **job.writing)
 
     path = job.output.write(write, "image" if output.fps is None else "video")
     notes = [*output.notes, *written]
-    if size is not None and (found := frames[0].size) != size:
+    found = output.settings.get("width"), output.settings.get("height")
+    if size is not None and found != size:
         notes.append(f"The frames were resized from {found[0]}x{found[1]} back to the size of the source.")
     if job.output.path is not None and path != job.output.path:
         notes.append(

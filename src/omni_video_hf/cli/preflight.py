@@ -169,8 +169,13 @@ class Outline:
             return
         numbers = {name: values[name] for name in ("height", "width", "num_frames", "fps")}
         numbers["num_frames"] = num_frames or numbers["num_frames"]
-        windows = self.pipe.resolve_long_video(task, **long_video) if long_video else None
+        windows = self._resolve(task, **long_video) if long_video else None
         self.pipe.check_videos_fit(source, **numbers, max_context_length=limit, room=room, long_video=windows)
+
+    def _resolve(self, task: str, **arguments: Any) -> Any:
+        """Windows or chunks of the pipeline, if it has them."""
+        resolve: Any = getattr(self.pipe, "resolve_long_video", None)
+        return None if resolve is None else resolve(task, **arguments)
 
     def choose_windows(self, task: str, num_frames: int, options: GenerationOptions, clip: ClipOptions) -> "Windows":
         """
@@ -200,8 +205,8 @@ class Outline:
             "window_overlap": clip.window_overlap,
         }
         with as_usage():
-            long = self.pipe.resolve_long_video(task, **arguments)
-            return Windows(arguments, len(long.plan(self.pipe.grid, num_frames)), long.window_frames)  # type: ignore[union-attr] # for a mode it is not None
+            long = self._resolve(task, **arguments)
+            return Windows(arguments, len(long.plan(self.pipe.grid, num_frames)), long.window_frames)
 
 
 class Outline2(Outline):

@@ -101,7 +101,8 @@ def webp_header(path: str | Path) -> tuple[list[int], int, tuple[int, int], bool
     Raises:
         MediaError: for a file that is damaged or cut short, or has too many pixels.
     """
-    stamps, clock, duration, size, has_alpha = [], 0, 0, (0, 0), False
+    stamps, clock, duration, has_alpha = list[int](), 0, 0, False
+    size = (0, 0)
     with opened(path) as file, file.reading() as stream:
         end = 8 + int.from_bytes(stream.read(12)[4:8], "little")
         while (position := stream.tell()) + 8 <= end:
@@ -109,7 +110,8 @@ def webp_header(path: str | Path) -> tuple[list[int], int, tuple[int, int], bool
             length = int.from_bytes(head[4:8], "little")
             body = stream.read(min(length, 16))
             if head[:4] == b"VP8X" and len(body) >= 10:
-                size = tuple(1 + int.from_bytes(body[start : start + 3], "little") for start in (4, 7))
+                width, height = (1 + int.from_bytes(body[start : start + 3], "little") for start in (4, 7))
+                size = (width, height)
                 has_alpha = bool(body[0] & 16)
                 check_pixels(path, *size)
             elif head[:4] == b"ANMF" and len(body) == 16:

@@ -224,7 +224,7 @@ def decode_frames(index: VideoIndex, wanted: Sequence[int]) -> Iterator[tuple[in
         )
 
 
-def _stopwatch(path: str) -> Stopwatch:
+def _stopwatch(path: str | Path) -> Stopwatch:
     return Stopwatch(lambda reason: MediaError(f"{path}: {reason}"))
 
 
@@ -240,7 +240,7 @@ def check_pyav() -> None:
 
 
 @contextmanager
-def open_video(path: str) -> Iterator[tuple[Any, Any]]:
+def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
     """Open a video file and yield `(container, stream)`; errors of FFmpeg become `MediaError`."""
     check_pyav()
     budget = current_budget()
@@ -266,7 +266,7 @@ def open_video(path: str) -> Iterator[tuple[Any, Any]]:
 
 
 @contextmanager
-def _errors_of_decoding(path: str, container: Any) -> Iterator[Any]:
+def _errors_of_decoding(path: str | Path, container: Any) -> Iterator[Any]:
     """Yield the video stream of an open container and close it; errors of FFmpeg become `MediaError`."""
     with container:
         streams = [stream for stream in container.streams.video if "attached_pic" not in _disposition(stream)]
@@ -298,7 +298,7 @@ def _disposition(stream: Any) -> str:
     return str(getattr(stream.disposition, "name", None) or stream.disposition).lower()
 
 
-def _why_not_opened(path: str, error: Exception) -> str:
+def _why_not_opened(path: str | Path, error: Exception) -> str:
     picture = picture_format(path)
     if picture is not None and picture[1] == 1:
         return f"is a still image ({picture[0]}), not a video; use an image task or `load_image`."

@@ -106,7 +106,7 @@ class VideoWriter:
         Args:
             frame: picture as in [`load_image`]; all of one video have the same size.
             time: seconds from the first frame, for a variable frame rate; give it for all frames or for none.
-            duration: seconds for which the frame is shown, with `time`; counts for the last frame.
+            duration: seconds for which the frame is shown, with `time`; counts for the last frame, except in a GIF.
 
         Raises:
             MediaError: for another size, or a time that is not after the last one.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from filelock import Timeout
 from huggingface_hub.utils import WeakFileLock
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .files import WRITER, complete_or_absent, read_json, remove_abandoned, write_json
@@ -41,14 +41,14 @@ class KeptSteps:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder, self.settings = folder, json.loads(json.dumps(dict(settings), default=str))
-        self._outputs: list[torch.Tensor] = []  # of finished steps, still to be returned
+        self._kept: Iterator[torch.Tensor] = iter(())  # outputs of finished steps that are still to be returned
         self._new: list[torch.Tensor] = []  # of the step at work
-        self.found = 0
+        self.found = self._number = 0
 
     @contextmanager
     def used(self) -> Iterator["KeptSteps"]:
         """Open the folder for a block; after the block the steps are removed, unless it raised."""
-        self._check()
+        self.check()
         self.folder.mkdir(exist_ok=True)
         lock = WeakFileLock(self.folder / LOCK, timeout=0.05)
         try:
@@ -66,7 +66,7 @@ class KeptSteps:
         lock.__exit__(None, None, None)
         self._remove()
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Refuse a folder that is not ours, or has steps of other settings."""
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise ValueError(f"{self.folder}: is no folder of steps; move it away.")
@@ -85,28 +85,38 @@ class KeptSteps:
                 "move it away."
             )
         kept = state.get("settings") or {}
-        names = {name for name in kept.keys() | self.settings.keys() if kept.get(name) != self.settings.get(name)}
-        if names:
-            differing = ", ".join(
-                f"{name}: {kept.get(name)!r} there, {self.settings.get(name)!r} here" for name in sorted(names)
-            )
+        keys = sorted(kept.keys() | self.settings.keys())
+        differing = ", ".join(
+            f"{name}: {kept.get(name)!r} there, {self.settings.get(name)!r} here"
+            for name in keys
+            if kept.get(name) != self.settings.get(name)
+        )
+        if differing:
             raise ValueError(
                 f"{self.folder}: holds steps of other settings ({differing}). Repeat the command as it was, or remove "
                 "the folder."
             )
 
     def _load(self) -> None:
-        for number in range(len(list(self.folder.glob("step-*.safetensors")))):
-            path = self.folder / f"step-{number:05d}.safetensors"
+        self.found = self._number = len(list(self.folder.glob("step-*.safetensors")))
+        for number in range(self.found):
             try:
-                tensors = load_file(path)
+                with safe_open(self._path(number), "pt"):  # reads the header, and compares the size
+                    pass
             except (OSError, SafetensorError) as error:
                 raise ValueError(
-                    f"{path}: is missing or damaged ({error}). Remove the folder to start again."
+                    f"{self._path(number)}: is missing or damaged ({error}). Remove the folder to start again."
                 ) from error
-            self._outputs += [tensors[str(place)] for place in range(len(tensors))]
-            self.found += 1
-        self._number = self.found
+        self._kept = self._read()
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"step-{number:05d}.safetensors"
+
+    def _read(self) -> Iterator[torch.Tensor]:
+        """The outputs of the finished steps, one step in memory at a time."""
+        for number in range(self.found):
+            tensors = load_file(self._path(number))
+            yield from (tensors[str(place)] for place in range(len(tensors)))
 
     @contextmanager
     def recording(self, model: torch.nn.Module) -> Iterator[None]:
@@ -115,8 +125,8 @@ class KeptSteps:
         had_own = "forward" in vars(model)
 
         def replayed(*args: Any, **kwargs: Any) -> Any:
-            if self._outputs:
-                output = self._outputs.pop(0)
+            output = next(self._kept, None)
+            if output is not None:
                 states = kwargs.get("hidden_states", args[0] if args else output)
                 return (output.to(states.device),)
             found = forward(*args, **kwargs)
@@ -138,7 +148,7 @@ class KeptSteps:
         """Keep the outputs since the last step; a step whose outputs were all kept before is passed over."""
         if not self._new:
             return
-        path = self.folder / f"step-{self._number:05d}.safetensors"
+        path = self._path(self._number)
         with complete_or_absent(path) as partial:
             save_file({str(place): tensor for place, tensor in enumerate(self._new)}, partial)
         self._number += 1

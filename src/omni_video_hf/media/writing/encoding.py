@@ -12,7 +12,7 @@ import numpy as np
 from transformers.utils import is_av_available
 
 from ..video_reader import open_video
-from .record import add_gif_comment, add_webp_exif
+from .record import add_gif_comment, add_webp_exif, set_last_duration
 from .sound import SoundTracks
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Colours:
 BT709_COLOURS = Colours(BT709, BT709, BT709, LIMITED)
 
 
-def colours_of(path: str) -> Colours:
+def colours_of(path: str | Path) -> Colours:
     """
     Colour tags of a video file that a copy of it can have; those of BT.709 for a file without tags.
 
@@ -70,6 +70,7 @@ class ContainerEncoder:
     def __init__(self, writer: "VideoWriter", path: Path, size: tuple[int, int], has_times: bool) -> None:
         self.writer, self.path, self.has_times = writer, path, has_times
         self.count, self.end = 0, 0.0
+        self._durations: dict[int, int] = {}  # ticks, by time stamp; encoders forget them
         self._stack = ExitStack()
         self.is_subsampled = "420" in writer.codec.pixels or "422" in writer.codec.pixels
         self.odd = (size[1] % 2, size[0] % 2) if self.is_subsampled else (0, 0)
@@ -106,7 +107,7 @@ class ContainerEncoder:
     def _set_colours(self, context: Any) -> None:
         colours = self.writer.colours
         context.color_range = ColorRange.JPEG if colours.range == FULL else ColorRange.MPEG
-        context.colorspace = Colorspace.ITU709 if colours.matrix == BT709 else Colorspace.ITU601
+        context.colorspace = colours.matrix
         context.color_primaries, context.color_trc = colours.primaries, colours.transfer
 
     def add(self, picture: np.ndarray, time: float | None, duration: float | None) -> None:
@@ -118,14 +119,19 @@ class ContainerEncoder:
         else:
             tick = self._tick()
             frame.pts, frame.time_base = round(time / tick), tick
-            shown = duration or float(1 / self.writer.rate)
-            frame.duration = max(1, round(shown / tick))
+            self._shown = shown = duration or float(1 / self.writer.rate)
+            self._durations[frame.pts] = max(1, round(shown / tick))
             self.end = time + shown
         self.count += 1
         for ready in [frame] if self.graph is None else _through(self.graph, frame):
-            self.container.mux(self.stream.encode(ready))
+            self._encode(ready)
         if self.sound is not None:
             self.sound.write_until(self.end)
+
+    def _encode(self, frame: Any) -> None:
+        for packet in self.stream.encode(frame):
+            packet.duration = self._durations.pop(packet.pts, packet.duration)
+            self.container.mux(packet)
 
     def _frame(self, picture: np.ndarray) -> Any:
         if any(self.odd):
@@ -146,6 +152,8 @@ class ContainerEncoder:
         if error is None:
             with self._stack:
                 self._finish()
+            if self.has_times and self.writer.container.name == "webp":
+                set_last_duration(self.path, self._shown)
             if self.writer.comment is not None:
                 record = {"gif": add_gif_comment, "webp": add_webp_exif}.get(self.writer.container.name)
                 if record is not None:
@@ -156,8 +164,8 @@ class ContainerEncoder:
     def _finish(self) -> None:
         if self.graph is not None:
             for frame in _through(self.graph, None):
-                self.container.mux(self.stream.encode(frame))
-        self.container.mux(self.stream.encode())
+                self._encode(frame)
+        self._encode(None)
         if self.sound is not None:
             self.sound.write_until(self.end)
             self.sound.finish()

@@ -59,7 +59,7 @@ class Container:
     options: dict[str, str] = field(default_factory=dict)
 
 
-def _crf(top: int, quality: float, **others: str) -> dict[str, str]:
+def _crf(top: int, others: dict[str, str], quality: float) -> dict[str, str]:
     return {"crf": str(round(top * (1 - quality / 100))), **others}
 
 
@@ -75,10 +75,10 @@ def _webp(quality: float) -> dict[str, str]:
 
 
 CODECS = {
-    "h264": Codec("libx264", "yuv420p", partial(_crf, 51), 51),
-    "hevc": Codec("libx265", "yuv420p", partial(_crf, 51, **{"x265-params": "log-level=error"}), 51, "hvc1", 64),
-    "av1": Codec("libsvtav1", "yuv420p", partial(_crf, 63, preset="8"), 63),
-    "vp9": Codec("libvpx-vp9", "yuv420p", partial(_crf, 63, b="0", **{"cpu-used": "4", "row-mt": "1"}), 63),
+    "h264": Codec("libx264", "yuv420p", partial(_crf, 51, {}), 51),
+    "hevc": Codec("libx265", "yuv420p", partial(_crf, 51, {"x265-params": "log-level=error"}), 51, "hvc1", 64),
+    "av1": Codec("libsvtav1", "yuv420p", partial(_crf, 63, {"preset": "8"}), 63),
+    "vp9": Codec("libvpx-vp9", "yuv420p", partial(_crf, 63, {"b": "0", "cpu-used": "4", "row-mt": "1"}), 63),
     "prores": Codec("prores_ks", "yuv422p10le", _prores),
     "webp": Codec("libwebp_anim", "bgra", _webp),
     "gif": Codec("gif", "pal8", lambda _: {}),

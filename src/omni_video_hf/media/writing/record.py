@@ -1,4 +1,4 @@
-"""The record of how a file was generated, added to formats in which FFmpeg writes no comment."""
+"""What FFmpeg does not write into GIF and WebP files: the record of the generation, the last duration."""
 
 from pathlib import Path
 
@@ -36,4 +36,19 @@ def add_webp_exif(path: Path, text: str) -> None:
         file.write(chunk)
 
 
-__all__ = ["add_gif_comment", "add_webp_exif"]
+def set_last_duration(path: Path, seconds: float) -> None:
+    """Set how long the last frame of an animated WebP is shown; the encoder takes the mean of the others."""
+    with path.open("rb+") as file:
+        end = 8 + int.from_bytes(file.read(12)[4:8], "little")
+        last = None
+        while (position := file.tell()) + 8 <= end:
+            head = file.read(8)
+            length = int.from_bytes(head[4:8], "little")
+            last = position if head[:4] == b"ANMF" else last
+            file.seek(position + 8 + length + length % 2)
+        if last is not None:
+            file.seek(last + 8 + 12)
+            file.write(max(1, round(seconds * 1000)).to_bytes(3, "little"))
+
+
+__all__ = ["add_gif_comment", "add_webp_exif", "set_last_duration"]

@@ -52,7 +52,7 @@ class SoundTracks:
     def __init__(self, sound: Sound, container: Any, kind: Container) -> None:
         self.sound, self.container, self.notes = sound, container, list[str]()
         self._stack = ExitStack()
-        opened, video = self._stack.enter_context(open_video(sound.source))  # type: ignore[arg-type]
+        opened, video = self._stack.enter_context(open_video(sound.source))
         tracks = [stream for stream in opened.streams.audio if stream.codec_context is not None]
         self._origin = float((video.start_time or 0) * video.time_base) + sound.start
         self._targets: dict[int, tuple[Any, bool]] = {}

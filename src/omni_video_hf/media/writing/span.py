@@ -1,7 +1,8 @@
 """`ClipSpan`: a part of a video file, with all that an edit of it keeps: times, size, colours and sound."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ class ClipSpan:
 
     def write(
         self,
-        frames: Sequence[Any],
+        frames: Iterable[Any],
         path: Path,
         metadata: Mapping[str, Any] | None = None,
         size: tuple[int, int] | None = None,
@@ -114,7 +115,7 @@ class ClipSpan:
         Write an edit of the frames: with their times, the colour tags of the file and its sound.
 
         Args:
-            frames: edited frames; what [`read`] added at the end is left out.
+            frames: edited frames, also as they come; what [`read`] added at the end is left out.
             path: file to write, see [`VideoWriter`].
             metadata: record of how the video was generated.
             size: width and height to resize the frames to; by default that of the frames.
@@ -127,7 +128,7 @@ class ClipSpan:
         colours: Colours = colours_of(self.file)
         writer = VideoWriter(path, self.fps, metadata=metadata, sound=sound, colours=colours, **options)
         with writer:
-            for number, frame in enumerate(frames[: len(self.numbers)]):
+            for number, frame in enumerate(islice(frames, len(self.numbers))):
                 picture = Image.fromarray(as_picture(frame))
                 if size is not None and picture.size != size:
                     picture = picture.resize(size, Image.Resampling.LANCZOS)
@@ -138,10 +139,6 @@ class ClipSpan:
                     shown = self.last if following is None else following - self.times[number]
                     writer.add(picture, self.times[number], shown)
         return writer.notes
-
-    def with_fps(self, fps: float) -> "ClipSpan":
-        """The same frames at a constant rate, for a result whose rate is set."""
-        return replace(self, fps=fps, times=None)
 
 
 def _chosen(

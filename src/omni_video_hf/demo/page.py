@@ -31,7 +31,7 @@ class Drawer:
     seed: gr.Number
     new_seed: gr.Checkbox
     preset: gr.Radio
-    numbers: dict[str, gr.Number]
+    numbers: dict[str, gr.Textbox]
     negative: gr.Textbox
 
     @property
@@ -118,16 +118,16 @@ class Page:
     def _drawer(self) -> Drawer:
         preset = self.workshop.presets["t2v"]
         labels = {
-            "num_inference_steps": ("Steps", f"Denoising steps; {preset['num_inference_steps']} for videos"),
-            "guidance_scale": ("Guidance scale", f"1 turns guidance off; {preset['guidance_scale']:g} for videos"),
+            "num_inference_steps": ("Steps", "Denoising steps"),
+            "guidance_scale": ("Guidance scale", "1 turns guidance off"),
             "flow_shift": ("Flow shift", "Above 1, more steps are at high noise"),
             "width": ("Width", "Pixels"),
             "height": ("Height", "Pixels"),
-            "num_frames": ("Frames", f"4n+1; {preset['num_frames']} for videos"),
-            "fps": ("Frames per second", f"{preset['fps']:g} for videos"),
+            "num_frames": ("Frames", "4n+1"),
+            "fps": ("Frames per second", "Of videos"),
         }
         with gr.Sidebar(label="Settings", position="right", open=False, width=300, elem_id="settings"):
-            gr.Markdown("### Settings\nAn empty field has the value of the model.")
+            gr.Markdown("An empty field has the value of the model; grey numbers are those for videos.")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
             new_seed = gr.Checkbox(
                 True,
@@ -137,7 +137,13 @@ class Page:
             )
             chosen = gr.Radio(list(PRESETS), value=MODEL, label="Preset", elem_id="preset")
             numbers = {
-                name: gr.Number(None, label=label, info=info, elem_id=name.replace("_", "-"))
+                name: gr.Textbox(
+                    label=label,
+                    info=info,
+                    placeholder=f"{preset[name]:g}",
+                    max_lines=1,
+                    elem_id=name.replace("_", "-"),
+                )
                 for name, (label, info) in labels.items()
             }
             negative = gr.Textbox(

@@ -58,6 +58,7 @@ CSS = """
   width: auto; height: auto; padding: 0.45rem 0.9rem; transform: none !important; border-radius: 999px 0 0 999px;
   background: var(--background-fill-primary); font-weight: 600; font-size: 0.9rem;
 }
+#settings .sidebar-content { padding-top: 3.5rem; }
 #settings .toggle-button::before { content: "Settings"; }
 #settings .toggle-button > * { display: none; }
 .gradio-container table td, .gradio-container table th { text-align: left; }
@@ -79,15 +80,17 @@ CSS = """
   background: #0b1120; margin: 0;
 }
 .ov-pixels .ov-media { image-rendering: pixelated; }
-.ov-stage progress { width: min(100%, 22rem); height: 0.5rem; accent-color: var(--primary-600, #0d9488); }
+.ov-stage progress {
+  width: min(100%, 22rem); height: 0.5rem; appearance: none; border: 0; border-radius: 999px; overflow: hidden;
+  background: var(--neutral-200, #e2e8f0);
+}
+.ov-stage progress::-webkit-progress-bar { background: var(--neutral-200, #e2e8f0); }
+.ov-stage progress::-webkit-progress-value { background: var(--primary-700, #0f766e); }
+.ov-stage progress::-moz-progress-bar { background: var(--primary-700, #0f766e); }
 .ov-noise {
   width: min(100%, 16rem); aspect-ratio: 1; border-radius: 8px;
   background: repeating-conic-gradient(var(--neutral-200) 0 25%, var(--neutral-300) 0 50%) 50% / 16px 16px;
   opacity: 0.6;
-}
-@media (prefers-reduced-motion: no-preference) {
-  .ov-noise { animation: ov-breathe 1.6s ease-in-out infinite alternate; }
-  @keyframes ov-breathe { from { opacity: 0.25; } to { opacity: 0.7; } }
 }
 .ov-caption, .ov-note { font-size: 0.85rem; color: var(--body-text-color-subdued); }
 .ov-note { font-style: italic; }

@@ -163,20 +163,17 @@ class Page:
                 )
                 kind = gr.Radio(list(KINDS), value="Video", label="Result", elem_id="create-kind")
                 go, cancel = self._go("Create", "create")
-                gr.Examples(
-                    [[text, kind_label] for text, kind_label in self.examples.create],
-                    [prompt, kind],
-                    label="Examples",
-                    api_visibility="private",
-                )
             with gr.Column(scale=6):
                 stage = self._stage("create", "The result appears here.")
                 with gr.Row():
-                    download = gr.DownloadButton("Download", interactive=False, size="sm", elem_id="create-download")
+                    download = gr.DownloadButton(
+                        "Download", interactive=False, size="sm", min_width=90, elem_id="create-download"
+                    )
                     buttons = [
-                        gr.Button(title, size="sm", interactive=False, elem_id=f"create-to-{target}")
+                        gr.Button(title, size="sm", min_width=90, interactive=False, elem_id=f"create-to-{target}")
                         for title, target in (("Edit it", "edit"), ("Ask about it", "ask"))
                     ]
+        _examples([[text, kind_label] for text, kind_label in self.examples.create], [prompt, kind])
         return Way("create", prompt, stage, go, cancel, download, kind=kind, buttons=buttons)
 
     def _edit(self) -> Way:
@@ -187,20 +184,21 @@ class Page:
                     label="Instruction", placeholder=self.examples.instructions[0], lines=2, elem_id="edit-prompt"
                 )
                 go, cancel = self._go("Edit", "edit")
-                gr.Examples(
-                    [[path, text] for path, text in self.examples.edit],
-                    [source, prompt],
-                    label="Examples",
-                    api_visibility="private",
-                )
             with gr.Column(scale=6):
                 stage = self._stage(
                     "edit", "Source and result appear here, side by side, under a slider, and as difference."
                 )
                 with gr.Row():
-                    download = gr.DownloadButton("Download", interactive=False, size="sm", elem_id="edit-download")
-                    again = gr.Button("Edit the result", size="sm", interactive=False, elem_id="edit-to-edit")
-                    asked = gr.Button("Ask about it", size="sm", interactive=False, elem_id="edit-to-ask")
+                    download = gr.DownloadButton(
+                        "Download", interactive=False, size="sm", min_width=90, elem_id="edit-download"
+                    )
+                    again = gr.Button(
+                        "Edit the result", size="sm", min_width=90, interactive=False, elem_id="edit-to-edit"
+                    )
+                    asked = gr.Button(
+                        "Ask about it", size="sm", min_width=90, interactive=False, elem_id="edit-to-ask"
+                    )
+        _examples([[path, text] for path, text in self.examples.edit], [source, prompt])
         source.change(self._show_source, [source], [shown], show_progress="hidden", api_visibility="private")
         return Way("edit", prompt, stage, go, cancel, download, source=source, buttons=[again, asked])
 
@@ -212,14 +210,9 @@ class Page:
                     label="Question", placeholder=self.examples.questions[0], lines=2, elem_id="ask-prompt"
                 )
                 go, cancel = self._go("Ask", "ask")
-                gr.Examples(
-                    [[path, text] for path, text in self.examples.ask],
-                    [source, prompt],
-                    label="Examples",
-                    api_visibility="private",
-                )
             with gr.Column(scale=6):
                 stage = self._stage("ask", "The answer appears here.")
+        _examples([[path, text] for path, text in self.examples.ask], [source, prompt])
         source.change(self._show_source, [source], [shown], show_progress="hidden", api_visibility="private")
         return Way("ask", prompt, stage, go, cancel, source=source)
 
@@ -250,12 +243,7 @@ class Page:
             )
             cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="chat-cancel")
             self.clear = gr.Button("New conversation", elem_id="chat-clear")
-        gr.Examples(
-            [[{"text": text, "files": []}] for text in self.examples.chat],
-            [box],
-            label="Examples",
-            api_visibility="private",
-        )
+        _examples([[{"text": text, "files": []}] for text in self.examples.chat], [box])
         return Way("chat", box, stage, box, cancel)
 
     def _gallery(self) -> None:
@@ -281,8 +269,10 @@ class Page:
 
     def _go(self, title: str, name: str) -> tuple[gr.Button, gr.Button]:
         with gr.Row():
-            go = gr.Button(title, variant="primary", scale=3, elem_id=f"{name}-go")
-            cancel = gr.Button("Cancel", variant="stop", scale=1, interactive=False, elem_id=f"{name}-cancel")
+            go = gr.Button(title, variant="primary", scale=3, min_width=120, elem_id=f"{name}-go")
+            cancel = gr.Button(
+                "Cancel", variant="stop", scale=1, min_width=90, interactive=False, elem_id=f"{name}-cancel"
+            )
         return go, cancel
 
     def _stage(self, name: str, message: str) -> gr.HTML:
@@ -482,6 +472,12 @@ def _turn(finished: Finished) -> list[dict[str, Any]]:
     shown = {"role": "assistant", "content": {"path": str(Path(finished.path)), "alt_text": alt}}
     notes = [{"role": "assistant", "content": note} for note in finished.output.notes]
     return [thoughts, shown, *notes]
+
+
+def _examples(rows: list[list[Any]], inputs: list[Any]) -> None:
+    """Rows that fill the fields when they are pressed; nothing without rows."""
+    if rows:
+        gr.Examples(rows, inputs, label="Examples", api_visibility="private")
 
 
 def _target(button: gr.Button) -> str:

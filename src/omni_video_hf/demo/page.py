@@ -281,7 +281,7 @@ class Page:
     def _source(self, name: str) -> tuple[gr.HTML, gr.File]:
         shown = gr.HTML(views.source(None), elem_id=f"{name}-shown", elem_classes=self.look)
         source = gr.File(
-            label="Source: an image or a video", file_types=MEDIA_TYPES, type="filepath", height=120,
+            label="Source", file_types=MEDIA_TYPES, type="filepath", height=120,
             elem_id=f"{name}-source",
         )  # fmt: skip
         return shown, source

@@ -65,6 +65,7 @@ CSS = """
 .ov-head h1 { font-size: 1.6rem; margin: 0; letter-spacing: -0.02em; }
 .ov-head p { margin: 0.25rem 0 0; color: var(--body-text-color-subdued); max-width: 46rem; }
 .ov-head code { font-size: 0.9em; }
+.html-container:has(.ov-stage, .ov-head) { padding: 0 !important; }
 .ov-stage {
   box-sizing: border-box; min-height: 21rem; padding: 1rem; display: flex; flex-direction: column; gap: 0.6rem;
   align-items: center; justify-content: center; border: 1px solid var(--border-color-primary);
@@ -124,7 +125,8 @@ CSS = """
   box-shadow: 0 0 0 1px rgb(0 0 0 / 0.5); pointer-events: none;
 }
 .ov-wipe input[type="range"] { display: block; width: 100%; height: 2rem; margin: 0; accent-color: #0f766e; }
-footer { opacity: 0.8; }
+/* It would send a result to another server. */
+button[aria-label="Share"] { display: none !important; }
 """
 
 __all__ = ["CSS", "SCRIPT", "theme"]

@@ -219,7 +219,7 @@ class Page:
     def _chat(self) -> Way:
         self.chatbot = gr.Chatbot(
             label="Conversation",
-            height=440,
+            height=480,
             elem_id="chat-messages",
             elem_classes=self.look,
             buttons=["copy"],
@@ -241,8 +241,10 @@ class Page:
                 info="Off: the message starts anew",
                 elem_id="chat-continues",
             )
-            cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="chat-cancel")
-            self.clear = gr.Button("New conversation", elem_id="chat-clear")
+            cancel = gr.Button(
+                "Cancel", variant="stop", size="sm", min_width=90, interactive=False, elem_id="chat-cancel"
+            )
+            self.clear = gr.Button("New conversation", size="sm", min_width=90, elem_id="chat-clear")
         _examples([[{"text": text, "files": []}] for text in self.examples.chat], [box])
         return Way("chat", box, stage, box, cancel)
 
@@ -463,7 +465,7 @@ def _turn(finished: Finished) -> list[dict[str, Any]]:
     thoughts = {
         "role": "assistant",
         "content": thought(finished),
-        "metadata": {"title": "Thought", "status": "done", "duration": round(finished.seconds, 1)},
+        "metadata": {"title": "Thought", "duration": round(finished.seconds, 1)},
     }
     if finished.path is None:
         words = finished.output.text[0] if finished.output.text else ""

@@ -2,14 +2,16 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections import deque
 
 import numpy as np
 import pytest
-from browser import chromium, screenshot_folder
+from browser import chromium, screenshot_folder, served_path
 
 from omni_video_hf.media import load_image, load_video, read_media_record
 from omni_video_hf.shapes import Scene, read_scene
@@ -43,10 +45,15 @@ def address():
                 break
         else:
             raise AssertionError("".join(last))
+        reader = threading.Thread(target=last.extend, args=(server.stdout,))  # a full pipe would stop the server
+        reader.start()
         try:
             yield found[1]
         finally:
-            server.terminate()
+            server.send_signal(signal.SIGINT)
+            reader.join()
+        assert server.wait() == 130, "".join(last)
+        assert "Traceback" not in "".join(last)
 
 
 @pytest.fixture(scope="module")
@@ -183,10 +190,7 @@ def record_of_chat(page, number):
     clips = page.until(
         lambda: (found := page.all("#chat-messages video")) and len(found) >= number and found, "a clip"
     )
-    address = clips[number - 1].get_attribute("src")
-    from urllib.parse import unquote, urlsplit  # noqa: PLC0415
-
-    return "/" + unquote(urlsplit(address).path).partition("file=")[2].lstrip("/")
+    return served_path(clips[number - 1].get_attribute("src"))
 
 
 def test_cancelling_ends_the_call_of_this_tab(page):

@@ -110,8 +110,7 @@ class Browser:
 
     def served_file(self, selector: str) -> Path:
         """Path of the file of this machine that an image or a clip shows."""
-        address = self.find(selector).get_attribute("src")
-        return Path("/" + unquote(urlsplit(address).path).partition("file=")[2].lstrip("/"))
+        return served_path(self.find(selector).get_attribute("src"))
 
     def watch(self, selector: str) -> None:
         """From now on, keep every text that an element shows, for [`seen`]."""
@@ -154,6 +153,11 @@ class Browser:
             image.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
             assert path.stat().st_size < MAX_BYTES, path
         self.size(*DESKTOP)
+
+
+def served_path(address: str) -> Path:
+    """Path of the file of this machine that gradio serves at an address."""
+    return Path("/" + unquote(urlsplit(address).path).partition("file=")[2].lstrip("/"))
 
 
 def screenshot_folder(otherwise: Path) -> Path:

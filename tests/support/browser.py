@@ -66,13 +66,14 @@ class Browser:
 
     def until(self, condition: Callable[[], Any], what: str) -> Any:
         """Wait until a condition is true, and return its value."""
-        from selenium.common.exceptions import StaleElementReferenceException, TimeoutException  # noqa: PLC0415
+        from selenium.common import exceptions  # noqa: PLC0415
         from selenium.webdriver.support.ui import WebDriverWait  # noqa: PLC0415
 
-        wait = WebDriverWait(self.driver, WAIT, 0.2, ignored_exceptions=[StaleElementReferenceException])
+        # The page replaces elements while it works, and covers them while it loads.
+        passing = [exceptions.StaleElementReferenceException, exceptions.ElementClickInterceptedException]
         try:
-            return wait.until(lambda _: condition())
-        except TimeoutException:
+            return WebDriverWait(self.driver, WAIT, 0.2, ignored_exceptions=passing).until(lambda _: condition())
+        except exceptions.TimeoutException:
             raise AssertionError(f"waited for {what}; the page shows: {self.find('body').text}") from None
 
     def all(self, selector: str) -> list[Any]:

@@ -83,7 +83,6 @@ class Page:
         """The whole page; `launch` serves it."""
         with gr.Blocks(
             title="Omni-Video",
-            fill_width=True,
             analytics_enabled=False,
             elem_classes=self.look,
             delete_cache=(3600, 86400),

@@ -51,7 +51,6 @@ window.omniVideoInStep = function (clip) {
 """
 
 CSS = """
-.gradio-container main { max-width: 1120px !important; margin: 0 auto !important; }
 .gradio-container { --body-text-color-subdued: #475569; }
 .dark .gradio-container, .gradio-container.dark { --body-text-color-subdued: #cbd5e1; }
 #settings .toggle-button {

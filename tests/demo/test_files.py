@@ -33,6 +33,14 @@ def test_a_file_records_how_it_was_made(files, fps, suffix):
     assert record["source"] == "fox.mp4"
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("a.mp4", "video"), ("a.MOV", "video"), ("a.webm", "video"), ("a.png", "image"), ("a.gif", "image")],
+)
+def test_uploads_of_all_formats_are_shown(name, kind):
+    assert kind_of(name) == kind
+
+
 def test_a_clip_is_compared_with_the_frames_that_the_pipeline_read(files, tmp_path):
     save_video(np.concatenate([clip(100, 8), clip(140, 12)]), tmp_path / "source.mp4", fps=8)
     save_video(clip(120, 9, size=48), tmp_path / "result.mp4", fps=4)

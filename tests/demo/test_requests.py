@@ -44,6 +44,8 @@ def test_a_way_and_its_source_determine_the_task(files, way, kind, source, task)
         ({"way": "create", "prompt": "a fox", "seed": 0.5}, "whole number from 0"),
         ({"way": "create", "prompt": "a fox", "seed": MAX_SEED + 1}, "whole number from 0"),
         ({"way": "create", "prompt": "a fox", "form": {"num_frames": 4.5}}, "`num_frames` must be a whole number"),
+        ({"way": "create", "prompt": "a fox", "form": {"width": "big"}}, "`width` must be a number, got 'big'"),
+        ({"way": "create", "prompt": "a fox", "form": {"width": "nan"}}, "`width` must be a whole number, got nan"),
         ({"way": "create", "prompt": "a fox", "form": {"preset": "fast"}}, "`preset` must be one of"),
     ],
 )
@@ -57,7 +59,14 @@ def test_without_a_seed_every_request_has_another_one():
 
 
 def test_empty_fields_are_left_to_the_model():
-    form = {"num_inference_steps": None, "width": 64.0, "guidance_scale": 3, "negative_prompt": " ", "preset": None}
+    form = {
+        "num_inference_steps": None,
+        "width": "64",
+        "fps": " ",
+        "guidance_scale": 3,
+        "negative_prompt": " ",
+        "preset": None,
+    }
     assert make_request("create", "a fox", kind="video", form=form).settings == {"width": 64, "guidance_scale": 3.0}
 
 

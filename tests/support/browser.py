@@ -66,13 +66,14 @@ class Browser:
 
     def until(self, condition: Callable[[], Any], what: str) -> Any:
         """Wait until a condition is true, and return its value."""
-        from selenium.common.exceptions import StaleElementReferenceException, TimeoutException  # noqa: PLC0415
+        from selenium.common import exceptions  # noqa: PLC0415
         from selenium.webdriver.support.ui import WebDriverWait  # noqa: PLC0415
 
-        wait = WebDriverWait(self.driver, WAIT, 0.2, ignored_exceptions=[StaleElementReferenceException])
+        # The page replaces elements while it works, and covers them while it loads.
+        passing = [exceptions.StaleElementReferenceException, exceptions.ElementClickInterceptedException]
         try:
-            return wait.until(lambda _: condition())
-        except TimeoutException:
+            return WebDriverWait(self.driver, WAIT, 0.2, ignored_exceptions=passing).until(lambda _: condition())
+        except exceptions.TimeoutException:
             raise AssertionError(f"waited for {what}; the page shows: {self.find('body').text}") from None
 
     def all(self, selector: str) -> list[Any]:
@@ -110,8 +111,7 @@ class Browser:
 
     def served_file(self, selector: str) -> Path:
         """Path of the file of this machine that an image or a clip shows."""
-        address = self.find(selector).get_attribute("src")
-        return Path("/" + unquote(urlsplit(address).path).partition("file=")[2].lstrip("/"))
+        return served_path(self.find(selector).get_attribute("src"))
 
     def watch(self, selector: str) -> None:
         """From now on, keep every text that an element shows, for [`seen`]."""
@@ -154,6 +154,11 @@ class Browser:
             image.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
             assert path.stat().st_size < MAX_BYTES, path
         self.size(*DESKTOP)
+
+
+def served_path(address: str) -> Path:
+    """Path of the file of this machine that gradio serves at an address."""
+    return Path("/" + unquote(urlsplit(address).path).partition("file=")[2].lstrip("/"))
 
 
 def screenshot_folder(otherwise: Path) -> Path:

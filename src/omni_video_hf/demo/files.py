@@ -1,6 +1,7 @@
 """Files of the demo page: results with their records, and what an edit is compared with."""
 
 import hashlib
+import mimetypes
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -124,8 +125,8 @@ class SessionFiles:
 
 
 def kind_of(path: str | Path) -> Kind:
-    """Kind of a file that this page wrote, from its suffix."""
-    return "video" if Path(path).suffix == ".mp4" else "image"
+    """How a browser shows a file, from its suffix: an animated GIF is an image there."""
+    return "video" if (mimetypes.guess_type(path)[0] or "").startswith("video/") else "image"
 
 
 def _difference(before: np.ndarray, after: np.ndarray) -> np.ndarray:

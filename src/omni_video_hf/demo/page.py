@@ -31,7 +31,7 @@ class Drawer:
     seed: gr.Number
     new_seed: gr.Checkbox
     preset: gr.Radio
-    numbers: dict[str, gr.Number]
+    numbers: dict[str, gr.Textbox]
     negative: gr.Textbox
 
     @property
@@ -83,7 +83,6 @@ class Page:
         """The whole page; `launch` serves it."""
         with gr.Blocks(
             title="Omni-Video",
-            fill_width=True,
             analytics_enabled=False,
             elem_classes=self.look,
             delete_cache=(3600, 86400),
@@ -118,16 +117,16 @@ class Page:
     def _drawer(self) -> Drawer:
         preset = self.workshop.presets["t2v"]
         labels = {
-            "num_inference_steps": ("Steps", f"Denoising steps; {preset['num_inference_steps']} for videos"),
-            "guidance_scale": ("Guidance scale", f"1 turns guidance off; {preset['guidance_scale']:g} for videos"),
+            "num_inference_steps": ("Steps", "Denoising steps"),
+            "guidance_scale": ("Guidance scale", "1 turns guidance off"),
             "flow_shift": ("Flow shift", "Above 1, more steps are at high noise"),
             "width": ("Width", "Pixels"),
             "height": ("Height", "Pixels"),
-            "num_frames": ("Frames", f"4n+1; {preset['num_frames']} for videos"),
-            "fps": ("Frames per second", f"{preset['fps']:g} for videos"),
+            "num_frames": ("Frames", "4n+1"),
+            "fps": ("Frames per second", "Of videos"),
         }
         with gr.Sidebar(label="Settings", position="right", open=False, width=300, elem_id="settings"):
-            gr.Markdown("### Settings\nAn empty field has the value of the model.")
+            gr.Markdown("An empty field has the value of the model; grey numbers are those for videos.")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
             new_seed = gr.Checkbox(
                 True,
@@ -137,7 +136,13 @@ class Page:
             )
             chosen = gr.Radio(list(PRESETS), value=MODEL, label="Preset", elem_id="preset")
             numbers = {
-                name: gr.Number(None, label=label, info=info, elem_id=name.replace("_", "-"))
+                name: gr.Textbox(
+                    label=label,
+                    info=info,
+                    placeholder=f"{preset[name]:g}",
+                    max_lines=1,
+                    elem_id=name.replace("_", "-"),
+                )
                 for name, (label, info) in labels.items()
             }
             negative = gr.Textbox(
@@ -157,20 +162,17 @@ class Page:
                 )
                 kind = gr.Radio(list(KINDS), value="Video", label="Result", elem_id="create-kind")
                 go, cancel = self._go("Create", "create")
-                gr.Examples(
-                    [[text, kind_label] for text, kind_label in self.examples.create],
-                    [prompt, kind],
-                    label="Examples",
-                    api_visibility="private",
-                )
             with gr.Column(scale=6):
                 stage = self._stage("create", "The result appears here.")
                 with gr.Row():
-                    download = gr.DownloadButton("Download", interactive=False, size="sm", elem_id="create-download")
+                    download = gr.DownloadButton(
+                        "Download", interactive=False, size="sm", min_width=90, elem_id="create-download"
+                    )
                     buttons = [
-                        gr.Button(title, size="sm", interactive=False, elem_id=f"create-to-{target}")
+                        gr.Button(title, size="sm", min_width=90, interactive=False, elem_id=f"create-to-{target}")
                         for title, target in (("Edit it", "edit"), ("Ask about it", "ask"))
                     ]
+        _examples([[text, kind_label] for text, kind_label in self.examples.create], [prompt, kind])
         return Way("create", prompt, stage, go, cancel, download, kind=kind, buttons=buttons)
 
     def _edit(self) -> Way:
@@ -181,20 +183,21 @@ class Page:
                     label="Instruction", placeholder=self.examples.instructions[0], lines=2, elem_id="edit-prompt"
                 )
                 go, cancel = self._go("Edit", "edit")
-                gr.Examples(
-                    [[path, text] for path, text in self.examples.edit],
-                    [source, prompt],
-                    label="Examples",
-                    api_visibility="private",
-                )
             with gr.Column(scale=6):
                 stage = self._stage(
                     "edit", "Source and result appear here, side by side, under a slider, and as difference."
                 )
                 with gr.Row():
-                    download = gr.DownloadButton("Download", interactive=False, size="sm", elem_id="edit-download")
-                    again = gr.Button("Edit the result", size="sm", interactive=False, elem_id="edit-to-edit")
-                    asked = gr.Button("Ask about it", size="sm", interactive=False, elem_id="edit-to-ask")
+                    download = gr.DownloadButton(
+                        "Download", interactive=False, size="sm", min_width=90, elem_id="edit-download"
+                    )
+                    again = gr.Button(
+                        "Edit the result", size="sm", min_width=90, interactive=False, elem_id="edit-to-edit"
+                    )
+                    asked = gr.Button(
+                        "Ask about it", size="sm", min_width=90, interactive=False, elem_id="edit-to-ask"
+                    )
+        _examples([[path, text] for path, text in self.examples.edit], [source, prompt])
         source.change(self._show_source, [source], [shown], show_progress="hidden", api_visibility="private")
         return Way("edit", prompt, stage, go, cancel, download, source=source, buttons=[again, asked])
 
@@ -206,21 +209,16 @@ class Page:
                     label="Question", placeholder=self.examples.questions[0], lines=2, elem_id="ask-prompt"
                 )
                 go, cancel = self._go("Ask", "ask")
-                gr.Examples(
-                    [[path, text] for path, text in self.examples.ask],
-                    [source, prompt],
-                    label="Examples",
-                    api_visibility="private",
-                )
             with gr.Column(scale=6):
                 stage = self._stage("ask", "The answer appears here.")
+        _examples([[path, text] for path, text in self.examples.ask], [source, prompt])
         source.change(self._show_source, [source], [shown], show_progress="hidden", api_visibility="private")
         return Way("ask", prompt, stage, go, cancel, source=source)
 
     def _chat(self) -> Way:
         self.chatbot = gr.Chatbot(
             label="Conversation",
-            height=440,
+            height=480,
             elem_id="chat-messages",
             elem_classes=self.look,
             buttons=["copy"],
@@ -242,14 +240,11 @@ class Page:
                 info="Off: the message starts anew",
                 elem_id="chat-continues",
             )
-            cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="chat-cancel")
-            self.clear = gr.Button("New conversation", elem_id="chat-clear")
-        gr.Examples(
-            [[{"text": text, "files": []}] for text in self.examples.chat],
-            [box],
-            label="Examples",
-            api_visibility="private",
-        )
+            cancel = gr.Button(
+                "Cancel", variant="stop", size="sm", min_width=90, interactive=False, elem_id="chat-cancel"
+            )
+            self.clear = gr.Button("New conversation", size="sm", min_width=90, elem_id="chat-clear")
+        _examples([[{"text": text, "files": []}] for text in self.examples.chat], [box])
         return Way("chat", box, stage, box, cancel)
 
     def _gallery(self) -> None:
@@ -275,8 +270,10 @@ class Page:
 
     def _go(self, title: str, name: str) -> tuple[gr.Button, gr.Button]:
         with gr.Row():
-            go = gr.Button(title, variant="primary", scale=3, elem_id=f"{name}-go")
-            cancel = gr.Button("Cancel", variant="stop", scale=1, interactive=False, elem_id=f"{name}-cancel")
+            go = gr.Button(title, variant="primary", scale=3, min_width=120, elem_id=f"{name}-go")
+            cancel = gr.Button(
+                "Cancel", variant="stop", scale=1, min_width=90, interactive=False, elem_id=f"{name}-cancel"
+            )
         return go, cancel
 
     def _stage(self, name: str, message: str) -> gr.HTML:
@@ -285,7 +282,7 @@ class Page:
     def _source(self, name: str) -> tuple[gr.HTML, gr.File]:
         shown = gr.HTML(views.source(None), elem_id=f"{name}-shown", elem_classes=self.look)
         source = gr.File(
-            label="Source: an image or a video", file_types=MEDIA_TYPES, type="filepath", height=120,
+            label="Source", file_types=MEDIA_TYPES, type="filepath", height=120,
             elem_id=f"{name}-source",
         )  # fmt: skip
         return shown, source
@@ -467,7 +464,7 @@ def _turn(finished: Finished) -> list[dict[str, Any]]:
     thoughts = {
         "role": "assistant",
         "content": thought(finished),
-        "metadata": {"title": "Thought", "status": "done", "duration": round(finished.seconds, 1)},
+        "metadata": {"title": "Thought", "duration": round(finished.seconds, 1)},
     }
     if finished.path is None:
         words = finished.output.text[0] if finished.output.text else ""
@@ -476,6 +473,12 @@ def _turn(finished: Finished) -> list[dict[str, Any]]:
     shown = {"role": "assistant", "content": {"path": str(Path(finished.path)), "alt_text": alt}}
     notes = [{"role": "assistant", "content": note} for note in finished.output.notes]
     return [thoughts, shown, *notes]
+
+
+def _examples(rows: list[list[Any]], inputs: list[Any]) -> None:
+    """Rows that fill the fields when they are pressed; nothing without rows."""
+    if rows:
+        gr.Examples(rows, inputs, label="Examples", api_visibility="private")
 
 
 def _target(button: gr.Button) -> str:

@@ -120,12 +120,9 @@ def _settings(
         return {}
     settings: dict[str, Any] = {}
     for name, is_whole in NUMBERS.items():
-        value = form.get(name)
-        if value is None or value == "":
-            continue
-        if is_whole and value != int(value):
-            raise ValueError(f"`{name}` must be a whole number, got {value:g}.")
-        settings[name] = int(value) if is_whole else float(value)
+        value = _number(name, form.get(name), is_whole)
+        if value is not None:
+            settings[name] = value
     output = get_task(task).output if task is not None else "video" if "video" in media else "image"
     if output == "image":
         settings.pop("num_frames", None)
@@ -141,6 +138,21 @@ def _settings(
         own = (presets.get(likely) or TASKS[likely].preset or {})["num_inference_steps"]
         settings["num_inference_steps"] = max(1, round(own * factor))
     return settings
+
+
+def _number(name: str, value: Any, is_whole: bool) -> float | None:
+    """The number in a field of the form, which contains a text; `None` for an empty one."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"`{name}` must be a number, got {value!r}. Leave it empty for the model's own.") from None
+    if not is_whole:
+        return number
+    if not number.is_integer():
+        raise ValueError(f"`{name}` must be a whole number, got {value}.")
+    return int(number)
 
 
 __all__ = ["CAREFUL", "MAX_SEED", "MODEL", "NUMBERS", "PRESETS", "QUICK", "Request", "make_request"]

@@ -51,19 +51,20 @@ window.omniVideoInStep = function (clip) {
 """
 
 CSS = """
-.gradio-container main { max-width: 1120px !important; margin: 0 auto !important; }
 .gradio-container { --body-text-color-subdued: #475569; }
 .dark .gradio-container, .gradio-container.dark { --body-text-color-subdued: #cbd5e1; }
 #settings .toggle-button {
   width: auto; height: auto; padding: 0.45rem 0.9rem; transform: none !important; border-radius: 999px 0 0 999px;
   background: var(--background-fill-primary); font-weight: 600; font-size: 0.9rem;
 }
+#settings .sidebar-content { padding-top: 3.5rem; }
 #settings .toggle-button::before { content: "Settings"; }
 #settings .toggle-button > * { display: none; }
 .gradio-container table td, .gradio-container table th { text-align: left; }
 .ov-head h1 { font-size: 1.6rem; margin: 0; letter-spacing: -0.02em; }
 .ov-head p { margin: 0.25rem 0 0; color: var(--body-text-color-subdued); max-width: 46rem; }
 .ov-head code { font-size: 0.9em; }
+.html-container:has(.ov-stage, .ov-head) { padding: 0 !important; }
 .ov-stage {
   box-sizing: border-box; min-height: 21rem; padding: 1rem; display: flex; flex-direction: column; gap: 0.6rem;
   align-items: center; justify-content: center; border: 1px solid var(--border-color-primary);
@@ -79,15 +80,17 @@ CSS = """
   background: #0b1120; margin: 0;
 }
 .ov-pixels .ov-media { image-rendering: pixelated; }
-.ov-stage progress { width: min(100%, 22rem); height: 0.5rem; accent-color: var(--primary-600, #0d9488); }
+.ov-stage progress {
+  width: min(100%, 22rem); height: 0.5rem; appearance: none; border: 0; border-radius: 999px; overflow: hidden;
+  background: var(--neutral-200, #e2e8f0);
+}
+.ov-stage progress::-webkit-progress-bar { background: var(--neutral-200, #e2e8f0); }
+.ov-stage progress::-webkit-progress-value { background: var(--primary-700, #0f766e); }
+.ov-stage progress::-moz-progress-bar { background: var(--primary-700, #0f766e); }
 .ov-noise {
   width: min(100%, 16rem); aspect-ratio: 1; border-radius: 8px;
   background: repeating-conic-gradient(var(--neutral-200) 0 25%, var(--neutral-300) 0 50%) 50% / 16px 16px;
   opacity: 0.6;
-}
-@media (prefers-reduced-motion: no-preference) {
-  .ov-noise { animation: ov-breathe 1.6s ease-in-out infinite alternate; }
-  @keyframes ov-breathe { from { opacity: 0.25; } to { opacity: 0.7; } }
 }
 .ov-caption, .ov-note { font-size: 0.85rem; color: var(--body-text-color-subdued); }
 .ov-note { font-style: italic; }
@@ -121,7 +124,8 @@ CSS = """
   box-shadow: 0 0 0 1px rgb(0 0 0 / 0.5); pointer-events: none;
 }
 .ov-wipe input[type="range"] { display: block; width: 100%; height: 2rem; margin: 0; accent-color: #0f766e; }
-footer { opacity: 0.8; }
+/* It would send a result to another server. */
+button[aria-label="Share"] { display: none !important; }
 """
 
 __all__ = ["CSS", "SCRIPT", "theme"]

@@ -79,7 +79,7 @@ class ContainerEncoder:
 
     def __enter__(self) -> "ContainerEncoder":
         writer = self.writer
-        self.container = self._stack.enter_context(
+        self.container: Any = self._stack.enter_context(
             av.open(str(self.path), "w", format=writer.container.name, options=writer.container.options)
         )
         if writer.comment is not None:
@@ -173,7 +173,7 @@ class ContainerEncoder:
 
 def _palette_graph(size: tuple[int, int]) -> Any:
     """Filters that give every frame of a GIF its own palette of 256 colours."""
-    graph = av.filter.Graph()
+    graph: Any = av.filter.Graph()
     source = graph.add_buffer(width=size[0], height=size[1], format="rgb24", time_base=Fraction(1, 100))
     split, palette = graph.add("split"), graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
     use, sink = graph.add("paletteuse", "new=1:dither=sierra2_4a"), graph.add("buffersink")

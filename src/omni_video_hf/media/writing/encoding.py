@@ -84,7 +84,7 @@ class ContainerEncoder:
         )
         if writer.comment is not None:
             self.container.metadata["comment"] = writer.comment
-        self.stream = stream = self.container.add_stream(writer.codec.encoder, rate=writer.rate)
+        self.stream = stream = self._new_stream()
         stream.width, stream.height = self.size
         stream.pix_fmt = writer.codec.pixels
         stream.options = writer.options
@@ -100,6 +100,9 @@ class ContainerEncoder:
             self._stack.callback(self.sound.close)
             writer.notes += self.sound.notes
         return self
+
+    def _new_stream(self) -> Any:
+        return self.container.add_stream(self.writer.codec.encoder, rate=self.writer.rate)
 
     def _tick(self) -> Fraction:
         return {"gif": Fraction(1, 100), "webp": Fraction(1, 1000)}.get(self.writer.container.name, FINE_TICK)

@@ -79,12 +79,12 @@ class ContainerEncoder:
 
     def __enter__(self) -> "ContainerEncoder":
         writer = self.writer
-        self.container = self._stack.enter_context(
+        self.container: Any = self._stack.enter_context(
             av.open(str(self.path), "w", format=writer.container.name, options=writer.container.options)
         )
         if writer.comment is not None:
             self.container.metadata["comment"] = writer.comment
-        self.stream = stream = self.container.add_stream(writer.codec.encoder, rate=writer.rate)
+        self.stream = stream = self._new_stream()
         stream.width, stream.height = self.size
         stream.pix_fmt = writer.codec.pixels
         stream.options = writer.options
@@ -100,6 +100,9 @@ class ContainerEncoder:
             self._stack.callback(self.sound.close)
             writer.notes += self.sound.notes
         return self
+
+    def _new_stream(self) -> Any:
+        return self.container.add_stream(self.writer.codec.encoder, rate=self.writer.rate)
 
     def _tick(self) -> Fraction:
         return {"gif": Fraction(1, 100), "webp": Fraction(1, 1000)}.get(self.writer.container.name, FINE_TICK)
@@ -173,7 +176,7 @@ class ContainerEncoder:
 
 def _palette_graph(size: tuple[int, int]) -> Any:
     """Filters that give every frame of a GIF its own palette of 256 colours."""
-    graph = av.filter.Graph()
+    graph: Any = av.filter.Graph()
     source = graph.add_buffer(width=size[0], height=size[1], format="rgb24", time_base=Fraction(1, 100))
     split, palette = graph.add("split"), graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
     use, sink = graph.add("paletteuse", "new=1:dither=sierra2_4a"), graph.add("buffersink")

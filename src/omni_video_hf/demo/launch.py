@@ -8,11 +8,11 @@ import gradio as gr
 
 from ..pipelines.pipeline_omni_video import OmniVideoPipeline
 from ..shapes import CHECKPOINT_NAME
-from .examples import plain_examples, shapes_examples
 from .files import SessionFiles
 from .page import Page
 from .runner import Runner
 from .style import CSS, SCRIPT, theme
+from .suggestions import plain_examples, shapes_examples
 from .work import Workshop
 
 

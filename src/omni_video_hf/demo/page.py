@@ -12,9 +12,9 @@ from PIL import Image
 
 from . import views
 from .api import add_api, session_of
-from .examples import Examples
 from .requests import MODEL, PRESETS
 from .runner import Cancelled, Event, Step
+from .suggestions import Examples
 from .work import Finished, Workshop, sentence, thought
 
 MAX_CALLS = 32  # of each way that wait or run at once; more wait in the queue of gradio

@@ -19,7 +19,7 @@ from .measure import interleaved
 
 LENGTH = 2560  # of the padded context
 CASES = {"t2i 480x480": (900, 322), "t2v 832x480x17": (7800, 1088)}  # queries, tokens of the context
-HEADS, WIDTH, REPETITIONS, CALLS = 3, 128, 9, 4
+HEADS, WIDTH, REPETITIONS, CALLS = 3, 128, 5, 3
 TITLE = "Folding the padding in cross-attention, on `_native_flash`"
 COLUMNS = {
     "setting": lambda row: f"{row['setting']}, {row['device']}",

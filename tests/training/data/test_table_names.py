@@ -32,7 +32,9 @@ def test_real_paths_are_those_of_the_system(tmp_path, monkeypatch):
     (tmp_path / "real" / "file").symlink_to("/etc/hostname")
     calls = []
     realpath = os.path.realpath
-    monkeypatch.setattr(table_names.os.path, "realpath", lambda path: calls.append(path) or realpath(path))
+    monkeypatch.setattr(
+        table_names.os.path, "realpath", lambda path, **options: calls.append(path) or realpath(path, **options)
+    )
     places = Places()
     for name in ("real/a", "link/a", "link/deep/a", "real/file", "link/", "link/..", "link/../a", "none/a"):
         path = f"{tmp_path}/{name}"

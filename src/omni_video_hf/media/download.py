@@ -34,8 +34,9 @@ class MediaFile(str):
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_video(np.zeros((9, 64, 64, 3), np.uint8), f"{folder}/video.mp4", fps=8)
         ...     with MediaFile(f"{folder}/video.mp4") as file:
-        ...         kind, len(load_video(file).frames) if (kind := open_media(file)[0]) == "video" else 1
-        ('video', 9)
+        ...         kind, _ = open_media(file)
+        ...         print(kind, len(load_video(file).frames))
+        video 9
     """
 
     def __new__(cls, source: str | Path) -> "MediaFile":
@@ -72,6 +73,17 @@ class MediaFile(str):
 
         Raises:
             MediaError: unless it is a regular file that is not empty.
+
+        Example:
+            >>> import tempfile
+            >>> from pathlib import Path
+            >>> from omni_video_hf.media import MediaFile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     path = Path(folder) / "text"
+            ...     _ = path.write_bytes(b"some bytes")
+            ...     with MediaFile(path).reading() as stream:
+            ...         stream.read(4)
+            b'some'
         """
         if self._is_used:
             with self.path.open("rb") as other:
@@ -88,7 +100,20 @@ class MediaFile(str):
             self._is_used = False
 
     def ends(self, count: int) -> tuple[bytes, bytes, int]:
-        """First and last `count` bytes, and the number of all bytes; a reader that is at work does not notice."""
+        """
+        First and last `count` bytes, and the number of all bytes; a reader that is at work does not notice.
+
+        Example:
+            >>> import tempfile
+            >>> from pathlib import Path
+            >>> from omni_video_hf.media import MediaFile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     path = Path(folder) / "text"
+            ...     _ = path.write_bytes(b"some bytes")
+            ...     with MediaFile(path) as file:
+            ...         file.ends(4)
+            (b'some', b'ytes', 10)
+        """
         with self.path.open("rb") if self._stream is None else nullcontext(self._stream) as stream:
             position, size = stream.tell(), stream.seek(0, 2)
             stream.seek(0)
@@ -99,7 +124,22 @@ class MediaFile(str):
         return first, last, size
 
     def close(self) -> None:
-        """Close the file. A download stays until the end of the object; a later reader opens the file again."""
+        """
+        Close the file. A download stays until the end of the object; a later reader opens the file again.
+
+        Example:
+            >>> import tempfile
+            >>> from pathlib import Path
+            >>> from omni_video_hf.media import MediaFile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     path = Path(folder) / "text"
+            ...     _ = path.write_bytes(b"some bytes")
+            ...     file = MediaFile(path)
+            ...     size = file.ends(1)[2]
+            ...     file.close()
+            >>> size
+            10
+        """
         if self._stream is not None:
             self._stream.close()
         self._stream = None

@@ -110,6 +110,17 @@ class VideoWriter:
 
         Raises:
             MediaError: for another size, or a time that is not after the last one.
+
+        Example:
+            >>> import tempfile
+            >>> import numpy as np
+            >>> from omni_video_hf.media import VideoWriter, probe_video
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     with VideoWriter(f"{folder}/video.mp4", fps=8) as writer:
+            ...         for time in (0.0, 0.125, 0.5):
+            ...             writer.add(np.zeros((64, 64, 3), np.uint8), time)
+            ...     probe_video(f"{folder}/video.mp4").num_frames
+            3
         """
         picture = as_picture(frame)
         size = picture.shape[1], picture.shape[0]

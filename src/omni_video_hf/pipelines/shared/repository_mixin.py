@@ -168,7 +168,19 @@ class OmniVideoRepositoryMixin(Host):
 
     @classmethod
     def class_of(cls, place: str | Path, hub: dict[str, Any]) -> Any:
-        """The class of the pipeline that a repository names, if it is the other one of this project; else this one."""
+        """
+        The class of the pipeline that a repository names, if it is the other one of this project; else this one.
+
+        Args:
+            place: folder or Hub repository.
+            hub: arguments of `from_pretrained` that say where files of the Hub lie.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoPipeline
+            >>> from omni_video_hf.shapes import CHECKPOINT
+            >>> OmniVideoPipeline.class_of(CHECKPOINT, {}).__name__
+            'OmniVideoPipeline'
+        """
         from ..omni_video_2.pipeline_omni_video_2 import OmniVideo2Pipeline  # noqa: PLC0415 - imports this module
         from ..pipeline_omni_video import OmniVideoPipeline  # noqa: PLC0415 - imports this module
 

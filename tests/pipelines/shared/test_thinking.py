@@ -47,6 +47,7 @@ def test_the_mllm_thinks_and_a_thought_can_be_repeated(pipe):
     first = run(pipe, think=True, max_new_tokens=4)
     thought = first.settings["thought"]
     assert thought["prompt"]
+    assert first.thought == [f"{thought['reasoning']} {thought['prompt']}".strip()]
     assert first.settings["prompt"] == "rot"
     again = run(pipe, thought=thought)
     assert torch.equal(first.frames, again.frames)

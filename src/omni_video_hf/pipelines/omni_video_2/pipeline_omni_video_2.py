@@ -382,6 +382,7 @@ class OmniVideo2Pipeline(
             | {"mllm_source_size": mllm_source_size or self.config.mllm_source_size}
             | {"thought": None if thoughts is None else plain_thoughts(thoughts, isinstance(prompt, str))},
             notes=notes,
+            thought=None if thoughts is None else [thought.text for thought in thoughts],
         )
 
 

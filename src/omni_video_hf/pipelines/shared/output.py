@@ -35,8 +35,8 @@ class OmniVideoPipelineOutput(BaseOutput):
         fps: frame rate of the videos; `None` for images and text answers.
         settings: all settings that were used.
         notes: decisions that were made for the caller, one sentence each, such as a rounded size.
-        thought: what the MLLM wrote when it chose the task, one text per prompt, without special tokens; `None` if the
-            caller passed the task.
+        thought: what the MLLM wrote before it generated, one text per prompt, without special tokens: its thought with
+            `think`, or its words when it chose the task; `None` if it wrote nothing.
 
     Example:
         >>> from omni_video_hf import OmniVideoPipelineOutput

@@ -59,6 +59,7 @@ def thinks_first(call: Callable) -> Callable:
         plain: Any = [entry.prompt for entry in thoughts]
         output = call(self, **(given | {"prompt": plain[0] if isinstance(prompt, str) else plain}))
         output.settings |= {"prompt": prompt, "thought": plain_thoughts(thoughts, isinstance(prompt, str))}
+        output.thought = [entry.text for entry in thoughts]
         return output if return_dict else (output.frames, output.text)
 
     return run

@@ -31,6 +31,18 @@ class OmniVideoThought:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise ValueError(f"`prompt` of a thought must be a text that is not empty, got {self.prompt!r}.")
 
+    @property
+    def text(self) -> str:
+        """
+        Reasoning and prompt as one text.
+
+        Example:
+            >>> from omni_video_hf import OmniVideoThought
+            >>> OmniVideoThought(prompt="a green circle", reasoning="Grass is green.").text
+            'Grass is green. a green circle'
+        """
+        return f"{self.reasoning} {self.prompt}".strip()
+
     def to_dict(self) -> dict[str, Any]:
         """
         The fields as a dict of plain values.

@@ -16,6 +16,8 @@ from .hub.remote_code import __version__
 if TYPE_CHECKING:
     from .diffusion.losses import OmniVideoLossConfig
     from .hub.repository import complete_repository
+    from .media.video_loading import load_video
+    from .media.video_writer import save_video
     from .models.configuration_omni_video import OmniVideoAdapterConfig, OmniVideoConfig, OmniVideoVisionHeadConfig
     from .models.configuration_vila import VilaConfig
     from .models.connectors import OmniVideoAdapter, OmniVideoVisionHead
@@ -42,7 +44,9 @@ _HOMES = {
     "VilaForConditionalGeneration": "models.modeling_vila",
     "collect_lora_layers": "pipelines.lora.loader",
     "complete_repository": "hub.repository",
+    "load_video": "media.video_loading",
     "read_budget": "utils.read_budget",
+    "save_video": "media.video_writer",
 }
 
 
@@ -79,5 +83,7 @@ __all__ = [
     "__version__",
     "collect_lora_layers",
     "complete_repository",
+    "load_video",
     "read_budget",
+    "save_video",
 ]

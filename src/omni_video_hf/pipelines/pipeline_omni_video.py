@@ -302,7 +302,7 @@ class OmniVideoPipeline(
         )
         prompts = [prompt] if isinstance(prompt, str) else prompt
         batch_size = len(prompts) if prompts is not None else len(cast("Sized", mllm_hidden_states))
-        notes, (generator, seed) = list[str](), seeded_generator(generator)
+        notes, answers, (generator, seed) = list[str](), None, seeded_generator(generator)
 
         # 2. Source and task. For an answer only the frames that the MLLM sees are decoded.
         source = Source.of(video, image, batch_size)
@@ -402,6 +402,7 @@ class OmniVideoPipeline(
             | {"guidance_interval": guidance_interval, "batch_guidance": guidance.batched, "seed": seed}
             | {"source_guidance_scale": source_guidance_scale},
             notes=notes,
+            thought=answers,
         )
 
     # --- 2. source and task -----------------------------------------------------------------------------------------

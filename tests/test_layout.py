@@ -12,6 +12,7 @@ PACKAGE = ROOT / "src" / "omni_video_hf"
 LAYERS = (
     ("__main__",),
     ("cli",),
+    ("demo",),
     ("shapes",),
     ("training",),
     ("pipelines",),
@@ -21,7 +22,7 @@ LAYERS = (
     ("media",),
     ("tasks", "utils"),
 )
-MAX_LINES, MAX_ENTRIES = 600, 12
+MAX_LINES, MAX_ENTRIES = 600, 13
 
 
 def modules():

@@ -16,6 +16,7 @@ from ..tasks import find_task
 from ..utils.masking import MaskedStream, mask_tokens
 from ..utils.names import is_repository_name
 from . import data as data_cli
+from . import demo as demo_cli
 from . import evaluate as shapes_cli
 from . import train as training_cli
 from .checks import (
@@ -433,6 +434,8 @@ def add_source_channels(
         result(str(work.add_source_channels_to(place_of(model), output, source_conditioning.value, revision, token)))
 
 
+app.command("demo")(demo_cli.demo_command)
+app.command("push-space")(demo_cli.push_space_command)
 app.command("precompute")(data_cli.precompute_command)
 app.command("import-features")(data_cli.import_features_command)
 

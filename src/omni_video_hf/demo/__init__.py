@@ -1,0 +1,1 @@
+"""The demo page: create, edit, ask and chat in a browser. It needs the extra `demo` (gradio)."""

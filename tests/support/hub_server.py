@@ -44,7 +44,7 @@ class User:
 
 ROUTES: list[tuple[str, re.Pattern[str], Callable[..., Any], str]] = []
 REPO = r"(?P<name>[^/]+/[^/]+)"
-API, REV = rf"/api/models/{REPO}", r"(?P<revision>[^/]+)"
+API, REV = rf"/api/(?:models|spaces)/{REPO}", r"(?P<revision>[^/]+)"
 
 
 def route(methods: str, pattern: str, access: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -209,7 +209,11 @@ class HubServer:
     def _create(self, request: Request) -> Any:
         user, asked = self._login(request), request.json
         name = f"{asked.get('organization') or user.name}/{asked['name']}"
-        if asked.get("type", "model") != "model" or not re.fullmatch(f"{NAME}/{NAME}", name) or len(name) > 96:
+        if (
+            asked.get("type", "model") not in ("model", "space")
+            or not re.fullmatch(f"{NAME}/{NAME}", name)
+            or len(name) > 96
+        ):
             raise RefusalError(400, f"Not a model repository, or not a name for one: {name}")
         if not user.can_write or not user.owns(name):
             raise RefusalError(403, f"You don't have the rights to create a model under this namespace: {name}")
@@ -310,7 +314,7 @@ class HubServer:
             answers.append(answer)
         return {"files": answers}
 
-    @route("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "write")
+    @route("POST", rf"/(?:spaces/)?{REPO}\.git/info/lfs/objects/batch", "write")
     def _lfs_batch(self, request: Request, repo: Repo) -> dict[str, Any]:
         """An object that is already there gets no upload action; this is how a second push sends what is missing."""
         objects: list[dict[str, Any]] = []
@@ -377,7 +381,7 @@ class HubServer:
 
     # Download
 
-    @route("GET HEAD", f"/{REPO}/resolve/{REV}/(?P<path>.+)", "read")
+    @route("GET HEAD", f"/(?:spaces/)?{REPO}/resolve/{REV}/(?P<path>.+)", "read")
     def _resolve(self, request: Request, repo: Repo, revision: str, path: str) -> Response:
         user = self._user(request)
         if repo.gated and not (user and user.owns(repo.name)):

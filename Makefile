@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all style quality shapes clean
+.PHONY: help install demo test test-all screenshots style quality shapes clean
 
 help: ## show what there is
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## set up .venv with pinned versions
 
@@ -28,7 +28,10 @@ test: $(INSTALLED) quality ## check style, and run the tests of the package
 	$(BIN)/python -m pytest --numprocesses 2 --durations 10 -m 'not slow'
 
 test-all: $(INSTALLED) quality ## the same, with all slow tests: documents, examples, benchmarks, the wheel, killed and distributed runs
-	$(BIN)/python -m pytest --numprocesses 2 --durations 10
+	$(BIN)/python -m pytest --numprocesses 2 --durations 10 -rs
+
+screenshots: $(INSTALLED) ## drive the demo page in Chromium, and write docs/demo/*.png
+	OMNI_VIDEO_SCREENSHOTS=docs/demo $(BIN)/python -m pytest -rs tests/demo/test_browser.py
 
 style: $(INSTALLED) ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .

@@ -17,6 +17,13 @@ from PIL import Image
 WAIT = 900  # seconds after which a test that hangs fails
 DESKTOP, PHONE = (1280, 900), (390, 844)  # CSS pixels
 MAX_BYTES = 150_000  # of a screenshot
+# Stop all visible clips at the same moment; false as long as one of them is not loaded.
+PAUSE_CLIPS = """
+const clips = [...document.querySelectorAll("video")].filter((clip) => clip.offsetParent !== null);
+if (!clips.every((clip) => clip.readyState >= 2)) return false;
+for (const clip of clips) { clip.pause(); clip.currentTime = clip.duration / 3; }
+return true;
+"""
 # Without the first three Chromium does not start as root or without a screen; the others keep it off the network, and
 # the last one makes sure of it: a page that needs another server fails.
 FLAGS = (
@@ -148,6 +155,7 @@ class Browser:
             self.driver.execute_async_script("setTimeout(arguments[0], 700)")  # transitions of gradio's layout
             whole = self.driver.execute_script("return document.documentElement.scrollHeight")
             self.size(width, min(max(height, whole), 2 * height))
+            self.until(lambda: self.driver.execute_script(PAUSE_CLIPS), "all clips to be loaded")
             self.driver.execute_async_script("setTimeout(arguments[0], 300)")
             image = Image.open(BytesIO(self.driver.get_screenshot_as_png())).convert("RGB")
             path = folder / f"{name}-{device}.png"

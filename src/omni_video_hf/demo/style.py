@@ -124,6 +124,7 @@ CSS = """
   box-shadow: 0 0 0 1px rgb(0 0 0 / 0.5); pointer-events: none;
 }
 .ov-wipe input[type="range"] { display: block; width: 100%; height: 2rem; margin: 0; accent-color: #0f766e; }
+#chat-messages video, #chat-messages .message img { width: 12rem !important; max-width: 100%; height: auto; }
 /* It would send a result to another server. */
 button[aria-label="Share"] { display: none !important; }
 """

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..pipelines.shared.output import OmniVideoPipelineOutput
 from ..pipelines.pipeline_omni_video import OmniVideoPipeline
+from ..pipelines.shared.output import OmniVideoPipelineOutput
 from .previews import Preview, PreviewDecoder
 from .requests import Request
 

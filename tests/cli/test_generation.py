@@ -38,7 +38,7 @@ def run(converted, tmp_path, monkeypatch):
 
 
 def source(path, stamps, size=(64, 32), sound=True):
-    """A clip of a phone: variable frame rate, BT.601 colours, sound; frame number n has the shade 20 n."""
+    """A clip of a phone: variable frame rate, BT.601 colours, sound; frame number n has the shade 20 n, modulo 256."""
     with av.open(str(path), "w") as file:
         video = file.add_stream("libx264", rate=10)
         video.width, video.height, video.pix_fmt = *size, "yuv420p"
@@ -47,7 +47,7 @@ def source(path, stamps, size=(64, 32), sound=True):
         context.colorspace, context.color_primaries, context.color_trc, context.color_range = 6, 6, 6, 1
         audio = file.add_stream("aac", rate=48000, layout="mono") if sound else None
         for number, stamp in enumerate(stamps):
-            picture = np.full((size[1], size[0], 3), 20 * number, np.uint8)
+            picture = np.full((size[1], size[0], 3), 20 * number % 256, np.uint8)
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = stamp, Fraction(1, 1000)
             file.mux(video.encode(frame))
@@ -96,7 +96,8 @@ def test_a_part_of_a_clip(run, tmp_path):
 
 
 def test_numbered_pictures(run, tmp_path):
-    run("generate", "a fox", "-o", "frames", "--size", "64x32", "--frames", 5, *FAST[:6])
+    (tmp_path / "frames").mkdir()
+    run("generate", "a fox", "-o", "frames/%04d.png", "--size", "64x32", "--frames", 5, *FAST[:6])
     assert sorted(path.name for path in (tmp_path / "frames").iterdir()) == [f"000{n}.png" for n in range(1, 6)]
     assert load_image(tmp_path / "frames" / "0005.png").size == (64, 32)
 

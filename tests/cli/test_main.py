@@ -198,7 +198,10 @@ def test_info(run, converted):
         (["generate", "a", "b", "-o", "x.mp4", "--resume"], "`--resume` is for one result, but 2"),
         (["generate", "a", "-o", "folder"], "folder exists already"),
         (["generate", "a", "-o", "%02d.png"], "01.png exists already"),
-        (["generate", "a", "-o", "frames", "--overwrite"], "several files, which `--overwrite` does not replace"),
+        (
+            ["generate", "a", "-o", "frame-%04d.png", "--overwrite"],
+            "several files, which `--overwrite` does not replace",
+        ),
         (["ask", "empty.mp4", "a"], "empty"),
         (["ask", "nothing.png", "a"], "no such file"),
     ],

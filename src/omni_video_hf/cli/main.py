@@ -70,7 +70,7 @@ Output = Annotated[
     typer.Option(
         "--output",
         "-o",
-        help="Video: .mp4 .mov .mkv .webm .gif, %04d.png or a new folder for PNG files; image: .png .jpg .webp. "
+        help="Video: .mp4 .mov .mkv .webm .gif, %04d.png for PNG files; image: .png .jpg .webp. "
         "Several results are numbered: fox.mp4, fox-1.mp4 ...",
     ),
 ]

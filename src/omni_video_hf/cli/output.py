@@ -28,8 +28,13 @@ class UnwrittenError(OSError):
 
 
 def is_pictures(path: Path) -> bool:
-    """Whether an output is numbered PNG files: a pattern such as `%04d.png`, or a folder, whose name has no suffix."""
-    return not path.suffix or (path.suffix.lower() == ".png" and PATTERN.search(path.name) is not None)
+    """
+    Whether an output is numbered PNG files, a pattern such as `%04d.png`.
+
+    A name without a suffix, which Python's `VideoWriter` takes for a folder, is refused here: it may be another
+    argument at the wrong place.
+    """
+    return path.suffix.lower() == ".png" and PATTERN.search(path.name) is not None
 
 
 def output_kind(path: Path) -> Kind:
@@ -45,7 +50,7 @@ def output_kind(path: Path) -> Kind:
     if suffix not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
         raise UsageProblem(
             f"`--output {path}`: the suffix must be one of {', '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}; "
-            "numbered PNG files have a pattern such as frame-%04d.png, or the name of a new folder."
+            "numbered PNG files have a pattern such as frame-%04d.png."
         )
     return "image" if suffix in IMAGE_SUFFIXES else "video"
 
@@ -209,18 +214,17 @@ class OutputFile:
 
 class PictureOutput(OutputFile):
     """
-    Numbered PNG files of a video, in a new folder or under a pattern; the writer names them when all are complete.
+    Numbered PNG files of a video under a pattern; the writer names them when all are complete.
 
     Args:
-        path: folder that does not exist, or pattern.
+        path: the pattern.
         overwrite: refused, because the files of an earlier, longer video would stay between the new ones.
     """
 
     def _check_name(self, path: Path) -> None:
         if self.overwrite:
             raise UsageProblem(f"`--output {path}` are several files, which `--overwrite` does not replace.")
-        is_pattern = bool(path.suffix)
-        first = path.with_name(path.name % 1) if is_pattern else path
+        first = path.with_name(path.name % 1)
         if first.exists() or first.is_symlink():
             raise UsageProblem(f"`--output {path}`: {first} exists already: choose another name.")
         if not path.parent.is_dir():

@@ -210,7 +210,7 @@ def estimate_memory(headers: Headers, profile: MemoryProfile | None) -> MemoryEs
             "complete it first."
         )
     quantized = profile.quantized if profile else ()
-    dtypes = {name: _loaded_dtype(name, headers, profile) for name in COMPONENTS}
+    dtypes = {name: _loaded_dtype(name, headers, profile) for name in tensors}
     sizes = {
         name: [_stored_bytes(weight, shape, dtypes[name], name in quantized) for weight, shape in found]
         for name, found in tensors.items()

@@ -38,7 +38,7 @@ CLASSES = {
 # Arguments of `from_pretrained` that say where the files of a Hub repository lie.
 _PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 # Components that are loaded as they are stored. The VAE uses float32, because its errors are visible in the pixels.
-AS_STORED = ("mllm", "text_encoder", "adapter", "transformer")
+AS_STORED = ("mllm", "text_encoder", "adapter", "adapter_2", "transformer", "transformer_2")
 # Parts of them that their classes keep in float32 with every dtype.
 _KEPT_IN_FLOAT32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", ".wo.")
 
@@ -126,7 +126,7 @@ class OmniVideoRepositoryMixin(Host):
             folder = Path(cls.download(str(place), **download))
         else:
             folder = Path(place)
-        needed = [name for name in AS_STORED if name not in kwargs]
+        needed = [name for name in AS_STORED if name not in kwargs and (folder / name).is_dir()]
         variant, dtypes = kwargs.get("variant"), dict[str, torch.dtype | None]()
         for name in needed:  # a component without files of the variant is loaded without it
             files = weight_files(folder / name, variant) or weight_files(folder / name)

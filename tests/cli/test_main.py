@@ -196,7 +196,7 @@ def test_info(run, converted):
         (["generate", "a", "-o", "x.png", "--quality", "50"], "`--quality` is for videos"),
         (["generate", "a", "--resume"], "`--resume` keeps its steps beside the output"),
         (["generate", "a", "b", "-o", "x.mp4", "--resume"], "`--resume` is for one result, but 2"),
-        (["generate", "a", "-o", "folder"], "folder exists already"),
+        (["generate", "a", "-o", "folder"], "numbered PNG files have a pattern"),
         (["generate", "a", "-o", "%02d.png"], "01.png exists already"),
         (
             ["generate", "a", "-o", "frame-%04d.png", "--overwrite"],

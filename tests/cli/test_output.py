@@ -94,7 +94,7 @@ def test_names_that_cannot_be_written_are_refused_before_the_work():
         assert "no regular file" in refusal(Path("pipe.mp4"), overwrite=overwrite)
         assert "too long" in refusal(Path("x" * 252 + ".mp4"), overwrite=overwrite)
         assert "does not exist" in refusal(Path("nowhere/a.mp4"), overwrite=overwrite)
-        assert "suffix" in refusal(Path("a.gif"), overwrite=overwrite)
+        assert "suffix" in refusal(Path("a.avi"), overwrite=overwrite)
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_when_it_is_opened():

@@ -57,7 +57,7 @@ def start(*arguments, heavy=HEAVY, stdin="", before="", env=None):
         (["eval", "shapes", "--help"], 0, ["--count"]),
         (["generate", "a", "--nothing"], 2, ["No such option: --nothing", "omni-video generate --help"]),
         (["generate", "a", "--fps", "nan"], 2, ["--fps nan"]),
-        (["generate", "a", "-o", "x.gif"], 2, ["suffix"]),
+        (["generate", "a", "-o", "x.avi"], 2, ["suffix"]),
         (["edit", "nothing.mp4", "a"], 2, ["`SOURCE` nothing.mp4: no such file"]),
         ([], 2, ["Usage: omni-video"]),
     ],
@@ -176,7 +176,7 @@ def test_a_token_is_stripped_or_refused_without_repeating_it():
         (["generate", "a", "-m", TOKEN], "neither a folder nor a Hub repository"),
         (["generate", "a", "--steps", TOKEN], "--steps"),
         (["generate", "a", "--lora", TOKEN], "--lora"),
-        (["generate", "a", "-o", f"{TOKEN}.gif"], "suffix"),
+        (["generate", "a", "-o", f"{TOKEN}.avi"], "suffix"),
     ],
 )
 @pytest.mark.parametrize("verbose", [False, True])

@@ -110,7 +110,7 @@ $(SHAPES)/omni-video-shapes/model_index.json: $(SHAPES)/settle/stage.json
 	$(RUN).assemble finished --model $(<D)/pipeline --output $(@D)
 
 # A decoder that takes sources in its channels: `make build/shapes/omni-video-shapes-edit/model_index.json`. Not shipped
-# yet: edits keep their places, but generation is worse, see examples/shapes/RESULTS.md.
+# yet: half of the edits keep everything, see examples/shapes/RESULTS.md.
 $(SHAPES)/omni-video-shapes-edit/model_index.json: $(SHAPES)/edit/edit.json
 	$(RUN).assemble finished --model $(SHAPES)/settle/pipeline --transformer $(<D)/transformer --output $(@D)
 

@@ -30,13 +30,22 @@ def free_port():
         return probe.getsockname()[1]
 
 
+# Shells let what they start in the background ignore Ctrl-C, and so would the page.
+COMMAND = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from omni_video_hf.__main__ import main
+sys.exit(main())
+"""
+
+
 @pytest.fixture(scope="module")
 def address():
     """The page, served by the command. An address of the environment is one that a developer serves already."""
     if "OMNI_VIDEO_DEMO_ADDRESS" in os.environ:
         yield os.environ["OMNI_VIDEO_DEMO_ADDRESS"]
         return
-    command = [sys.executable, "-m", "omni_video_hf", "demo", "--port", str(free_port())]
+    command = [sys.executable, "-c", COMMAND, "demo", "--port", str(free_port())]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         last = deque(maxlen=20)
         for line in server.stdout:
@@ -51,8 +60,13 @@ def address():
             yield found[1]
         finally:
             server.send_signal(signal.SIGINT)
+            try:
+                stopped = server.wait(timeout=120)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                stopped = None
             reader.join()
-        assert server.wait() == 130, "".join(last)
+        assert stopped == 130, "".join(last)
         assert "Traceback" not in "".join(last)
 
 

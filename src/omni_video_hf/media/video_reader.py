@@ -117,6 +117,8 @@ def read_index(path: str | Path) -> VideoIndex:
     """Read number, times and geometry of all frames of a video file; for errors see `probe_video`."""
     with opened(path) as file:
         if file.index is None:
+            if not file.lower().endswith(".webp"):  # which Pillow reads
+                check_pyav()
             check_file(file)
             file.index = _webp_index(file) if is_animated_webp(file) else _read_index(file)
         return file.index

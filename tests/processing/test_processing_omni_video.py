@@ -2,6 +2,7 @@ import re
 
 import golden
 import numpy as np
+import PIL
 import pytest
 import tiny
 import torch
@@ -71,7 +72,12 @@ def test_pixels_are_upstreams(mode, shape):
     processor = tiny.processor(image_aspect_ratio=mode)
     expected = VILA_EXPECTED["checkpoint"]
     pixels = processor.preprocess_images([expected[f"preprocess_{shape}.image"].numpy()])
-    assert torch.equal(pixels[0], expected[f"preprocess_{shape}.{mode}"])
+    wanted = expected[f"preprocess_{shape}.{mode}"]
+    if int(PIL.__version__.partition(".")[0]) >= 13:
+        assert torch.equal(pixels[0], wanted)
+    else:  # earlier versions of Pillow round a few pixels to the next of 255 levels
+        assert (pixels[0] - wanted).abs().max() < 1.01 * 2 / 255
+        assert (pixels[0] != wanted).float().mean() < 0.5
 
 
 def test_v2v_shows_the_first_frame_unless_asked_for_all(processor):

@@ -75,8 +75,8 @@ def test_pixels_are_upstreams(mode, shape):
     wanted = expected[f"preprocess_{shape}.{mode}"]
     if int(PIL.__version__.partition(".")[0]) >= 13:
         assert torch.equal(pixels[0], wanted)
-    else:  # earlier versions of Pillow round a few pixels to the next of 255 levels
-        assert (pixels[0] - wanted).abs().max() < 1.01 * 2 / 255
+    else:  # earlier versions of Pillow resize a tall image differently, by up to five of 255 levels
+        assert (pixels[0] - wanted).abs().max() < 5.5 * 2 / 255
         assert (pixels[0] != wanted).float().mean() < 0.5
 
 

@@ -96,6 +96,12 @@ def test_chunks_are_the_calls_of_their_frames(pipe, task):
         assert torch.equal(chunk.frames, ready[:, -chunk.frames.shape[1] :])
 
 
+@pytest.mark.parametrize("given", [{"think": True}, {"thought": "a fox"}])
+def test_a_stream_does_not_think_once_a_chunk(pipe, given):
+    with pytest.raises(ValueError, match="would be used again for every chunk"):
+        pipe.stream(**arguments("t2v", **CHUNKS), **given)
+
+
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
 def test_the_call_joins_the_chunks(pipe, output_type):
     output = pipe(**arguments("v2v", output_type=output_type, long_video="chunks", **CHUNKS))

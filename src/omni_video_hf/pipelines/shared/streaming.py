@@ -185,6 +185,11 @@ def _check_chunk_arguments(output_type: str, arguments: dict[str, Any]) -> None:
             f"`num_videos_per_prompt` must be 1 for chunks, got {arguments['num_videos_per_prompt']}: pass the prompt "
             "as often as you want samples."
         )
+    if arguments.get("think") or arguments.get("thought") is not None:
+        raise ValueError(
+            "`think` and `thought` would be used again for every chunk: call `pipe.think` once and pass the `prompt` "
+            "of its thought, or pass `long_video='chunks'` to the call."
+        )
     for name in ("latents", "source_latents", "reference_latents"):
         if arguments.get(name) is not None:
             raise ValueError(
